@@ -1,0 +1,17 @@
+"""Segmind's SD-Small (= BK-SDM-Base, 579,384,964 parameters at SD 1.5). BK-SDM-Small is another: configs/bk_small.py..
+
+python -m flaxkd.train --config configs/small.py            the embedded miniature teacher, minutes on a laptop
+python -m flaxkd.train --config configs/small.py:sd15       Segmind's recipe, for TPU or GPU
+python -m flaxkd.train --config configs/small.py --config.teacher=DIR|HUB_ID      any other teacher
+"""
+
+from configs import default, recipes
+
+
+def get_config(arg=None):
+    config = default.get_config()
+    config.student = "sd_small"
+    config.pairing = "segmind"
+    if arg not in (None, "", "sd15"):
+        raise ValueError(f"configs/small.py:{arg} is unknown: leave it out (embedded teacher), or sd15")
+    return recipes.segmind(config, steps=100_000) if arg else recipes.embedded(config)

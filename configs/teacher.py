@@ -1,0 +1,35 @@
+"""The embedded teacher: UNet and text encoder, trained from scratch on OpenMoji, after `configs/vae.py`.
+
+    python -m flaxkd.train --config configs/vae.py && python -m flaxkd.train --config configs/teacher.py
+
+About 100 minutes on two CPU cores, resumable. The pipeline it leaves in runs/teacher/diffusers is the package's
+flaxkd/assets/teacher.
+"""
+
+from configs import default
+
+
+def get_config(arg=None):
+    config = default.get_config()
+    config.teacher = "runs/vae/diffusers"
+    config.student = None
+    config.train = ("unet", "text_encoder")
+    config.steps = 6000
+    config.batch_size = 32
+    config.learning_rate = dict(
+        schedule="warmup_cosine_decay_schedule",
+        init_value=0.0,
+        peak_value=1e-3,
+        warmup_steps=200,
+        decay_steps=6000,
+        end_value=2e-5,
+    )
+    config.optimizer = dict(name="adamw", b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-2)
+    config.snr_gamma = 5.0
+    config.caption_dropout = 0.1
+    config.ema_decay = 0.999
+    config.log_every = 50
+    config.validation.every = 500
+    config.sample.every = 500
+    config.checkpoint.every = 500
+    return config

@@ -1,0 +1,107 @@
+"""A new miniature of Stable Diffusion: a pipeline folder with random weights and a tokenizer of its own.
+
+This is where the embedded teacher began (`configs/vae.py`, then `configs/teacher.py`). A run that names such a
+folder as its teacher trains from scratch.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flaxkd import pretrained
+
+# The last layer of every residual branch of the UNet starts at zero, so that a new network is nearly the identity.
+ZERO = ("conv2", "proj_out", "conv_out")
+
+
+def initial(shapes: dict, seed: int, zero: tuple[str, ...] = ()) -> dict:
+    """Random float32 parameters for a tree of shapes: LeCun normal kernels, embeddings of 0.02, norms of one.
+
+    Drawn with numpy: compiling the initialisation of a module takes longer than training it for a while. zero:
+    names of modules whose kernels are zero."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for path, like in sorted(flatten_dict(shapes).items()):
+        module, leaf = path[-2], path[-1]
+        if leaf == "kernel" and module not in zero:
+            fan_in = np.prod(like.shape[:-1])
+            params[path] = rng.standard_normal(like.shape, np.float32) / np.float32(np.sqrt(fan_in))
+        elif leaf == "embedding":
+            params[path] = rng.standard_normal(like.shape, np.float32) * np.float32(0.02)
+        else:
+            params[path] = np.full(like.shape, float(leaf == "scale"), np.float32)
+    return unflatten_dict(params)
+
+
+def train_tokenizer(captions: list[str], vocab_size: int, max_length: int, out: Path) -> None:
+    """Writes a CLIP tokenizer (byte-level BPE, lower case, words end in </w>) learnt from captions to folder `out`."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|startoftext|>", "<|endoftext|>"]
+    end = "</w>"
+    learner = Tokenizer(models.BPE(end_of_word_suffix=end))
+    learner.normalizer = normalizers.Lowercase()
+    words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+    letters_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([words, letters_of])
+    merges = vocab_size - 2 * len(letters) - len(specials)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix=end, show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    pairs = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
+    # CLIP's order: letters, letters that end a word, merges, and the specials last.
+    names = letters + [letter + end for letter in letters] + ["".join(pair) for pair in pairs] + specials
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=max_length).save_pretrained(out)
+
+
+WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's: a digit is a word of its own
+
+
+def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Path:
+    """Writes a pipeline folder with random weights, and returns `out`; one that is there already is left alone.
+
+    architecture: {"unet", "vae", "text_encoder", "scheduler": their configurations, "vocab_size": int}."""
+    out = Path(out)
+    if (out / "model_index.json").is_file():
+        return out
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch)
+        length = architecture["text_encoder"]["max_position_embeddings"]
+        train_tokenizer(captions, architecture["vocab_size"], length, source / "tokenizer")
+        (source / "scheduler").mkdir()
+        scheduler = architecture["scheduler"]
+        (source / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+        }
+        (source / "model_index.json").write_text(json.dumps(index))
+        vocab_size = len(pretrained.load_tokenizer(source))
+        ends = {
+            "bos_token_id": vocab_size - 2,
+            "eos_token_id": vocab_size - 1,
+            "pad_token_id": vocab_size - 1,
+        }
+        configs = {part: dict(architecture[part]) for part in pretrained.MODELS}
+        configs["text_encoder"] |= {"vocab_size": vocab_size, **ends}
+        parts = {}
+        for i, (part, config) in enumerate(configs.items()):
+            shapes = pretrained.shapes(pretrained.build(part, config), part)
+            parts[part] = config, initial(shapes, seed + i, ZERO if part == "unet" else ())
+        return pretrained.save(
+            out, source=source, parts=parts, card="A new pipeline: its weights are random.\n"
+        )
+
+
+def size(folder: Path) -> dict[str, int]:
+    """Parameters by part of a pipeline folder."""
+    count = lambda part: jax.tree.leaves(pretrained.load(folder, part)[1])
+    return {part: sum(x.size for x in count(part)) for part in pretrained.MODELS}

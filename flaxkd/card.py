@@ -1,0 +1,141 @@
+"""The model card of an exported pipeline: README.md with the front matter that the hub reads."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flaxkd import metrics, pretrained
+
+PREVIEW = "samples.png"
+
+OPENMOJI = """\
+Pictures of [OpenMoji](https://openmoji.org), the open-source emoji and icon project, went into these weights.
+Their licence is [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/). Captions are Unicode names
+and the short names of the Python package `emoji`."""
+
+FOREIGN = """\
+The weights derive from those of {teacher}, whose licence goes with them: read it before you use or publish
+this model. This is why the licence is given as `other`."""
+
+OWN = "The weights come from pictures of the one who trained them, who decides on the licence."
+
+
+def model_card(
+    workdir: Path, source: Path, parts: dict[str, dict], params: dict, step: int, averaged: bool
+) -> str:
+    """The text of README.md for the exported `parts` {part: config.json} with `params` {part: tree}.
+
+    workdir: its config.json, metrics.jsonl and samples.png are shown as far as they exist. source: the
+    pipeline folder of the teacher. step: of the checkpoint. averaged: whether the weights are the moving
+    average."""
+    run = _read_json(workdir / "config.json")  # empty for a workdir of convert.from_diffusers
+    teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source))
+    openmoji = (teacher is None and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
+    hub_id = teacher is not None and not Path(teacher).exists() and teacher.count("/") == 1
+    plain = "the miniature teacher of flaxkd"
+    if teacher is not None:
+        plain = teacher if hub_id else Path(teacher).name  # a path of one's own machine is nobody's business
+    name = f"[{teacher}](https://huggingface.co/{teacher})" if hub_id else plain
+    student = run.get("student")
+    what = ", ".join(parts)
+    if student:
+        title = f"{student}, distilled from {plain}"
+        text = (
+            f"The UNet is the student `{student}`, distilled from {name}: whole blocks and layers were taken "
+            "away, and the rest learnt to repeat the outputs and features of the whole."
+        )
+    elif run:
+        title, text = "A text-to-image pipeline trained with flaxkd", f"Trained here: {what}."
+    else:
+        title, text = "A converted text-to-image pipeline", f"Converted from {name}, unchanged."
+    if len(parts) < len(pretrained.MODELS):
+        text += f" New in this folder: {what}. All else is as in the source."
+    front = {
+        "license": "cc-by-sa-4.0" if openmoji and teacher is None else "other",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": teacher if hub_id else None,
+        "tags": ["text-to-image", "diffusers", "stable-diffusion"]
+        + ["knowledge-distillation"] * bool(student),
+    }
+    blocks = [_front_matter(front), f"# {title}", text]
+    if (workdir / PREVIEW).is_file():
+        columns = "The columns are the teacher, the student as cut, and the student after distillation. "
+        seeds = f"A row is a prompt. {columns if student else ''}The seeds are the same in a row."
+        blocks.append(f"![samples]({PREVIEW})\n\n{seeds}")
+    prompts = run.get("sample", {}).get("prompts") or ["a photograph of a red bicycle leaning on a wall"]
+    blocks += [
+        _counts(parts, params, source),
+        _usage(parts, source, prompts[0]),
+        _figures(metrics.read(workdir)),
+    ]
+    blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
+    notes = [FOREIGN.format(teacher=name)] if teacher is not None else [] if openmoji else [OWN]
+    blocks.append("\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])]))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _front_matter(fields: dict) -> str:
+    lines = []
+    for name, value in fields.items():
+        if isinstance(value, list):
+            lines += [f"{name}:", *(f"- {item}" for item in value)]
+        elif value is not None:
+            lines.append(f"{name}: {value}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _counts(parts: dict[str, dict], params: dict, source: Path) -> str:
+    count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+    lines = ["| part | parameters | of the source |", "|---|---:|---:|"]
+    for part in parts:
+        before = count(pretrained.shapes(pretrained.build(part, pretrained.read_config(source, part)), part))
+        lines.append(f"| {part} | {count(params[part]):,} | {before:,} |")
+    return "\n".join(lines)
+
+
+def _usage(parts: dict[str, dict], source: Path, prompt: str) -> str:
+    unet, vae = (parts.get(part) or pretrained.read_config(source, part) for part in ("unet", "vae"))
+    pixels = (unet.get("sample_size") or 64) * pretrained.build("vae", vae).config.factor
+    return f"""\
+## Use
+```python
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("PATH OR HUB ID OF THIS FOLDER")
+pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+pipeline({prompt!r}, num_inference_steps=25).images[0].save("picture.png")  # {pixels} x {pixels} pixels
+```
+There is no safety checker in this folder."""
+
+
+def _figures(records: list[dict]) -> str:
+    """A table of every figure that the run logged, but for single feature pairs: its first and last value."""
+    seen: dict[str, list] = {}
+    for record in records:
+        for name, value in record.items():
+            if name != "step" and "feature/" not in name:
+                seen.setdefault(name, []).append((record["step"], value))
+    if not seen:
+        return ""
+    rows = [f"| {name} | {v[0][1]:.4g} | {v[-1][1]:.4g} | {v[-1][0]} |" for name, v in seen.items()]
+    return "\n".join(["## Figures", "| | first | last | at step |", "|---|---:|---:|---:|", *rows])
+
+
+def _making(run: dict, step: int, averaged: bool) -> str:
+    weights = "the moving average of the weights (EMA)" if averaged else "the weights themselves"
+    return f"""\
+## How it was made
+By flaxkd, in JAX, {step:,} optimizer steps; stored are {weights}. The whole configuration of the run:
+<details><summary>config.json</summary>
+
+```json
+{json.dumps(run, indent=2)}
+```
+</details>"""

@@ -1,0 +1,78 @@
+"""Nothing is lost: asynchronous Orbax checkpoints of the student, its optimizer, EMA, step and data position.
+
+The teacher is never saved. Randomness needs no state of its own: it is derived from seed and step.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from flaxkd.step import State
+
+# Keys of a config that change what a run shows, not what it computes: they may differ when it resumes.
+FREE = ("checkpoint", "log_every", "sample", "validation", "workdir", "cpu_devices", "compilation_cache")
+
+
+def claim(workdir: Path, config: dict) -> None:
+    """Makes `workdir` this run's own: writes config.json, or checks that the one there is the same run's.
+
+    Raises ValueError naming the keys that differ, for a workdir that belongs to another configuration."""
+    path = workdir / "config.json"
+    config = json.loads(json.dumps(config))
+    if path.is_file():
+        before = json.loads(path.read_text())
+        differ = [k for k in sorted({*before, *config} - {*FREE}) if before.get(k) != config.get(k)]
+        if differ:
+            lines = "".join(f"\n  {k}: {before.get(k)!r} there, {config.get(k)!r} here" for k in differ)
+            raise ValueError(
+                f"{workdir} holds a run of another configuration:{lines}\n"
+                "Choose another --workdir, or delete that one to begin anew."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(config, indent=2) + "\n")
+    scratch.rename(path)
+
+
+def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: State, data_position: dict) -> None:
+    """Begins to save; training may go on meanwhile. data_position: of the batch that comes next, any json."""
+    step = int(state.step)
+    if step not in manager.all_steps():
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data_position)
+        )
+        manager.save(step, args=args)
+
+
+def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tuple[State, dict] | None:
+    """(state, data position) of the newest checkpoint that can be read, on `shardings`; None if there is none.
+
+    A broken one, as a full disk or a power cut leaves it, is moved out of the way with a warning, and the one
+    before is taken. Raises ValueError if there are checkpoints but none can be read."""
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like._asdict(), shardings._asdict()
+    )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+    errors = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            restored = manager.restore(step, args=args)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a file cut short
+            errors.append(f"{step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            logging.warning("checkpoint %s cannot be read, taking the one before", errors[-1])
+            continue
+        for broken in [s for s in manager.all_steps() if s > step]:
+            manager.delete(broken)  # or the run could not save this step again
+        return State(**restored.state), restored.data
+    if errors:
+        folder = manager.directory
+        raise ValueError(f"no checkpoint in {folder} can be read:\n  " + "\n  ".join(errors))
+    return None

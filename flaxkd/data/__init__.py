@@ -1,0 +1,9 @@
+"""Pictures and captions: where they come from, and how they reach the train step as moments and token ids.
+
+    openmoji.py (+ openmoji_names.py)   TFDS builder of the OpenMoji drawings, the data that needs no download
+    sources.py                          a data set as a sequence of {"image", "caption"}; image folders
+    cache.py                            VAE moments and token ids of a source, computed once
+    loader.py                           shuffled batches of a cache, with a position that can be saved
+
+Nothing here imports TensorFlow or a model: the encoder and the tokenizer are given as functions.
+"""

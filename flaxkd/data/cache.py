@@ -1,0 +1,148 @@
+"""VAE moments and token ids of a source, computed once and kept as ArrayRecord: the train step never encodes.
+
+A cache is a folder `<fingerprint>` with
+
+    moments-00000-of-00001.array_record   records of `pack`, in the order of the source
+    flipped-00000-of-00001.array_record   the same of the mirrored pictures, only if asked for
+    cache.json                            sizes and fingerprints, written last: it says the cache is whole
+
+Every file is written under a temporary name and renamed when whole. A build that is killed goes on at the
+shard where it stopped, and processes that build the same cache at once write the same files.
+"""
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+FORMAT = 1  # to be raised when the records change
+SHARD = 8192  # records a file; 64 KiB each at 512 pixels
+
+
+def ensure(
+    source,
+    folder: Path,
+    *,
+    encode: Callable[[np.ndarray], np.ndarray],
+    tokenize: Callable[[list[str]], np.ndarray],
+    batch_size: int,
+    fingerprint: str,
+    flip: bool = False,
+    progress: bool = True,
+    shard_size: int = SHARD,
+) -> Path:
+    """Returns the cache of a source, a folder inside `folder`; computes it if it is not there.
+
+    source: see sources.Source. encode: uint8[b, r, r, 3] -> VAE moments float32[b, h, w, 2c], always called
+    with b = batch_size. tokenize: captions -> int32[b, l]. fingerprint: of the encoder and the tokenizer.
+    flip: keep the mirrored pictures too. shard_size: records a file.
+    Raises ValueError if the source is empty or a moment is not finite in float16.
+    """
+    if len(source) == 0:
+        raise ValueError("the source has no pictures")
+    inputs = {"format": FORMAT, "source": source.fingerprint, "encoder": fingerprint, "flip": flip}
+    cache = Path(folder) / hashlib.sha256(json.dumps([inputs, shard_size]).encode()).hexdigest()[:20]
+    if (cache / "cache.json").exists():
+        return cache
+    cache.mkdir(parents=True, exist_ok=True)
+    kinds = ("moments", "flipped") if flip else ("moments",)
+    shards = -(-len(source) // shard_size)
+    with tqdm(total=len(source) * len(kinds), desc="encoding", unit=" pictures", disable=not progress) as bar:
+        for kind in kinds:
+            for shard in range(shards):
+                indices = range(shard * shard_size, min((shard + 1) * shard_size, len(source)))
+                file = cache / shard_name(kind, shard, shards)
+                if file.exists():  # from a build that was killed, or of a process beside this one
+                    bar.update(len(indices))
+                    continue
+                batches = _encoded(source, indices, encode, tokenize, batch_size, kind == "flipped")
+                _rename(file, lambda path, batches=batches: _write(path, batches, bar))
+    about = {**inputs, "size": len(source), "shards": shards, "shard_size": shard_size}
+    _rename(cache / "cache.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+    return cache
+
+
+def shard_name(kind: str, shard: int, shards: int) -> str:
+    """File name of a shard. kind: "moments" or "flipped"."""
+    return f"{kind}-{shard:05d}-of-{shards:05d}.array_record"
+
+
+def read_about(cache: Path) -> dict:
+    """cache.json as a dict. FileNotFoundError if the folder is not a complete cache."""
+    file = Path(cache) / "cache.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{cache} is not a complete cache: it has no cache.json; build it again")
+    return json.loads(file.read_text())
+
+
+def pack(moments: np.ndarray, input_ids: np.ndarray, caption: str) -> bytes:
+    """One record: sizes h, w, 2c, l; moments [h, w, 2c] as float16; ids [l] as int32; caption in UTF-8."""
+    sizes = np.array([*moments.shape, len(input_ids)], "<i4")
+    parts = sizes, moments.astype("<f2"), input_ids.astype("<i4")
+    return b"".join(part.tobytes() for part in parts) + caption.encode()
+
+
+def unpack(record: bytes) -> dict:
+    """{"moments": float32[h, w, 2c], "input_ids": int32[l], "caption": str} of a record of `pack`."""
+    *shape, length = np.frombuffer(record, "<i4", 4).tolist()
+    ids_at = 16 + 2 * math.prod(shape)
+    return {
+        "moments": np.frombuffer(record, "<f2", math.prod(shape), 16).reshape(shape).astype(np.float32),
+        "input_ids": np.frombuffer(record, "<i4", length, ids_at).astype(np.int32),
+        "caption": record[ids_at + 4 * length :].decode(),
+    }
+
+
+def _encoded(source, indices: range, encode, tokenize, batch_size: int, mirrored: bool) -> Iterator[tuple]:
+    """(moments, input_ids, captions) batch by batch; the next batch is read while one is encoded."""
+    starts = range(indices.start, indices.stop, batch_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def read(start: int) -> list:
+            stop = min(start + batch_size, indices.stop)
+            return [pool.submit(source.__getitem__, i) for i in range(start, stop)]
+
+        following = read(starts[0])
+        for start in starts:
+            examples = [future.result() for future in following]
+            if start + batch_size < indices.stop:
+                following = read(start + batch_size)
+            images = np.stack([example["image"] for example in examples])
+            images = images[:, :, ::-1] if mirrored else images
+            count = len(images)  # the last batch is filled up, so that `encode` compiles for one shape only
+            images = np.concatenate([images, np.repeat(images[-1:], batch_size - count, axis=0)])
+            with np.errstate(over="ignore"):
+                moments = np.asarray(encode(images))[:count].astype(np.float16)
+            bad = np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
+            if bad.size:
+                where = f"picture {start + int(bad[0])}, {examples[bad[0]]['caption']!r}"
+                raise ValueError(f"{where}: its moments are not finite in float16; check the VAE's weights")
+            captions = [example["caption"] for example in examples]
+            yield moments, np.asarray(tokenize(captions), np.int32), captions
+
+
+def _write(path: Path, batches: Iterator[tuple], bar: tqdm) -> None:
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: random access reads no more
+    for moments, input_ids, captions in batches:
+        for example in zip(moments, input_ids, captions, strict=True):
+            writer.write(pack(*example))
+        bar.update(len(captions))
+    writer.close()
+
+
+def _rename(file: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary name beside `file`, then renames: `file` is whole or absent."""
+    work = file.with_name(f".{uuid.uuid4().hex}")
+    try:
+        write(work)
+        os.replace(work, file)
+    finally:
+        work.unlink(missing_ok=True)

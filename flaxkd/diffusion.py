@@ -1,0 +1,84 @@
+"""The noise schedule of a diffusion model, from diffusers' `scheduler_config.json`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def alphas_cumprod(scheduler_config: dict) -> np.ndarray:
+    """The cumulative product of (1 - beta) over the training timesteps, float64[num_train_timesteps].
+
+    `noisy_latents = sqrt(alphas_cumprod[t]) * latents + sqrt(1 - alphas_cumprod[t]) * noise`. Absent keys have
+    diffusers' defaults: 1000 timesteps, `linear` from 0.0001 to 0.02. With `rescale_betas_zero_snr` the last value
+    is exactly zero (Lin et al. 2023, arXiv:2305.08891, algorithm 1). Raises ValueError for any other schedule.
+    """
+    schedule = scheduler_config.get("beta_schedule", "linear")
+    steps = scheduler_config.get("num_train_timesteps", 1000)
+    start, end = scheduler_config.get("beta_start", 0.0001), scheduler_config.get("beta_end", 0.02)
+    if scheduler_config.get("trained_betas") is not None:
+        raise ValueError(
+            "trained_betas is not supported: give beta_schedule, beta_start and beta_end instead"
+        )
+    if schedule == "linear":
+        betas = np.linspace(start, end, steps)
+    elif schedule == "scaled_linear":  # Stable Diffusion's
+        betas = np.linspace(start**0.5, end**0.5, steps) ** 2
+    elif schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17
+        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    else:
+        known = "linear, scaled_linear, squaredcos_cap_v2"
+        raise ValueError(f"beta_schedule = {schedule!r} is not supported (supported: {known})")
+    product = np.cumprod(1 - betas)
+    if scheduler_config.get("rescale_betas_zero_snr", False):
+        root = np.sqrt(product)
+        product = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return product
+
+
+class NoiseSchedule(NamedTuple):
+    """What training needs of a `scheduler_config.json`. alphas_cumprod: float32[num_train_timesteps]."""
+
+    alphas_cumprod: np.ndarray
+    prediction_type: str
+
+    @classmethod
+    def from_config(cls, scheduler_config: dict, prediction_type: str | None = None) -> "NoiseSchedule":
+        """`prediction_type` overrides that of the file. Raises ValueError for one that is not supported."""
+        kind = prediction_type or scheduler_config.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"prediction_type = {kind!r} is not supported (supported: epsilon, v_prediction)"
+            )
+        return cls(alphas_cumprod(scheduler_config).astype(np.float32), kind)
+
+
+def _weights(schedule: NoiseSchedule, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at timesteps int[b], float32[b, 1, 1, 1]."""
+    alphas = jnp.asarray(schedule.alphas_cumprod)[timesteps][:, None, None, None]
+    return jnp.sqrt(alphas), jnp.sqrt(1 - alphas)
+
+
+def add_noise(schedule: NoiseSchedule, latents, noise, timesteps) -> jax.Array:
+    """The forward process q(x_t | x_0), float32[b, h, w, c] (Ho et al. 2020, arXiv:2006.11239, equation 4)."""
+    alpha, sigma = _weights(schedule, timesteps)
+    return alpha * latents + sigma * noise
+
+
+def target(schedule: NoiseSchedule, latents, noise, timesteps) -> jax.Array:
+    """What the UNet has to predict: the noise, or v (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    alpha, sigma = _weights(schedule, timesteps)
+    return alpha * noise - sigma * latents
+
+
+def min_snr_weights(schedule: NoiseSchedule, timesteps, gamma: float) -> jax.Array:
+    """Loss weights float32[b] of Min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556): min(snr, gamma) / snr,
+
+    over snr + 1 for v, as in diffusers. The signal-to-noise ratio is alphas_cumprod / (1 - alphas_cumprod)."""
+    alphas = jnp.asarray(schedule.alphas_cumprod)[timesteps]
+    snr = alphas / (1 - alphas)
+    return jnp.minimum(snr, gamma) / (snr + 1 if schedule.prediction_type == "v_prediction" else snr)

@@ -1,0 +1,116 @@
+"""One rule between the names of diffusers' (and transformers') tensors and the paths of Flax parameters.
+
+The modules of `flaxkd.models` have diffusers' names, dots and numbers included (`down_blocks.0`, `to_out.0`),
+so a key splits into a path at every dot that no number follows, and only the leaf and the order of axes
+change:
+
+    module        key                        path                           axes
+    convolution   conv_in.weight [o,i,h,w]   ("conv_in", "kernel")          [h,w,i,o]
+    linear        to_q.weight [o,i]          ("to_q", "kernel")             [i,o]
+    embedding     token_embedding.weight     ("token_embedding", "embedding")  unchanged
+    norm          norm1.weight [c]           ("norm1", "scale")             unchanged
+    any           conv_in.bias [o]           ("conv_in", "bias")            unchanged
+
+These are the only transposes of weights in flaxkd. Reading files is the business of `flaxkd.pretrained`.
+"""
+
+import re
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+LISTED = 20  # names of each kind in an error message; a wrong folder would list hundreds
+
+
+def to_flax(key: str, array: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """The path of a diffusers tensor among the parameters, and a view of it with its axes in Flax's order.
+
+    Raises ValueError for a tensor that is neither a weight of 1, 2 or 4 axes nor a bias."""
+    *path, leaf = re.split(r"\.(?!\d)", key)
+    if leaf == "bias" and array.ndim == 1:
+        return (*path, "bias"), array
+    if leaf == "weight" and path and array.ndim == 2 and path[-1].endswith("_embedding"):
+        return (*path, "embedding"), array
+    if leaf == "weight" and array.ndim in (1, 2, 4):
+        name, axes = {4: ("kernel", (2, 3, 1, 0)), 2: ("kernel", (1, 0)), 1: ("scale", (0,))}[array.ndim]
+        return (*path, name), array.transpose(axes)
+    raise ValueError(f"{key} with shape {array.shape} is neither a weight of 1, 2 or 4 axes nor a bias")
+
+
+def to_diffusers(path: tuple[str, ...], array: np.ndarray) -> tuple[str, np.ndarray]:
+    """The inverse of `to_flax`: the key of a parameter, and a view of it with its axes in PyTorch's order."""
+    key, axes = _key(path, array.ndim)
+    return key, array.transpose(axes)
+
+
+def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
+    """Makes the parameters of a module from the tensors of its file.
+
+    tensors: {diffusers key: array}. like: nested dict of anything with `.shape`, as by `pretrained.shapes`.
+    what: the name of the module in the error message. Returns a nested dict with the structure of `like`,
+    whose leaves are views of the tensors in their own dtypes. Names that older libraries wrote, and newer
+    ones, are understood (`_current`). Raises one ValueError that lists all missing, unexpected and mis-shaped
+    tensors."""
+    expected = {}
+    for path, leaf in flatten_dict(like).items():
+        key, axes = _key(path, len(leaf.shape))
+        expected[key] = tuple(leaf.shape[axis] for axis in axes)
+    found, unexpected = {}, []
+    for key, array in tensors.items():
+        if key in expected:
+            found[key] = array
+        elif not key.endswith("position_ids"):  # a buffer 0, 1, 2, ... that transformers saved until 4.30
+            current, array = _current(key, array, expected)
+            if current not in expected or current in tensors:
+                unexpected.append(f"{key} {list(array.shape)}")
+            else:
+                found[current] = array
+    missing = [f"{key} {list(shape)}" for key, shape in expected.items() if key not in found]
+    misshaped = [
+        f"{key} is {list(array.shape)}, must be {list(expected[key])}"
+        for key, array in found.items()
+        if array.shape != expected[key]
+    ]
+    if missing or unexpected or misshaped:
+        kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+        lines = "".join(_lines(kind, names) for kind, names in kinds.items() if names)
+        raise ValueError(f"the tensors of {what} are not those that its config.json describes:{lines}")
+    return unflatten_dict(dict(to_flax(key, array) for key, array in found.items()))
+
+
+def to_tensors(params: dict) -> dict[str, np.ndarray]:
+    """The parameters of a module under diffusers' names, as C-contiguous arrays: what safetensors writes."""
+    pairs = (to_diffusers(path, np.asarray(array)) for path, array in flatten_dict(params).items())
+    return {key: np.ascontiguousarray(array) for key, array in pairs}
+
+
+def _key(path: tuple[str, ...], ndim: int) -> tuple[str, tuple[int, ...]]:
+    """The diffusers key of a parameter with `ndim` axes, and the axes of the parameter in PyTorch's order."""
+    *module, leaf = path
+    same = leaf in ("bias", "scale", "embedding")
+    axes = tuple(range(ndim)) if same else {4: (3, 2, 0, 1), 2: (1, 0)}[ndim]
+    return ".".join([*module, "bias" if leaf == "bias" else "weight"]), axes
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _current(key: str, array: np.ndarray, expected: dict) -> tuple[str, np.ndarray]:
+    """The name under which a tensor is expected, if it has another one.
+
+    Autoencoders from before diffusers 0.18 name their attention otherwise, and some store it as 1x1
+    convolutions; text encoders saved by transformers 5 lack the prefix that all files on the hub have."""
+    module, _, leaf = key.rpartition(".")
+    block, _, name = module.rpartition(".")
+    for candidate in (f"{block}.{_OLD_ATTENTION.get(name)}.{leaf}", f"text_model.{key}"):
+        if candidate in expected:
+            key = candidate
+    if array.shape[2:] == (1, 1) and len(expected.get(key, ())) == 2:
+        array = array[:, :, 0, 0]
+    return key, array
+
+
+def _lines(kind: str, names: list[str]) -> str:
+    names = sorted(names)
+    rest = [f"... and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return f"\n  {kind} ({len(names)}):" + "".join(f"\n    {name}" for name in names[:LISTED] + rest)

@@ -1,0 +1,56 @@
+"""Pictures are encoded once: what the train step reads are the moments of their latents and the token ids of their
+captions, made on the accelerator before the first step and kept for every later run with the same inputs.
+"""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flaxkd import pretrained, sharding
+from flaxkd.data import cache, sources
+
+BATCH = 16  # images per device
+
+
+def fingerprint(source: Path) -> str:
+    """Of all in a pipeline folder that decides over moments and token ids: autoencoder and tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted([*(source / "vae").iterdir(), *(source / "tokenizer").iterdir()]):
+        if path.suffix in (".json", ".txt", ".safetensors"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def ensure(config, source: Path, split: str, dtype, mesh, tokenizer) -> Path:
+    """The cache of one split ("train" or "validation") of `config.data`; made, with progress, if it is not there."""
+    pictures = sources.open_source(config.data.source, split, resolution=config.data.resolution)
+    vae, params = pretrained.load(source, "vae")
+    vae = vae.clone(dtype=dtype)
+    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), sharding.replicated(mesh))
+    data = sharding.batch(mesh)
+    if config.data.resolution % vae.config.factor:
+        raise ValueError(
+            f"data.resolution = {config.data.resolution} pixels is no multiple of {vae.config.factor}, the size of a "
+            "latent of this autoencoder"
+        )
+
+    @jax.jit
+    def moments(params, images):
+        return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        return np.asarray(moments(params, jax.device_put(images, data)))
+
+    return cache.ensure(
+        pictures,
+        sources.cache_home() / "latents",
+        encode=encode,
+        tokenize=lambda captions: pretrained.tokenize(tokenizer, captions),
+        batch_size=BATCH * mesh.size,
+        fingerprint=f"{fingerprint(source)}-{np.dtype(dtype).name}",
+        flip=config.data.random_flip and split == "train",
+    )

@@ -1,0 +1,65 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, curves.png, and a progress bar with rate and time left."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+def read(workdir: Path) -> list[dict]:
+    """The records of metrics.jsonl in order; a last line that a kill cut short is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Writer:
+    """Appends records {"step": int, name: float} to metrics.jsonl and to TensorBoard, and moves the bar.
+
+    On resume at `start`, records of later steps, which that run will write again, are dropped."""
+
+    def __init__(self, workdir: Path, start: int, steps: int):
+        self.path = Path(workdir) / "metrics.jsonl"
+        kept = [record for record in read(workdir) if record["step"] <= start]
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        scratch.rename(self.path)
+        self.events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=1
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        record = {"step": step} | {name: round_off(value) for name, value in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self.events.add_scalar(name, value, step)
+        shown = [
+            n
+            for n in ("loss", "loss_noise", "loss_output", "loss_feature", "images_per_second")
+            if n in record
+        ]
+        if shown:
+            self.bar.set_postfix(
+                {n.replace("images_per_second", "images/s"): f"{record[n]:.3g}" for n in shown}
+            )
+
+    def close(self) -> None:
+        self.events.close()
+        self.bar.close()
+
+
+def round_off(value: float) -> float:
+    """Seven significant digits, what float32 has."""
+    value = float(value)
+    return float(f"{value:.7g}") if math.isfinite(value) else value

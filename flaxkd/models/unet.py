@@ -1,0 +1,372 @@
+"""The UNet of Stable Diffusion 1.x, 2.x and XL, and of every model pruned from them, in functional Linen.
+
+Its configuration is diffusers' `config.json`; its modules have diffusers' names, so that weights convert by one
+rule (`flaxkd.keys`). Ho et al. 2020, Rombach et al. 2022 (arXiv:2112.10752); diffusers `UNet2DConditionModel`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flaxkd.models.layers import (
+    Attention,
+    Conv,
+    Downsample2D,
+    GroupNorm,
+    LayerNorm,
+    ResnetBlock2D,
+    Upsample2D,
+    emit,
+    read_config,
+)
+
+
+class Stage(NamedTuple):
+    """One block of a path: the facts of which `config.json` holds a dozen spellings."""
+
+    channels: int
+    depths: tuple[int, ...]  # per layer (a resnet and what follows it): its transformer blocks, 0 for no attention
+    heads: int
+    resample: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The fields of diffusers' `unet/config.json` that vary among Stable Diffusion UNets, under their names there.
+
+    `attention_head_dim` is the number of *heads*, in diffusers too (an old misnomer that 40,000 configurations rely
+    on). Lists may be nested: `transformer_layers_per_block[block][layer]`.
+    """
+
+    sample_size: int | None = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple = 2
+    downsample_padding: int = 1
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple = 1
+    reverse_transformer_layers_per_block: tuple | None = None
+    attention_head_dim: int | tuple = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
+        """Reads a `config.json`. Raises ValueError naming every field that asks for what this UNet does not do."""
+        self = read_config(cls, config, NEUTRAL, what="UNet")
+        wrong = []
+        kinds = {"down_block_types": _DOWN, "up_block_types": _UP}
+        for field, known in kinds.items():
+            wrong += [f"{field}: {kind!r} (supported: {', '.join(known)})"
+                      for kind in getattr(self, field) if kind not in known]  # fmt: skip
+        if self.mid_block_type not in _MID:
+            wrong.append(f"mid_block_type = {self.mid_block_type!r} (supported: {', '.join(map(repr, _MID))})")
+        if self.addition_embed_type not in (None, "text_time"):
+            wrong.append(f"addition_embed_type = {self.addition_embed_type!r} (supported: None, 'text_time')")
+        blocks = len(self.block_out_channels)
+        if not blocks == len(self.down_block_types) == len(self.up_block_types):
+            wrong.append(
+                f"{blocks} block_out_channels, {len(self.down_block_types)} down_block_types and "
+                f"{len(self.up_block_types)} up_block_types (supported: as many of each)"
+            )
+        if wrong:
+            raise ValueError("this UNet config.json asks for what flaxkd does not support:\n  " + "\n  ".join(wrong))
+        return self
+
+    @property
+    def down(self) -> list[Stage]:
+        """The down path from the outer to the inner block."""
+        n = len(self.block_out_channels)
+        layers = _each(self.layers_per_block, n)
+        depths = _each(self.transformer_layers_per_block, n)
+        return [
+            Stage(self.block_out_channels[i], _depths(self.down_block_types[i], depths[i], layers[i]),
+                  _each(self.attention_head_dim, n)[i], resample=i < n - 1)
+            for i in range(n)
+        ]  # fmt: skip
+
+    @property
+    def mid(self) -> Stage | None:
+        """The mid block: a resnet, then an attention and a resnet for each entry of `depths`."""
+        if self.mid_block_type is None:
+            return None
+        n = len(self.block_out_channels)
+        depth = _each(self.transformer_layers_per_block, n)[-1]
+        depth = depth[0] if isinstance(depth, tuple) else depth
+        depths = (depth,) if self.mid_block_type == "UNetMidBlock2DCrossAttn" else ()
+        return Stage(self.block_out_channels[-1], depths, _each(self.attention_head_dim, n)[-1], resample=False)
+
+    @property
+    def up(self) -> list[Stage]:
+        """The up path from the inner to the outer block, each with one layer more than its twin on the way down."""
+        n = len(self.block_out_channels)
+        layers = _each(self.layers_per_block, n)[::-1]
+        depths = self.reverse_transformer_layers_per_block or _each(self.transformer_layers_per_block, n)[::-1]
+        return [
+            Stage(self.block_out_channels[::-1][i], _depths(self.up_block_types[i], depths[i], layers[i] + 1),
+                  _each(self.attention_head_dim, n)[::-1][i], resample=i < n - 1)
+            for i in range(n)
+        ]  # fmt: skip
+
+
+_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+_UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+# Fields of diffusers' config.json that change nothing here at these values, and are refused at any other.
+NEUTRAL = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type_num_heads": (64,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+
+
+def _each(value, n: int) -> tuple:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * n
+
+
+def _depths(block_type: str, depth, layers: int) -> tuple[int, ...]:
+    return _each(depth, layers) if block_type.startswith("CrossAttn") else (0,) * layers
+
+
+def timestep_embedding(timesteps, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
+    """Sinusoids of `timesteps` [b], float32[b, channels] (Vaswani et al. 2017; diffusers `get_timestep_embedding`)."""
+    half = channels // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None]
+    waves = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(waves, axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two layers, float[b, c] -> float[b, channels]."""
+
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.silu(nn.Dense(self.channels, dtype=self.dtype, name="linear_1")(x))
+        return nn.Dense(self.channels, dtype=self.dtype, name="linear_2")(x)
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate), with the exact GELU: the tanh form that Flax defaults to costs 4e-4 of parity."""
+
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        value, gate = jnp.split(nn.Dense(2 * self.channels, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return value * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        x = GEGLU(4 * channels, self.dtype, name="net.0")(x)
+        return emit(self, nn.Dense(channels, dtype=self.dtype, name="net.2")(x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """x + self-attention, + cross-attention to the text, + feed-forward, each after a norm: float[b, n, c]."""
+
+    heads: int
+    upcast: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, encoder_hidden_states):
+        norm = lambda name: LayerNorm(dtype=self.dtype, name=name)
+        attention = lambda name: Attention(self.heads, upcast=self.upcast, dtype=self.dtype, name=name)
+        x = x + attention("attn1")(norm("norm1")(x))
+        x = x + attention("attn2")(norm("norm2")(x), encoder_hidden_states)
+        x = x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+        return emit(self, x)
+
+
+class Transformer2DModel(nn.Module):
+    """x + proj_out(blocks(proj_in(norm(x)))), float[b, h, w, c]."""
+
+    depth: int
+    heads: int
+    config: UNetConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, encoder_hidden_states):
+        b, h, w, c = x.shape
+        linear = self.config.use_linear_projection
+
+        def project(y, name):
+            if linear:  # a hook in PyTorch sees [b, h w, c] here, and [b, c, h, w] there
+                y = nn.Dense(c, dtype=self.dtype, name=name)(y.reshape(b, h * w, c))
+            else:
+                y = Conv(c, 1, dtype=self.dtype, name=name)(y.reshape(b, h, w, c))
+            return emit(self, y, name)
+
+        y = GroupNorm(self.config.norm_num_groups, 1e-6, dtype=self.dtype, name="norm")(x)
+        y = project(y, "proj_in").reshape(b, h * w, c)
+        for i in range(self.depth):
+            block = BasicTransformerBlock(
+                self.heads, self.config.upcast_attention, self.dtype, name=f"transformer_blocks.{i}"
+            )
+            y = block(y, encoder_hidden_states)
+        return emit(self, x + project(y, "proj_out").reshape(b, h, w, c))
+
+
+class DownBlock(nn.Module):
+    """Layers, then a downsampler. Returns (output, skips): the output of every layer and of the downsampler."""
+
+    stage: Stage
+    config: UNetConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, temb, encoder_hidden_states):
+        skips = []
+        for i, depth in enumerate(self.stage.depths):
+            x = layer(self, i, depth, x, temb, encoder_hidden_states)
+            skips.append(x)
+        if self.stage.resample:
+            x = Downsample2D(self.config.downsample_padding, self.dtype, name="downsamplers.0")(x)
+            skips.append(x)
+        return emit(self, x), skips
+
+
+class MidBlock(nn.Module):
+    """A resnet, then an attention and a resnet for each entry of `stage.depths`."""
+
+    stage: Stage
+    config: UNetConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, temb, encoder_hidden_states):
+        x = resnet(self, 0)(x, temb)
+        for i, depth in enumerate(self.stage.depths):
+            x = attention(self, i, depth)(x, encoder_hidden_states)
+            x = resnet(self, i + 1)(x, temb)
+        return emit(self, x)
+
+
+class UpBlock(nn.Module):
+    """Layers that each take one skip, then an upsampler to the shape (h, w) of the skip that comes next."""
+
+    stage: Stage
+    config: UNetConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, temb, encoder_hidden_states, skips, shape):
+        for i, depth in enumerate(self.stage.depths):
+            x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+            x = layer(self, i, depth, x, temb, encoder_hidden_states)
+        if self.stage.resample:
+            x = Upsample2D(self.dtype, name="upsamplers.0")(x, shape)
+        return emit(self, x)
+
+
+def resnet(block, i: int) -> ResnetBlock2D:
+    c = block.config
+    return ResnetBlock2D(block.stage.channels, c.norm_num_groups, c.norm_eps, block.dtype, name=f"resnets.{i}")
+
+
+def attention(block, i: int, depth: int) -> Transformer2DModel:
+    return Transformer2DModel(depth, block.stage.heads, block.config, block.dtype, name=f"attentions.{i}")
+
+
+def layer(block, i: int, depth: int, x, temb, encoder_hidden_states):
+    """Layer i of a block: a resnet, then an attention if there is one."""
+    x = resnet(block, i)(x, temb)
+    return attention(block, i, depth)(x, encoder_hidden_states) if depth else x
+
+
+class UNet2DCondition(nn.Module):
+    """Predicts the noise (or v) in `sample`.
+
+    sample: float[b, h, w, in_channels], noisy latents. timesteps: int or float[b].
+    encoder_hidden_states: float[b, l, cross_attention_dim]. For SDXL also text_embeds float[b, e] and time_ids [b, 6].
+    Returns float[b, h, w, out_channels] in `dtype`. With `mutable=["features"]`, also what every block, layer and
+    attention made (see `layers.features`). Parameters are float32 at initialisation; `dtype` is that of the compute.
+    `remat` recomputes each block in the backward pass instead of keeping its inside; captured features stay exact.
+    """
+
+    config: UNetConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, sample, timesteps, encoder_hidden_states, text_embeds=None, time_ids=None):
+        c = self.config
+        down_block, mid_block, up_block = (
+            (nn.remat(block, static_argnums=static) if self.remat else block)
+            for block, static in ((DownBlock, ()), (MidBlock, ()), (UpBlock, (5,)))
+        )
+        sinusoids = dict(flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
+        width = c.block_out_channels[0]
+        temb = timestep_embedding(timesteps, width, **sinusoids).astype(self.dtype)
+        temb = TimestepEmbedding(4 * width, self.dtype, name="time_embedding")(temb)
+        if c.addition_embed_type == "text_time":
+            sizes = timestep_embedding(time_ids.reshape(-1), c.addition_time_embed_dim, **sinusoids)
+            added = jnp.concatenate([text_embeds, sizes.reshape(len(sample), -1)], axis=-1).astype(self.dtype)
+            temb = temb + TimestepEmbedding(4 * width, self.dtype, name="add_embedding")(added)
+        encoder_hidden_states = encoder_hidden_states.astype(self.dtype)
+
+        x = Conv(width, dtype=self.dtype, name="conv_in")(sample.astype(self.dtype))
+        skips = [x]
+        for i, stage in enumerate(c.down):
+            x, new = down_block(stage, c, self.dtype, name=f"down_blocks.{i}")(x, temb, encoder_hidden_states)
+            skips += new
+        if c.mid is not None:
+            x = mid_block(c.mid, c, self.dtype, name="mid_block")(x, temb, encoder_hidden_states)
+        for i, stage in enumerate(c.up):
+            n = len(stage.depths)
+            skips, taken = skips[:-n], skips[-n:]
+            shape = skips[-1].shape[1:3] if stage.resample else None
+            block = up_block(stage, c, self.dtype, name=f"up_blocks.{i}")
+            x = block(x, temb, encoder_hidden_states, taken, shape)
+
+        x = nn.silu(GroupNorm(c.norm_num_groups, c.norm_eps, dtype=self.dtype, name="conv_norm_out")(x))
+        return emit(self, Conv(c.out_channels, dtype=self.dtype, name="conv_out")(x))

@@ -1,0 +1,57 @@
+"""One mesh and one rule. Axes: `data` splits the batch, `fsdp` splits batch, parameters and optimizer state."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+FSDP_MIN_SIZE = 2**20  # elements; smaller tensors cost more to gather than to keep
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh of all devices; -1 for `data` takes what `fsdp` leaves. Raises ValueError if it does not come out."""
+    devices = jax.device_count()
+    rows = devices // fsdp if data == -1 else data
+    if rows < 1 or fsdp < 1 or rows * fsdp != devices:
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} does not fit {devices} devices: their product must be {devices} "
+            "(data=-1 takes what fsdp leaves)"
+        )
+    # jax.make_mesh would default to explicit axis types, under which Flax's Dense raises with fsdp.
+    return jax.make_mesh((rows, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+    """The first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def params(mesh: Mesh, tree):
+    """A sharding per leaf: the largest axis that divides goes over `fsdp`, if the tensor is large; else replicated.
+
+    tree: anything whose leaves have `.shape`: parameters, optimizer state, EMA, a whole training state."""
+
+    def rule(x):
+        fsdp = mesh.shape["fsdp"]
+        if np.prod(x.shape, dtype=int) < FSDP_MIN_SIZE or fsdp == 1:
+            return replicated(mesh)
+        divisible = [axis for axis, size in enumerate(x.shape) if size % fsdp == 0]
+        if not divisible:
+            return replicated(mesh)
+        axis = max(divisible, key=lambda axis: x.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+    return jax.tree.map(rule, tree)
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+    """Raises ValueError unless every device gets the same whole number of images at each accumulation step."""
+    devices = mesh.size
+    if accumulate < 1 or batch_size % (devices * accumulate):
+        raise ValueError(
+            f"batch_size = {batch_size} images cannot be split over {devices} devices x {accumulate} accumulation "
+            f"steps: make it a multiple of {devices * max(accumulate, 1)}"
+        )

@@ -1,0 +1,134 @@
+"""The train step that every task shares: gradients, accumulation, optimizer, EMA, in one sharded `jax.jit`.
+
+What is trained is a `Task`. The step knows neither UNet nor loss.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flaxkd import sharding
+
+
+class Task(NamedTuple):
+    """What is trained, and against what.
+
+    params: {part: tree}, float32, trained. frozen: any tree, in compute precision; no gradient, never saved.
+    prepare(key, batch) -> inputs: draws all random numbers, for the whole batch at once, so that neither the
+    number of devices nor the accumulation changes them. The leaves of inputs have the batch as first axis.
+    loss(params, frozen, inputs) -> (loss, metrics): means over the batch, float32 scalars, no randomness.
+    configs: {part: its config.json} of what is trained.
+    """
+
+    params: dict
+    frozen: Any
+    prepare: Callable
+    loss: Callable
+    configs: dict[str, dict]
+
+
+class State(NamedTuple):
+    """What a checkpoint holds. step: int32[], updates done. ema: like params, or empty if there is no average."""
+
+    step: jax.Array
+    params: dict
+    opt_state: Any
+    ema: dict
+
+
+def learning_rate(config) -> Callable:
+    """Any optax schedule by its name: `config.learning_rate` is {"schedule": name, **arguments}.
+
+    Raises ValueError for a name or arguments that optax does not have."""
+    arguments = dict(config.learning_rate)
+    name = arguments.pop("schedule")
+    schedule = getattr(optax.schedules, str(name), None)
+    if schedule is None:
+        raise ValueError(
+            f"learning_rate.schedule = {name!r} is not in optax.schedules ({', '.join(_schedules())})"
+        )
+    try:
+        return schedule(**arguments)
+    except TypeError as error:
+        raise ValueError(f"learning_rate: optax.schedules.{error}") from error
+
+
+def _schedules() -> list[str]:
+    return [name for name in dir(optax.schedules) if name.endswith("schedule") and "inject" not in name]
+
+
+def optimizer(config) -> optax.GradientTransformation:
+    """Clipping by the global norm (None: none), then AdamW or another optimizer of optax by name."""
+    arguments = dict(config.optimizer)
+    name = arguments.pop("name")
+    make = getattr(optax, str(name), None)
+    if make is None:
+        raise ValueError(f"optimizer.name = {name!r} is not in optax")
+    clip = (
+        optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
+    )
+    try:
+        return optax.chain(clip, make(learning_rate(config), **arguments))
+    except TypeError as error:
+        raise ValueError(f"optimizer: optax.{error}") from error
+
+
+def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> State:
+    return State(
+        jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(jnp.copy, params) if ema else {}
+    )
+
+
+def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Callable]:
+    """(train_step, evaluate), both compiled once.
+
+    train_step(state, frozen, batch) -> (state, metrics): one update; `state` is donated.
+    evaluate(params, frozen, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call.
+    """
+    key = jax.random.key(config.seed)
+    schedule = learning_rate(config)
+    shardings = sharding.params(mesh, state)
+    frozen = sharding.params(mesh, task.frozen)
+    data, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
+
+    def gradients(params, frozen, inputs):
+        (_, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, inputs)
+        return grads, metrics
+
+    def train_step(state: State, frozen, batch):
+        inputs = task.prepare(jax.random.fold_in(key, state.step), batch)
+        if config.accumulate == 1:
+            grads, metrics = gradients(state.params, frozen, inputs)
+        else:
+            # Every micro-batch takes examples from all devices: the batch axis is split from within.
+            split = lambda x: jnp.swapaxes(x.reshape(-1, config.accumulate, *x.shape[1:]), 0, 1)
+            add = lambda total, inputs: (
+                jax.tree.map(jnp.add, total, gradients(state.params, frozen, inputs)), None
+            )  # fmt: skip
+            inputs = jax.tree.map(split, inputs)
+            first = jax.eval_shape(gradients, state.params, frozen, jax.tree.map(lambda x: x[0], inputs))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+            total, _ = jax.lax.scan(add, zeros, inputs)
+            grads, metrics = jax.tree.map(lambda x: x / config.accumulate, total)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema:  # the average of few weights is short, or it would remember the start
+            decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)
+        metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
+        return State(state.step + 1, params, opt_state, ema), metrics
+
+    def evaluate(params, frozen, batch):
+        return task.loss(params, frozen, task.prepare(jax.random.key(0), batch))[1]
+
+    train = jax.jit(
+        train_step,
+        in_shardings=(shardings, frozen, data),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+    return train, jax.jit(evaluate, in_shardings=(shardings.params, frozen, data), out_shardings=everywhere)

@@ -1,0 +1,323 @@
+"""Trains what a configuration describes: a student, a teacher, or an autoencoder.
+
+    python -m flaxkd.train --config configs/small.py [--workdir DIR] [--config.key=value ...]
+
+The only file that knows all the others. Read `run` from the top: it is the order of things.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxkd import (
+    autoencode,
+    blank,
+    checkpoint,
+    distill,
+    export,
+    latents,
+    metrics,
+    pictures,
+    pretrained,
+    sampling,
+    sharding,
+)
+from flaxkd.data import loader, sources
+from flaxkd.step import init_state, make_step, optimizer
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+def run(config, workdir: Path) -> dict[str, float]:
+    """Trains until `config.steps`, and returns the last validation figures. Resumes what `workdir` holds.
+
+    Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError when the
+    loss is no longer finite, Stopped after SIGTERM or Ctrl-C."""
+    started = time.time()
+
+    # -- Mesh and precision ------------------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    tx = optimizer(config)
+
+    # -- Teacher -----------------------------------------------------------------------------------------------------
+    pictures_of = lambda split: sources.open_source(
+        config.data.source, split, resolution=config.data.resolution
+    )
+    if config.blank is not None:
+        captions = [picture["caption"] for picture in pictures_of("train")]
+        source = blank.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
+    else:
+        source = pretrained.resolve(config.teacher)
+    tokenizer = pretrained.load_tokenizer(source)
+
+    # -- What is trained ---------------------------------------------------------------------------------------------
+    of_pixels = tuple(config.train) == ("vae",)
+    task = (
+        autoencode.task(config, source, dtype)
+        if of_pixels
+        else distill.task(config, source, dtype, tokenizer)
+    )
+    checkpoint.claim(workdir, config.to_dict())
+    export.plan(workdir, source.absolute(), task.configs)
+    say(config, source, task, mesh, dtype)
+
+    # -- Data --------------------------------------------------------------------------------------------------------
+    if of_pixels:
+        batches = loader.images(pictures_of("train"), config.batch_size, config.seed)
+        held_out = pictures_of("validation")
+        validation = {"images": np.stack([held_out[i]["image"] for i in range(config.validation.examples)])}
+    else:
+        caches = [latents.ensure(config, source, s, dtype, mesh, tokenizer) for s in ("train", "validation")]
+        batches = loader.batches(caches[0], config.batch_size, config.seed)
+        validation = loader.examples(caches[1], config.validation.examples)
+        validation = {name: validation[name] for name in ("moments", "input_ids")}
+    put = lambda batch: jax.device_put(batch, sharding.batch(mesh))
+    validation = put({name: x[: len(x) // mesh.size * mesh.size] for name, x in validation.items()})
+
+    # -- State: the newest checkpoint, or the beginning --------------------------------------------------------------
+    state = jax.eval_shape(lambda params: init_state(params, tx, bool(config.ema_decay)), task.params)
+    shardings = sharding.params(mesh, state)
+    manager = checkpoint.manager(workdir, config.checkpoint.keep)
+    restored = checkpoint.restore(manager, state, shardings)
+    first = jax.device_put(task.params, shardings.params)
+    if restored is None:
+        # The copy is what the step may donate: `first` stays, to be compared with.
+        state = jax.jit(
+            lambda params: init_state(params, tx, bool(config.ema_decay)), out_shardings=shardings
+        )(first)
+    else:
+        state, position = restored
+        batches.set_state(position)
+        print(f"resuming at step {int(state.step):,} of {config.steps:,}", flush=True)
+    frozen = jax.device_put(task.frozen, sharding.params(mesh, task.frozen))
+    train_step, evaluate = make_step(task, config, tx, mesh, state)
+
+    # -- What is shown -----------------------------------------------------------------------------------------------
+    start = int(state.step)
+    writer = metrics.Writer(workdir, start, config.steps)
+    draw = drawer(config, source, task, frozen, dtype, mesh, tokenizer, first)
+
+    def validate(step: int) -> dict[str, float]:
+        values = evaluate(state.ema or state.params, frozen, validation)
+        values = {f"validation/{name}": float(value) for name, value in values.items()}
+        writer.write(step, values)
+        return values
+
+    def draw_samples() -> None:
+        draw(state.ema or state.params, workdir / "samples.png")
+        pictures.curves(workdir)
+
+    # -- Loop --------------------------------------------------------------------------------------------------------
+    pending: list[tuple[int, dict]] = []
+    last_log = [time.time(), start]
+
+    def flush() -> None:
+        """Fetches what the steps since the last time measured. One wait for the device, not one per step."""
+        if not pending:
+            return
+        values = jax.device_get([m for _, m in pending])
+        for (step, _), m in zip(pending, values, strict=True):
+            if not np.isfinite(m["loss"]):
+                saved = manager.latest_step()
+                raise FloatingPointError(
+                    f"the loss of step {step} is {m['loss']}. The last good checkpoint is "
+                    f"{f'{manager.directory}/{saved}' if saved is not None else 'none yet'}. Lower the learning rate "
+                    "or max_grad_norm, or use float32, in a new workdir."
+                )
+        step, now = pending[-1][0], time.time()
+        rate = (step - last_log[1]) * config.batch_size / max(now - last_log[0], 1e-9)
+        mean = {name: float(np.mean([m[name] for m in values])) for name in values[0]}
+        writer.write(step, mean | {"images_per_second": rate})
+        pending.clear()
+        last_log[:] = [time.time(), step]
+
+    def save() -> None:
+        flush()
+        checkpoint.save(manager, state, batches.get_state())
+
+    figures = {}
+    with stop_signals() as stop:
+        if start == 0:
+            figures = validate(0)
+            draw_samples()
+        for step in range(start + 1, config.steps + 1):
+            state, values = train_step(state, frozen, put(next(batches)))
+            pending.append((step, values))
+            writer.bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                flush()
+            if step % config.validation.every == 0 or step == config.steps:
+                flush()
+                figures = validate(step)
+                last_log[0] = time.time()
+            if step % config.checkpoint.every == 0 or step == config.steps or stop:
+                save()
+            if stop:
+                manager.wait_until_finished()
+                writer.close()
+                raise Stopped(f"stopped at step {step}; the same command goes on from there")
+            if step % config.sample.every == 0 and step != config.steps:
+                draw_samples()
+                last_log[0] = time.time()
+    manager.wait_until_finished()
+    draw_samples()
+    writer.close()
+
+    # -- Export ------------------------------------------------------------------------------------------------------
+    params = jax.device_get(state.ema or state.params)
+    if of_pixels:
+        task.configs["vae"]["scaling_factor"] = autoencode.scaling_factor(
+            source, params["vae"], validation["images"]
+        )
+        export.plan(workdir, source.absolute(), task.configs)
+    out = export.write(
+        workdir,
+        workdir / "diffusers",
+        params,
+        step=config.steps,
+        averaged=bool(state.ema),
+        dtype=np.float16,
+    )
+    manager.close()
+    conclude(config, workdir, out, figures, time.time() - started)
+    return figures
+
+
+def drawer(config, source, task, frozen, dtype, mesh, tokenizer, first) -> Callable:
+    """(params, path) -> None: draws the validation prompts with the network as it is, beside what it is compared with.
+
+    With a student the columns are the teacher, the student as cut and the student now; else the network now."""
+    if tuple(config.train) == ("vae",):
+        return lambda params, path: None
+    replicated = sharding.replicated(mesh)
+    vae, vae_params = pretrained.load(source, "vae", dtype)
+    unet = pretrained.build("unet", task.configs["unet"], dtype)
+    text_encoder = pretrained.build("text_encoder", pretrained.read_config(source, "text_encoder"), dtype)
+    vae_params = jax.device_put(vae_params, replicated)
+    prompts = list(config.sample.prompts)
+    plan = sampling.plan(
+        config.sample.sampler, pretrained.read_config(source, "scheduler"), config.sample.steps
+    )
+    size = config.data.resolution // vae.config.factor
+    noise = np.random.default_rng(config.seed).standard_normal((len(prompts), size, size, 4), np.float32)
+    ids = pretrained.tokenize(tokenizer, prompts)
+    empty = pretrained.tokenize(tokenizer, [""] * len(prompts))
+
+    def images(module, unet_params, text_params) -> np.ndarray:
+        params = {"unet": unet_params, "vae": vae_params, "text_encoder": text_params}
+        drawn = sampling.text_to_image(
+            module, vae, text_encoder, params, ids, empty, noise, plan, config.sample.guidance
+        )
+        return np.asarray(jnp.round(drawn * 255)).astype(np.uint8)
+
+    before = {}
+    if config.student:
+        teacher = pretrained.build("unet", pretrained.read_config(source, "unet"), dtype)
+        text = frozen.get("text_encoder", first.get("text_encoder"))
+        before["teacher"] = images(teacher, frozen["teacher"], text)
+        before["student as cut"] = images(unet, first["unet"], text)
+    now = "student after distillation" if config.student else "model"
+
+    def draw(params, path: Path) -> None:
+        text = params.get("text_encoder", frozen.get("text_encoder"))
+        pictures.grid(before | {now: images(unet, params["unet"], text)}, prompts, path)
+
+    return draw
+
+
+class stop_signals:
+    """Within it, SIGTERM and Ctrl-C set a flag that the loop reads between steps; a second Ctrl-C interrupts."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+    def __enter__(self):
+        def ask(number, frame):
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.asked = True
+            print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+
+        self.before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def say(config, source: Path, task, mesh, dtype) -> None:
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    parts = ", ".join(f"{part} {count(tree):,}" for part, tree in task.params.items())
+    devices = jax.devices()
+    print(
+        f"teacher   {source}\nstudent   {config.student or 'none: the teacher itself is trained'}\n"
+        f"trained   {parts} parameters\n"
+        f"machine   {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}, {np.dtype(dtype).name}\n"
+        f"batch     {config.batch_size} images, {config.steps:,} steps",
+        flush=True,
+    )
+
+
+def conclude(config, workdir: Path, out: Path, figures: dict[str, float], seconds: float) -> None:
+    start = next((r for r in metrics.read(workdir) if "validation/loss" in r), {})
+    print(f"\ndone in {seconds / 60:.1f} minutes. Validation, at the start and now:")
+    for name in (n for n in figures if "feature/" not in n):
+        print(
+            f"  {name.removeprefix('validation/'):14} {start.get(name, float('nan')):10.5f} {figures[name]:10.5f}"
+        )
+    made = {"samples.png": "the validation prompts, drawn", "curves.png": "all figures over time"}
+    made |= {"metrics.jsonl": "the figures", "diffusers": "a whole pipeline folder, for diffusers"}
+    for name, what in made.items():
+        if (workdir / name).exists():
+            print(f"  {workdir / name}  {what}")
+    print(f"\nnext: look at {workdir / 'samples.png'}, then in an environment with torch and diffusers\n"
+          f'  python -c "from diffusers import StableDiffusionPipeline as P; '
+          f"P.from_pretrained('{out}')('{config.sample.prompts[0]}').images[0].save('picture.png')\"")  # fmt: skip
+
+
+def main(_=None) -> None:
+    from absl import flags, logging
+
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes
+    config, workdir = FLAGS.config, FLAGS.workdir
+    name = Path(flags.FLAGS["config"].config_filename.partition(":")[0]).stem
+    workdir = Path(workdir or f"runs/{name}")
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    try:
+        run(config, workdir)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(143)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("FLAXKD_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/small.py", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run; default runs/NAME")
+    flags.mark_flag_as_required("config")
+    FLAGS = flags.FLAGS
+    app.run(main)

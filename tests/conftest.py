@@ -1,0 +1,98 @@
+"""Four fake CPU devices, no network, a compilation cache that outlives the session, a tiny pipeline folder.
+
+The environment is set before anything imports jax, which reads it once.
+"""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "flaxkd" / "jax-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import pytest
+
+CAPTIONS = ["red apple", "green apple", "grinning face", "flag: Ivory Coast", "it's 12 o'clock"]
+
+UNET = dict(
+    sample_size=8,
+    block_out_channels=(8, 16, 16, 16),
+    layers_per_block=2,
+    norm_num_groups=4,
+    attention_head_dim=2,
+    cross_attention_dim=16,
+)
+VAE = dict(
+    sample_size=32,
+    block_out_channels=(8, 8, 16),
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    layers_per_block=1,
+    norm_num_groups=4,
+    latent_channels=4,
+)
+TEXT = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16
+)
+SCHEDULER = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+)
+
+
+def perturb(module, seed: int):
+    """Random weights of unit scale, such that no two tensors are alike and no norm is the identity."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            parameter.copy_(noise / fan_in**0.5 if parameter.ndim > 1 else parameter + 0.2 * noise)
+    return module.eval()
+
+
+def clip_tokenizer(captions: list[str], max_length: int):
+    """A CLIP tokenizer whose merges are learnt from the captions."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=320, end_of_word_suffix="</w>", show_progress=False)
+    words = [word for caption in captions for word in caption.lower().split()]
+    learner.train_from_iterator(words, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys([*names, "<|startoftext|>", "<|endoftext|>"]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> Path:
+    """A pipeline folder as diffusers writes it: random weights, 8x8 latents, 32x32 pixels. Read only."""
+    pytest.importorskip("torch")
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = clip_tokenizer(CAPTIONS, max_length=16)
+    n = len(tokenizer)
+    ends = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
+    text = CLIPTextConfig(vocab_size=n, max_position_embeddings=16, **TEXT, **ends)
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    StableDiffusionPipeline(
+        unet=perturb(UNet2DConditionModel(**UNET), 0),
+        vae=perturb(AutoencoderKL(**VAE), 1),
+        text_encoder=perturb(CLIPTextModel(text), 2),
+        tokenizer=tokenizer,
+        scheduler=PNDMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder

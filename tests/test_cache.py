@@ -1,0 +1,201 @@
+"""The latent cache and the loader, with a stand-in for the VAE."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from flaxkd.data import cache, loader, sources
+
+
+def encode(images):
+    """Stands for the VAE: float32[b, 2, 2, 6], different left and right."""
+    b, height, width, _ = images.shape
+    small = images.reshape(b, 2, height // 2, 2, width // 2, 3).mean((2, 4)) / 255
+    return np.concatenate([small, -small], -1).astype(np.float32)
+
+
+def tokenize(captions):
+    return np.array([[len(c), *c.encode()[:4].ljust(4)] for c in captions], np.int32)
+
+
+def numbered(size, fingerprint="numbers"):
+    """A source whose picture i has the brightness i, and twice that on the right."""
+
+    def load(i):
+        image = np.full((8, 8, 3), i, np.uint8)
+        image[:, 4:] = 2 * i
+        return {"image": image, "caption": f"picture {i}"}
+
+    return sources.Source(size, load, fingerprint)
+
+
+def ensure(source, folder, **changes):
+    options = {"encode": encode, "tokenize": tokenize, "batch_size": 4, "fingerprint": "vae"}
+    return cache.ensure(source, folder, **{**options, "progress": False, **changes})
+
+
+def order(batch):
+    """Which pictures of `numbered` a batch has."""
+    return np.rint(batch["moments"][:, 0, 0, 0] * 255).astype(int).tolist()
+
+
+def test_record_round_trip():
+    moments = np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float16)
+    found = cache.unpack(cache.pack(moments, np.arange(7, dtype=np.int32), "piñata"))
+    np.testing.assert_array_equal(found["moments"], moments.astype(np.float32))
+    np.testing.assert_array_equal(found["input_ids"], np.arange(7))
+    assert found["moments"].dtype == np.float32 and found["input_ids"].dtype == np.int32
+    assert found["caption"] == "piñata"
+
+
+def test_cache_holds_what_the_encoder_says_and_is_reused(tmp_path):
+    source, calls = numbered(11), []
+
+    def counted(images):
+        calls.append(images.shape)
+        return encode(images)
+
+    folder = ensure(source, tmp_path, encode=counted, shard_size=6)
+    assert calls == [(4, 8, 8, 3)] * 4  # 6 + 5 pictures: always full batches
+    found = loader.examples(folder, 99)
+    want = [source[i] for i in range(11)]
+    assert found["captions"] == [example["caption"] for example in want]
+    np.testing.assert_allclose(found["moments"], encode(np.stack([e["image"] for e in want])), atol=1e-4)
+    np.testing.assert_array_equal(found["input_ids"], tokenize(found["captions"]))
+    assert loader.examples(folder, 3)["moments"].shape == (3, 2, 2, 6)
+    assert ensure(source, tmp_path, encode=counted, shard_size=6) == folder and len(calls) == 4
+    others = {
+        ensure(source, tmp_path, fingerprint="another vae"),
+        ensure(numbered(11, "other pictures"), tmp_path),
+        ensure(source, tmp_path, flip=True),
+    }
+    assert len(others | {folder}) == 4
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cache.json",
+        "moments-00000-of-00002.array_record",
+        "moments-00001-of-00002.array_record",
+    ]
+
+
+def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_build_slowly, args=(tmp_path,))
+    process.start()
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("*/moments-00001*")) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(FileNotFoundError, match=r"no cache.json"):
+        loader.examples(folder, 1)
+    calls = []
+
+    def counted(images):
+        calls.append(1)
+        return encode(images)
+
+    assert ensure(numbered(40), tmp_path, shard_size=4, encode=counted) == folder
+    assert 0 < len(calls) <= 8  # of 10 shards, two at least were kept
+    assert loader.examples(folder, 40)["captions"] == [f"picture {i}" for i in range(40)]
+
+
+def _build_slowly(folder):
+    ensure(numbered(40), folder, shard_size=4, encode=lambda images: time.sleep(0.2) or encode(images))
+
+
+def test_processes_that_build_the_same_cache(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_build_slowly, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    (folder,) = tmp_path.iterdir()
+    assert loader.examples(folder, 40)["captions"] == [f"picture {i}" for i in range(40)]
+    assert len(list(folder.iterdir())) == 11
+
+
+def test_moments_that_float16_cannot_hold_are_refused(tmp_path):
+    def overflowing(images):
+        return np.where(images.mean((1, 2, 3)) > 8, 1e6, 0)[:, None, None, None] * np.ones((1, 2, 2, 6))
+
+    with pytest.raises(ValueError, match="picture 6, 'picture 6': its moments are not finite"):
+        ensure(numbered(9), tmp_path, encode=overflowing)
+    assert not list(tmp_path.rglob("*.array_record"))
+    with pytest.raises(ValueError, match="no pictures"):
+        ensure(numbered(0), tmp_path)
+
+
+def test_batches_are_shuffled_endless_and_deterministic(tmp_path):
+    folder = ensure(numbered(20), tmp_path)
+    iterator = loader.batches(folder, 6, seed=0)
+    first = [next(iterator) for _ in range(10)]  # three epochs
+    assert first[0]["moments"].shape == (6, 2, 2, 6) and first[0]["moments"].dtype == np.float32
+    assert first[0]["input_ids"].shape == (6, 5) and first[0]["input_ids"].dtype == np.int32
+    drawn = [i for batch in first for i in order(batch)]
+    epochs = [drawn[i : i + 20] for i in (0, 20, 40)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != list(range(20)) and epochs[0] != epochs[1]
+    again = loader.batches(folder, 6, seed=0)
+    assert [i for _ in range(10) for i in order(next(again))] == drawn
+    assert order(next(loader.batches(folder, 6, seed=1))) != drawn[:6]
+    assert len(order(next(loader.batches(folder, 50, seed=0)))) == 50  # more than the cache has
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_position_is_restored(tmp_path, flip):
+    folder = ensure(numbered(20), tmp_path, flip=flip)
+    iterator = loader.batches(folder, 6, seed=3)
+    for _ in range(5):
+        next(iterator)
+    state = json.dumps(iterator.get_state())
+    want = [next(iterator) for _ in range(5)]
+    other = loader.batches(folder, 6, seed=3)
+    other.set_state(json.loads(state))
+    for batch in want:
+        found = next(other)
+        for name in batch:
+            np.testing.assert_array_equal(found[name], batch[name])
+
+
+def test_the_global_batch_does_not_depend_on_the_number_of_processes(tmp_path):
+    folder = ensure(numbered(20), tmp_path, flip=True)
+    whole = loader.batches(folder, 8, seed=0)
+    parts = [loader.batches(folder, 8, seed=0, process_index=i, process_count=4) for i in range(4)]
+    for _ in range(6):
+        rows = [next(part) for part in parts]
+        for name, want in next(whole).items():
+            np.testing.assert_array_equal(np.concatenate([row[name] for row in rows]), want)
+    with pytest.raises(ValueError, match="batch of 8 cannot be split evenly over 3 processes"):
+        loader.batches(folder, 8, seed=0, process_index=0, process_count=3)
+
+
+def test_mirrored_pictures_are_drawn_half_the_time(tmp_path):
+    plain = loader.batches(ensure(numbered(20), tmp_path), 10, seed=0)
+    flipped = loader.batches(ensure(numbered(20), tmp_path, flip=True), 10, seed=0)
+
+    def mirrored(batch):
+        left, right = batch["moments"][:, 0, 0, 0], batch["moments"][:, 0, 1, 0]
+        return (left > right)[left != right]
+
+    assert not np.concatenate([mirrored(next(plain)) for _ in range(10)]).any()
+    share = np.concatenate([mirrored(next(flipped)) for _ in range(40)]).mean()
+    assert 0.4 < share < 0.6
+
+
+def test_a_damaged_cache_is_refused(tmp_path):
+    folder = ensure(numbered(5), tmp_path)
+    about = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps({**about, "size": 6}))
+    with pytest.raises(ValueError, match=r"has 5 moments, its cache.json says 6"):
+        loader.batches(folder, 2, seed=0)
+    (folder / cache.shard_name("moments", 0, 1)).unlink()
+    with pytest.raises(FileNotFoundError, match="the cache lacks"):
+        loader.examples(folder, 1)

@@ -1,0 +1,180 @@
+"""Configurations: each has the keys of default.py and a command that works, and no key is without effect."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from flaxkd import step, students
+
+ROOT = Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text())
+CASES = [(name, None) for name in NAMES] + [("small", "sd15"), ("tiny", "sd15")]
+PUBLISHED = {
+    "small": "sd_small",
+    "tiny": "sd_tiny",
+    "bk_base": "bk_base",
+    "bk_small": "bk_small",
+    "bk_tiny": "bk_tiny",
+}
+# Their keys are the arguments of a function of optax, or an architecture: they differ from config to config.
+OPEN = ("optimizer", "learning_rate", "blank")
+
+
+def module(name: str):
+    return importlib.import_module(f"configs.{name}")
+
+
+def load(name: str, arg: str | None = None) -> ConfigDict:
+    return module(name).get_config(arg)
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> dict:
+    """{"data.source": value, ...}; the groups of OPEN are leaves themselves."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and key not in OPEN:
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def parse(name: str, *arguments: str) -> ConfigDict:
+    """The configuration as the command line of flaxkd.train makes it."""
+    command = ["train", f"--config={ROOT}/configs/{name}", *arguments]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=command)
+    values(command)
+    return values.config
+
+
+every_config = pytest.mark.parametrize(("name", "arg"), CASES)
+
+
+def test_the_configs_are_found():
+    assert {*PUBLISHED, "default", "teacher", "vae"} <= {*NAMES}
+
+
+@every_config
+def test_keys_are_those_of_default(name, arg):
+    assert leaves(load(name, arg)).keys() == leaves(load("default")).keys()
+
+
+@every_config
+def test_student_pairing_and_optimizer_exist(name, arg):
+    config = load(name, arg)
+    if config.student is not None:
+        assert config.pairing in students.get(config.student).published
+        assert students.feature_pairs(students.get(config.student), config.pairing)
+    assert name not in PUBLISHED or config.student == PUBLISHED[name]
+    step.optimizer(config)
+    rates = [float(step.learning_rate(config)(at)) for at in (0, config.steps // 2, config.steps)]
+    assert 0 < max(rates) <= 1e-2 and min(rates) >= 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "default"])
+def test_docstring_has_the_command(name):
+    text = module(name).__doc__
+    assert f"python -m flaxkd.train --config configs/{name}.py" in text
+    for key in re.findall(r"--config\.([a-z_.]+)=", text):
+        assert key in leaves(load("default")), f"{name} advises --config.{key}"
+
+
+def chains(path: Path) -> set[str]:
+    """The dotted names in a program that begin with a variable: "config", "config.data", "config.data.source"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        words = []
+        while isinstance(node, ast.Attribute):
+            words.append(node.attr)
+            node = node.value
+        if isinstance(node, ast.Name):
+            found.add(".".join([node.id, *reversed(words)]))
+    return found
+
+
+def test_every_key_is_read():
+    read = set().union(*(chains(path) for path in (ROOT / "flaxkd").rglob("*.py")))
+    # Of a group that is handed on, the key is read as `weight.noise`.
+    unread = [
+        key for key in leaves(load("default")) if not read & {f"config.{key}", *([key] if "." in key else [])}
+    ]
+    assert not unread
+
+
+def test_every_key_that_is_read_exists():
+    known = leaves(load("default"))
+    known = {*known, *(key.rpartition(".")[0] for key in known), "blank.to_dict", "to_dict"}
+    takes_it = [
+        path for path in (ROOT / "flaxkd").glob("*.py") if {"config.seed", "config.data"} & chains(path)
+    ]
+    assert {"train", "step", "distill", "latents"} <= {path.stem for path in takes_it}
+    for path in takes_it:
+        read = {chain.partition(".")[2] for chain in chains(path) if chain.startswith("config.")}
+        assert not read - known, path.name
+
+
+def test_small_is_two_runs():
+    embedded, sd15 = load("small"), load("small", "sd15")
+    assert embedded.teacher is None and sd15.teacher == "SG161222/Realistic_Vision_V4.0"
+    assert embedded.data.source == "openmoji" != sd15.data.source
+    assert (embedded.data.resolution, sd15.data.resolution) == (64, 512)
+    assert (sd15.weight.noise, sd15.weight.output, sd15.weight.feature) == (1.0, 0.5, 0.5)
+    assert embedded.student == sd15.student == "sd_small" and sd15.pairing == "segmind"
+    recipe = importlib.import_module("configs.recipes").segmind.__doc__
+    assert "1e-5" in recipe and "1e-4" in recipe  # both published learning rates
+    assert sd15.learning_rate.peak_value == 1e-5
+
+
+@pytest.mark.parametrize("name", ["bk_base", "bk_small", "bk_tiny"])
+def test_bksdm_recipes(name):
+    config = load(name)
+    assert (config.weight.noise, config.weight.output, config.weight.feature) == (1.0, 1.0, 1.0)
+    assert config.pairing == "bksdm" and config.batch_size == 256 and config.steps == 50_000
+    assert step.learning_rate(config)(0) == step.learning_rate(config)(config.steps) == 5e-5
+
+
+@pytest.mark.parametrize("name", ["small", "tiny"])
+def test_an_unknown_argument_of_a_config_is_refused(name):
+    with pytest.raises(ValueError, match=rf"configs/{name}.py:sd21 is unknown.*sd15"):
+        load(name, "sd21")
+
+
+@pytest.mark.parametrize("name", ["small.py", "small.py:sd15", "bk_base.py"])
+def test_keys_that_are_none_take_a_value_from_the_command_line(name):
+    values = {
+        "teacher": "owner/name",
+        "student": "bk_tiny",
+        "prediction_type": "v_prediction",
+        "snr_gamma": 5.0,
+        "max_grad_norm": 2.0,
+        "ema_decay": 0.99,
+        "dtype": "bfloat16",
+    }
+    nones = {key for key, value in leaves(load("default")).items() if value is None} - {"blank"}
+    assert nones <= values.keys()
+    config = parse(name, *(f"--config.{key}={value}" for key, value in values.items()))
+    assert {key: config[key] for key in values} == values
+
+
+def test_groups_take_a_value_from_the_command_line():
+    overrides = ["--config.weight.feature=0.25", "--config.learning_rate.peak_value=1e-4"]
+    overrides += ["--config.data.source=DIR", "--config.sample.prompts=('one','two')"]
+    config = parse("small.py:sd15", *overrides)
+    assert (config.weight.feature, config.weight.output) == (0.25, 0.5)
+    assert config.learning_rate.peak_value == 1e-4 and config.data.source == "DIR"
+    assert config.sample.prompts == ("one", "two")
+
+
+def test_an_unknown_key_fails_with_a_suggestion():
+    command = [sys.executable, "-m", "flaxkd.train", "--config", "configs/small.py", "--config.batch_sise=8"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    assert 'Did you mean "batch_size"' in result.stderr

@@ -1,0 +1,224 @@
+"""The program as a person runs it, on a tiny pipeline: what it leaves, and that nothing is lost when it dies.
+
+Every run is a process of its own, since a kill needs one.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+STEPS = 40
+EVERY = 10
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder of 64 coloured squares with captions, and a cache of its own."""
+    folder = tmp_path_factory.mktemp("home")
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    with (pictures / "metadata.jsonl").open("w") as file:
+        for i in range(160):
+            Image.fromarray(np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)).save(
+                pictures / f"{i}.png"
+            )
+            file.write(json.dumps({"file_name": f"{i}.png", "text": f"apple number {i}"}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(home, tiny_pipeline):
+    """(workdir, **keys) -> a started process of flaxkd.train."""
+
+    def start(workdir, **keys):
+        keys = {
+            "teacher": tiny_pipeline,
+            "data.source": home / "pictures",
+            "data.resolution": 32,
+            "batch_size": 4,
+            "steps": STEPS,
+            "learning_rate.decay_steps": STEPS,
+            "ema_decay": 0.99,
+            "log_every": 1,
+            "validation.every": EVERY,
+            "validation.examples": 4,
+            "checkpoint.every": EVERY,
+            "sample.every": 1000,
+            "sample.steps": 2,
+            "sample.prompts": "('red apple','green apple')",
+        } | keys
+        arguments = [f"--config.{name}={value}" for name, value in keys.items()]
+        environment = os.environ | {"FLAXKD_CACHE": str(home / "cache"), "XLA_FLAGS": ""}
+        return subprocess.Popen(
+            [sys.executable, "-m", "flaxkd.train", "--config=configs/tiny.py", f"--workdir={workdir}", *arguments],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+def finish(process, code=0, timeout=240) -> str:
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit status {process.returncode}\n{out}\n{err}"
+    return out + err
+
+
+def wait_for(path: Path, process, timeout=240) -> None:
+    end = time.time() + timeout
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end, f"{path} did not appear"
+        time.sleep(0.002)
+
+
+def state(workdir: Path, step: int = STEPS):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+
+
+def assert_same_bits(a, b):
+    import jax
+
+    pairs = zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
+    different = [jax.tree_util.keystr(path) for (path, x), y in pairs if not np.array_equal(x, y)]
+    assert not different, f"{len(different)} leaves differ: {different[:5]}"
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "straight"
+    return workdir, finish(command(workdir))
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_says(finished):
+    workdir, output = finished
+    for name in ("samples.png", "curves.png", "metrics.jsonl", "diffusers/README.md", "config.json"):
+        assert (workdir / name).is_file(), name
+        assert name.split("/")[0] in output or name == "config.json"
+    assert list((workdir / "tensorboard").iterdir())
+    assert "next: " in output
+    with Image.open(workdir / "samples.png") as sheet:
+        assert sheet.width > 3 * 128 and sheet.height > 2 * 128  # three columns, two prompts
+    pairs = {
+        f"feature/{s}"
+        for s in (
+            "down_blocks.0",
+            "down_blocks.1",
+            "down_blocks.2",
+            "up_blocks.0",
+            "up_blocks.1",
+            "up_blocks.2",
+        )
+    }
+    losses = {"loss", "loss_noise", "loss_output", "loss_feature"} | pairs
+    training = [r for r in records(workdir) if "grad_norm" in r]
+    validation = [r for r in records(workdir) if "validation/loss" in r]
+    assert [r["step"] for r in training] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in validation] == list(range(0, STEPS + 1, EVERY))
+    assert training[0].keys() == losses | {"step", "learning_rate", "grad_norm", "images_per_second"}
+    assert validation[0].keys() == {f"validation/{name}" for name in losses} | {"step"}
+    assert validation[-1]["validation/loss_output"] < validation[0]["validation/loss_output"]
+    assert validation[-1]["validation/loss_feature"] < 0.9 * validation[0]["validation/loss_feature"]
+
+
+def test_the_teacher_is_not_in_the_checkpoint(finished):
+    saved = state(finished[0])
+    assert set(saved) == {"step", "params", "opt_state", "ema"}
+    assert set(saved["params"]) == set(saved["ema"]) == {"unet"}
+    assert "mid_block" not in saved["params"]["unet"]  # of sd_tiny's teacher alone
+
+
+def test_the_export_loads_in_diffusers_with_the_averaged_weights(finished):
+    torch = pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    workdir, _ = finished
+    pipeline = StableDiffusionPipeline.from_pretrained(workdir / "diffusers", torch_dtype=torch.float32)
+    assert pipeline.unet.config.mid_block_type is None and len(pipeline.unet.down_blocks) == 3
+    kernel = state(workdir)["ema"]["unet"]["conv_in"]["kernel"]
+    weight = pipeline.unet.conv_in.weight.detach().numpy()
+    np.testing.assert_array_equal(weight, np.asarray(kernel).transpose(3, 2, 0, 1).astype(np.float16))
+
+
+def test_kill_minus_9_and_resume_equal_an_uninterrupted_run(finished, command, tmp_path):
+    workdir = tmp_path / "killed"
+    process = command(workdir)
+    wait_for(workdir / "checkpoints" / str(EVERY), process)
+    process.kill()
+    process.communicate()
+    assert not (workdir / "checkpoints" / str(STEPS)).exists(), "it was killed too late to show anything"
+    assert "resuming at step" in finish(command(workdir))
+    assert_same_bits(state(workdir), state(finished[0]))
+    steps = [r["step"] for r in records(workdir) if "grad_norm" in r]
+    assert steps == list(range(1, STEPS + 1))  # no step twice, none missing
+    strip = lambda r: {k: v for k, v in r.items() if k != "images_per_second"}
+    assert list(map(strip, records(workdir))) == list(map(strip, records(finished[0])))
+
+
+def test_sigterm_saves_and_a_truncated_checkpoint_falls_back(finished, command, tmp_path):
+    workdir = tmp_path / "terminated"
+    process = command(workdir)
+    wait_for(workdir / "checkpoints" / str(EVERY), process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 143)
+    assert "SIGTERM" in output and "the same command goes on" in output
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert EVERY <= steps[-1] < STEPS
+    if steps[-1] == EVERY:  # stopped just there: the beginning is the one before
+        shutil.copytree(workdir / "checkpoints" / str(EVERY), workdir / "checkpoints" / str(EVERY + 1))
+        steps.append(EVERY + 1)
+    files = [
+        p
+        for p in (workdir / "checkpoints" / str(steps[-1]) / "state").rglob("*")
+        if p.is_file() and "/d/" in str(p)
+    ]
+    for file in files:
+        os.truncate(file, file.stat().st_size // 2)
+    assert files
+    output = finish(command(workdir))
+    assert f"resuming at step {steps[-2]}" in output
+    assert_same_bits(state(workdir), state(finished[0]))
+
+
+def test_a_workdir_of_another_run_is_refused(finished, command):
+    output = finish(command(finished[0], seed=1), 1)
+    assert "holds a run of another configuration" in output and "seed: 0 there, 1 here" in output
+    assert "--workdir" in output and "Traceback" not in output
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
+    output = finish(
+        command(tmp_path / "nan", **{"learning_rate.peak_value": 1e30, "learning_rate.warmup_steps": 0}), 1
+    )
+    assert "the loss of step" in output and "last good checkpoint" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("batch_size", 3, "multiple of 2"),
+        ("student", "sd_tinny", "did you mean 'sd_tiny'"),
+        ("teacher", "nobody/nothing", "Without network"),
+        ("learning_rate.schedule", "cosine", "optax.schedules"),
+    ],
+)
+def test_errors_come_before_any_compute(command, tmp_path, key, value, message):
+    output = finish(command(tmp_path / "bad", **{key: value}), 1)
+    assert message in output and "Traceback" not in output
+    assert not (tmp_path / "bad" / "checkpoints").exists()
