@@ -14,14 +14,14 @@ def get_config(arg=None):
     config.teacher = "runs/vae/diffusers"
     config.student = None
     config.train = ("unet", "text_encoder")
-    config.steps = 6000
-    config.batch_size = 32
+    config.steps = 4500
+    config.batch_size = 16
     config.learning_rate = dict(
         schedule="warmup_cosine_decay_schedule",
         init_value=0.0,
-        peak_value=1e-3,
+        peak_value=8e-4,
         warmup_steps=200,
-        decay_steps=6000,
+        decay_steps=4500,
         end_value=2e-5,
     )
     config.optimizer = dict(name="adamw", b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-2)

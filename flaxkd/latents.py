@@ -25,9 +25,10 @@ def fingerprint(source: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def ensure(config, source: Path, split: str, dtype, mesh, tokenizer) -> Path:
-    """The cache of one split ("train" or "validation") of `config.data`; made, with progress, if it is not there."""
-    pictures = sources.open_source(config.data.source, split, resolution=config.data.resolution)
+def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, mesh, tokenizer) -> Path:
+    """The cache of the pictures of a split ("train" or "validation"); made, with progress, if it is not there.
+
+    source: the pipeline folder whose autoencoder encodes, in `dtype`, on all devices of `mesh`."""
     vae, params = pretrained.load(source, "vae")
     vae = vae.clone(dtype=dtype)
     params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), sharding.replicated(mesh))

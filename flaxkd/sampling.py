@@ -1,9 +1,9 @@
 """Drawing: DPM-Solver++ (2M) and DDIM with classifier-free guidance, the whole loop one compiled program.
 
-A sampler is data. `plan` computes, once and in float64, what diffusers' scheduler objects compute between the calls
-of the UNet; `solve` is the only loop, a linear recurrence that knows no sampler by name. To change the sampler
-is to change the arrays, so that equal numbers of steps share one compiled program. To add one, write its function of
-weights and its line in `_SAMPLERS`.
+A sampler is data. `plan` computes, once and in float64, what diffusers' scheduler objects compute between the
+calls of the UNet; `solve` is the only loop, a linear recurrence that knows no sampler by name. To change the
+sampler is to change the arrays, so that equal numbers of steps share one compiled program. To add one, write its
+function of weights and its entry in `_SAMPLERS`.
 """
 
 import functools
@@ -24,8 +24,8 @@ class Plan(NamedTuple):
     data    = clip(data_latents * latents + data_noise_pred * noise_pred, -limit, limit)
     latents = latents * latents + noise_pred * noise_pred + data * data + data_before * data_before
 
-    where a field weighs the array of its name, `data` is the predicted clean latents and `data_before` is that of
-    the step before.
+    where a field weighs the array of its name, `data` is the predicted clean latents and `data_before` is that
+    of the step before.
     """
 
     timesteps: np.ndarray
@@ -42,14 +42,14 @@ def plan(kind: str, scheduler_config: dict, steps: int) -> Plan:
     """The plan of `steps` calls of the UNet that diffusers' scheduler makes of the same configuration.
 
     kind: "dpmsolver++" is `DPMSolverMultistepScheduler.from_config(scheduler_config)` (Lu et al. 2022,
-    arXiv:2211.01095, algorithm 2), "ddim" is `DDIMScheduler.from_config(scheduler_config)` with eta 0 (Song et al.
-    2020, arXiv:2010.02502, equation 12). scheduler_config: a `scheduler_config.json`, whichever class wrote it. As in
-    diffusers, a key that it lacks has the default of the class that reads it: `timestep_spacing` is "linspace" for
-    "dpmsolver++" but "leading" for "ddim", `clip_sample` and `set_alpha_to_one` are true, and keys that only
-    other schedulers have are ignored. Both start from unit Gaussian latents.
+    arXiv:2211.01095, algorithm 2), "ddim" is `DDIMScheduler.from_config(scheduler_config)` with eta 0 (Song et
+    al. 2020, arXiv:2010.02502, equation 12). scheduler_config: a `scheduler_config.json`, whichever class wrote
+    it. As in diffusers, a key that it lacks has the default of the class that reads it (`timestep_spacing` is
+    "linspace" for "dpmsolver++" but "leading" for "ddim", `clip_sample` and `set_alpha_to_one` are true), and
+    keys that only other schedulers have are ignored. Both start from unit Gaussian latents.
 
-    Raises ValueError for an unknown kind, for an option that would draw something else than diffusers does, listing
-    all of them, and for a number of steps that the training timesteps cannot hold.
+    Raises ValueError for an unknown kind, for options with which diffusers would draw something else (it lists
+    them all), and for a number of steps that the training timesteps cannot hold.
     """
     if kind not in _SAMPLERS:
         raise ValueError(f"sampler {kind!r} is unknown (known: {', '.join(_SAMPLERS)})")
@@ -66,7 +66,7 @@ def plan(kind: str, scheduler_config: dict, steps: int) -> Plan:
     if steps < 1:
         raise ValueError(f"steps = {steps}: a sampler takes at least one step")
     timesteps, weights = weigh(config, alphas, steps)
-    weights = {name: np.broadcast_to(value, timesteps.shape).astype(np.float32) for name, value in weights.items()}
+    weights = {name: np.float32(np.broadcast_to(value, timesteps.shape)) for name, value in weights.items()}
     return Plan(timesteps.astype(np.int32), **weights)
 
 
@@ -80,7 +80,7 @@ def _check(timesteps: np.ndarray, train_steps: int) -> np.ndarray:
 
 
 def _trailing(train_steps: int, steps: int) -> np.ndarray:
-    # Rounding gives `arange` one value too many for some numbers of steps (61, 103): the timestep -1, cut off here.
+    # Rounding gives `arange` one value too many for some numbers of steps (61, 103): the timestep -1, cut off.
     return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(int)[:steps] - 1
 
 
@@ -89,7 +89,9 @@ def _data(config: dict, alpha, sigma) -> dict[str, np.ndarray]:
     if config["prediction_type"] == "v_prediction":  # v = alpha * noise - sigma * data
         return {"data_latents": alpha, "data_noise_pred": -sigma}
     if not alpha.all():
-        raise ValueError("rescale_betas_zero_snr starts from pure noise, which needs prediction_type 'v_prediction'")
+        raise ValueError(
+            "rescale_betas_zero_snr starts from pure noise: it needs prediction_type 'v_prediction'"
+        )
     return {"data_latents": 1 / alpha, "data_noise_pred": -sigma / alpha}
 
 
@@ -121,7 +123,7 @@ def _ddim(config: dict, alphas_cumprod: np.ndarray, steps: int) -> tuple[np.ndar
 def _dpm_solver(config: dict, alphas_cumprod: np.ndarray, steps: int) -> tuple[np.ndarray, dict]:
     """Second order in the log signal-to-noise ratio lambda, first order in the first and the last step:
 
-    latents = (sigma' / sigma) * latents + (alpha' - sigma' * alpha / sigma) * ((1 + r) * data - r * data_before)
+    latents = sigma' / sigma * latents + (alpha' - sigma' * alpha / sigma) * ((1 + r) * data - r * data_before)
     r = (lambda' - lambda) / (2 * (lambda - lambda_before)), or 0 for the first order.
     """
     train_steps = len(alphas_cumprod)
@@ -169,15 +171,16 @@ _SAMPLERS: dict[str, tuple[Callable, dict, dict]] = {
         {
             **_SUPPORTED,
             "solver_order": (2,),
-            "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads these other schedulers' values as ours
+            "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads other schedulers' values as ours
             "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
             "lower_order_final": (True, False),  # no difference at order 2 with a last sigma of zero
             "final_sigmas_type": ("zero",),
             "lambda_min_clipped": (-np.inf,),
             "variance_type": (None,),
-            **dict.fromkeys(
-                ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), _OFF
-            ),
+            "use_karras_sigmas": _OFF,
+            "use_exponential_sigmas": _OFF,
+            "use_beta_sigmas": _OFF,
+            "use_lu_lambdas": _OFF,
             "use_flow_sigmas": _OFF,
         },
     ),
@@ -195,10 +198,10 @@ _SAMPLERS: dict[str, tuple[Callable, dict, dict]] = {
 }
 
 
-def solve(noise_pred_fn: Callable[[jax.Array, jax.Array], jax.Array], latents: jax.Array, plan: Plan) -> jax.Array:
+def solve(noise_pred_fn: Callable, latents: jax.Array, plan: Plan) -> jax.Array:
     """Follows `plan` from noise to data: float32[...] -> float32[...]. One `lax.scan`, traceable.
 
-    noise_pred_fn: (latents float32[...], timestep int32[]) -> float[...], the output of the UNet (noise or v).
+    noise_pred_fn: (latents float32[...], timestep int32[]) -> float[...], the UNet's output (noise or v).
     """
 
     def step(carry, now: Plan):
@@ -234,12 +237,12 @@ def text_to_image(
 
         noise_pred = negative + guidance * (positive - negative)        Ho & Salimans 2022, arXiv:2207.12598
 
-    One program, compiled once per set of modules, shapes and number of steps; `plan` and `guidance` are traced.
+    One program, compiled once per modules, shapes and number of steps; `plan` and `guidance` are traced.
 
-    unet, vae, text_encoder: modules; params: {"unet", "vae", "text_encoder"}, on the device already if it is to be
-    fast. negative_ids: int32[b, l], the token ids of what not to draw, or of "". latents: float32[b, h, w, 4], unit
-    Gaussian, the seed of the picture. guidance: 1 is none, 7.5 is usual; unlike diffusers, which ignores
-    `negative_ids` there, values below 1 follow the equation too.
+    unet, vae, text_encoder: the modules, static. params: {"unet", "vae", "text_encoder"}, best on the device
+    already. negative_ids: int32[b, l], the token ids of what not to draw, or of "". latents: float32[b, h, w, 4],
+    unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the equation too, where diffusers
+    ignores `negative_ids`.
     """
     ids = jnp.concatenate([negative_ids, input_ids])
     encoder_hidden_states = text_encoder.apply({"params": params["text_encoder"]}, ids)

@@ -77,6 +77,8 @@ def optimizer(config) -> optax.GradientTransformation:
 
 
 def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> State:
+    """The state before the first step. Its parameters are copies: the step donates them, the caller's stay."""
+    params = jax.tree.map(jnp.copy, params)
     return State(
         jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(jnp.copy, params) if ema else {}
     )

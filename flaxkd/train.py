@@ -50,12 +50,13 @@ def run(config, workdir: Path) -> dict[str, float]:
     dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     tx = optimizer(config)
 
+    # -- Pictures: opened first, since a wrong folder is the likeliest mistake -----------------------------------------
+    splits = ("train", "validation")
+    data = {s: sources.open_source(config.data.source, s, resolution=config.data.resolution) for s in splits}
+
     # -- Teacher -----------------------------------------------------------------------------------------------------
-    pictures_of = lambda split: sources.open_source(
-        config.data.source, split, resolution=config.data.resolution
-    )
     if config.blank is not None:
-        captions = [picture["caption"] for picture in pictures_of("train")]
+        captions = [picture["caption"] for picture in data["train"]]
         source = blank.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
     else:
         source = pretrained.resolve(config.teacher)
@@ -74,11 +75,11 @@ def run(config, workdir: Path) -> dict[str, float]:
 
     # -- Data --------------------------------------------------------------------------------------------------------
     if of_pixels:
-        batches = loader.images(pictures_of("train"), config.batch_size, config.seed)
-        held_out = pictures_of("validation")
-        validation = {"images": np.stack([held_out[i]["image"] for i in range(config.validation.examples)])}
+        batches = loader.images(data["train"], config.batch_size, config.seed)
+        examples = range(min(config.validation.examples, len(data["validation"])))
+        validation = {"images": np.stack([data["validation"][i]["image"] for i in examples])}
     else:
-        caches = [latents.ensure(config, source, s, dtype, mesh, tokenizer) for s in ("train", "validation")]
+        caches = [latents.ensure(config, data[s], s, source, dtype, mesh, tokenizer) for s in splits]
         batches = loader.batches(caches[0], config.batch_size, config.seed)
         validation = loader.examples(caches[1], config.validation.examples)
         validation = {name: validation[name] for name in ("moments", "input_ids")}
@@ -92,10 +93,8 @@ def run(config, workdir: Path) -> dict[str, float]:
     restored = checkpoint.restore(manager, state, shardings)
     first = jax.device_put(task.params, shardings.params)
     if restored is None:
-        # The copy is what the step may donate: `first` stays, to be compared with.
-        state = jax.jit(
-            lambda params: init_state(params, tx, bool(config.ema_decay)), out_shardings=shardings
-        )(first)
+        begin = jax.jit(lambda p: init_state(p, tx, bool(config.ema_decay)), out_shardings=shardings)
+        state = begin(first)
     else:
         state, position = restored
         batches.set_state(position)

@@ -70,9 +70,9 @@ def test_cache_holds_what_the_encoder_says_and_is_reused(tmp_path):
     assert loader.examples(folder, 3)["moments"].shape == (3, 2, 2, 6)
     assert ensure(source, tmp_path, encode=counted, shard_size=6) == folder and len(calls) == 4
     others = {
-        ensure(source, tmp_path, fingerprint="another vae"),
-        ensure(numbered(11, "other pictures"), tmp_path),
-        ensure(source, tmp_path, flip=True),
+        ensure(source, tmp_path, fingerprint="another vae", shard_size=6),
+        ensure(numbered(11, "other pictures"), tmp_path, shard_size=6),
+        ensure(source, tmp_path, flip=True, shard_size=6),
     }
     assert len(others | {folder}) == 4
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -15,7 +15,7 @@ ORDER = (
     ("flaxkd.data",),  # pictures to batches: the encoder and the tokenizer are given to it as functions
     ("flaxkd.keys", "flaxkd.diffusion", "flaxkd.sharding", "flaxkd.metrics"),
     ("flaxkd.pretrained", "flaxkd.students", "flaxkd.sampling", "flaxkd.step", "flaxkd.pictures"),
-    ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents"),
+    ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents", "flaxkd.recall"),
     ("flaxkd.distill", "flaxkd.autoencode", "flaxkd.export"),
     ("flaxkd.train", "convert"),
 )

@@ -1,0 +1,138 @@
+"""The distillation step on real networks: sharded like unsharded, the teacher untouched; and drawing like diffusers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from configs import default
+from flaxkd import distill, pretrained, sampling, sharding
+from flaxkd.step import init_state, make_step, optimizer
+
+
+def config(**changes):
+    c = default.get_config()
+    c.batch_size = 8
+    c.student = "sd_tiny"
+    c.weight = dict(noise=1.0, output=0.5, feature=0.5)
+    c.learning_rate = dict(schedule="constant_schedule", value=1e-3)
+    c.caption_dropout = 0.5
+    c.snr_gamma = 5.0
+    c.ema_decay = 0.9
+    for name, value in changes.items():
+        setattr(c, name, value)
+    return c
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    moments = rng.standard_normal((8, 8, 8, 8)).astype(np.float32)
+    return {"moments": moments, "input_ids": rng.integers(0, 300, (8, 16), np.int32)}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pipeline):
+    """(devices, fsdp) -> (state, metrics of three steps, frozen after them), each mesh once."""
+    cached = {}
+
+    def run(devices: int, fsdp: int):
+        if (devices, fsdp) not in cached:
+            c = config()
+            mesh = jax.make_mesh(
+                (devices // fsdp, fsdp),
+                ("data", "fsdp"),
+                devices=jax.devices()[:devices],
+                axis_types=(AxisType.Auto,) * 2,
+            )
+            tokenizer = pretrained.load_tokenizer(tiny_pipeline)
+            task = distill.task(c, tiny_pipeline, jnp.float32, tokenizer)
+            tx = optimizer(c)
+            state = init_state(jax.tree.map(jnp.array, task.params), tx, True)
+            state = jax.device_put(state, sharding.params(mesh, state))
+            frozen = jax.device_put(task.frozen, sharding.params(mesh, task.frozen))
+            step, _ = make_step(task, c, tx, mesh, state)
+            history = []
+            for _ in range(3):
+                state, metrics = step(state, frozen, jax.device_put(batch(), sharding.batch(mesh)))
+                history.append(jax.device_get(metrics))
+            cached[devices, fsdp] = jax.device_get(state), history, jax.device_get(frozen), task
+        return cached[devices, fsdp]
+
+    return run
+
+
+def test_four_devices_equal_one_on_a_unet(run, monkeypatch):
+    monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 64)
+    one, four = run(1, 1), run(4, 2)
+    for a, b in zip(one[1], four[1], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
+    for a, b in zip(jax.tree.leaves(one[0].params), jax.tree.leaves(four[0].params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)  # Adam divides by gradients that may be near zero
+
+
+def test_the_student_learns_and_the_teacher_stays(run, tiny_pipeline):
+    state, history, frozen, task = run(1, 1)
+    _, teacher = pretrained.load(tiny_pipeline, "unet")
+    jax.tree.map(np.testing.assert_array_equal, frozen["teacher"], teacher)
+    before, after = jax.tree.leaves(task.params["unet"]), jax.tree.leaves(state.params["unet"])
+    moved = [not np.array_equal(x, y) for x, y in zip(before, after, strict=True)]
+    assert np.mean(moved) > 0.99
+    assert set(frozen) == {"teacher", "text_encoder"} and set(state.params) == {"unet"}
+    assert history[-1]["loss_feature"] < history[0]["loss_feature"]
+
+
+def test_the_frozen_parts_are_in_compute_precision_and_the_student_in_float32(tiny_pipeline):
+    tokenizer = pretrained.load_tokenizer(tiny_pipeline)
+    task = distill.task(config(), tiny_pipeline, jnp.bfloat16, tokenizer)
+    assert {x.dtype for x in jax.tree.leaves(task.frozen)} == {jnp.bfloat16.dtype}
+    assert {x.dtype for x in jax.tree.leaves(task.params)} == {np.dtype("float32")}
+    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    inputs = jax.eval_shape(task.prepare, jax.random.key(0), shapes(batch()))
+    loss, metrics = jax.eval_shape(task.loss, shapes(task.params), shapes(task.frozen), inputs)
+    assert {x.dtype for x in [loss, *metrics.values()]} == {jnp.float32.dtype}
+
+
+def test_a_student_equal_to_the_teacher_has_no_distillation_loss(tiny_pipeline):
+    tokenizer = pretrained.load_tokenizer(tiny_pipeline)
+    task = distill.task(config(student=None, train=("unet", "text_encoder")), tiny_pipeline, jnp.float32, tokenizer)
+    assert set(task.params) == {"unet", "text_encoder"} and task.frozen == {}
+    assert task.configs.keys() == {"unet", "text_encoder"}
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dpmsolver++"])
+def test_the_same_picture_as_diffusers_from_the_same_latents(tiny_pipeline, kind):
+    torch = pytest.importorskip("torch")
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    scheduler = DDIMScheduler if kind == "ddim" else DPMSolverMultistepScheduler
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    prompts = ["red apple", "grinning face"]
+    expected = pipeline(
+        prompts,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=torch.tensor(latents.transpose(0, 3, 1, 2)),
+        output_type="np",
+    ).images
+
+    modules, params = {}, {}
+    for part in pretrained.MODELS:
+        modules[part], params[part] = pretrained.load(tiny_pipeline, part)
+    tokenizer = pretrained.load_tokenizer(tiny_pipeline)
+    drawn = sampling.text_to_image(
+        **modules,
+        params=params,
+        input_ids=pretrained.tokenize(tokenizer, prompts),
+        negative_ids=pretrained.tokenize(tokenizer, ["", ""]),
+        latents=latents,
+        plan=sampling.plan(kind, pretrained.read_config(tiny_pipeline, "scheduler"), 4),
+        guidance=3.0,
+    )
+    assert np.std(expected) > 0.05  # not a blank picture
+    np.testing.assert_allclose(drawn, expected, atol=2e-3)
