@@ -1,6 +1,8 @@
-"""BK-SDM-Tiny by its own recipe, for TPU or GPU
+"""BK-SDM-Tiny: 323,384,964 parameters at SD 1.4. The network is the same as Segmind's SD-Tiny (`configs/tiny.py`).
 
-python -m flaxkd.train --config configs/bk_tiny.py --config.data.source=DIR
+By BK-SDM's own recipe, for TPU or GPU, with a folder of pictures and metadata.jsonl:
+
+    python -m flaxkd.train --config configs/bk_tiny.py --config.data.source=DIR
 """
 
 from configs import default, recipes

@@ -1,0 +1,9 @@
+"""Knowledge distillation of Stable Diffusion UNets in JAX and Flax.
+
+In reading order: `train` (the order of things), `students` (the table), `distill` (the loss), `step` (the train
+step), `models` (UNet, autoencoder, text encoder), `keys` and `pretrained` (diffusers' files), `data` and `latents`
+(pictures to batches), `sampling` (drawing), `checkpoint` and `export` (what a run leaves).
+
+Shape letters: b batch, h w rows and columns of latents, H W of images, c channels, l text tokens, d text width.
+Arrays are NHWC. Names are diffusers': latents, noise_pred, timesteps, encoder_hidden_states.
+"""

@@ -69,13 +69,13 @@ def command(home, tiny_pipeline):
     return start
 
 
-def finish(process, code=0, timeout=240) -> str:
+def finish(process, code=0, timeout=600) -> str:
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit status {process.returncode}\n{out}\n{err}"
     return out + err
 
 
-def wait_for(path: Path, process, timeout=240) -> None:
+def wait_for(path: Path, process, timeout=600) -> None:
     end = time.time() + timeout
     while not path.exists():
         assert process.poll() is None, process.communicate()

@@ -1,0 +1,43 @@
+"""The teacher in the package: whole, small, a Stable Diffusion 1.x in miniature, and able to draw."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from flaxkd import pretrained, recall, students
+from flaxkd.models.unet import UNetConfig
+
+FOLDER = pretrained.EMBEDDED
+
+
+def test_it_is_a_small_whole_pipeline():
+    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
+    assert size < 25e6, f"{size / 1e6:.1f} MB"
+    for part in pretrained.MODELS:
+        tensors = pretrained.read_tensors(FOLDER, part)
+        assert {x.dtype for x in tensors.values()} == {np.dtype("float16")}, part
+        pretrained.load(FOLDER, part)  # strict: nothing missing, nothing unexpected
+    assert "OpenMoji" in (FOLDER / "README.md").read_text()  # its licence asks for the attribution
+    assert json.loads((FOLDER / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_every_student_can_be_cut_from_it():
+    config = pretrained.read_config(FOLDER, "unet")
+    assert len(UNetConfig.from_dict(config).down) == 4
+    _, teacher = pretrained.load(FOLDER, "unet")
+    for student in students.TABLE:
+        shapes = pretrained.shapes(pretrained.build("unet", students.config(student, config)), "unet")
+        params = students.take(student, teacher, shapes)
+        assert len(jax.tree.leaves(params)) < len(jax.tree.leaves(teacher))
+
+
+def test_recall_counts_originals_among_the_nearest():
+    originals = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8) * 10
+    drawn = originals[:3] + np.array([1, 18, 2], np.uint8)[:, None, None, None]  # the second is nearest to the fourth
+    order = recall.nearest(drawn, originals)
+    assert order[:, 0].tolist() == [0, 3, 2]
+    assert recall.recall(order, 1) == pytest.approx(2 / 3)
+    assert recall.recall(order, 2) == pytest.approx(2 / 3)
+    assert recall.recall(order, 3) == 1.0
