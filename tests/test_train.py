@@ -5,6 +5,7 @@ Every run is a process of its own, since a kill needs one.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+
+from configs import tiny
+from flaxkd import train
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
@@ -212,13 +216,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("batch_size", 3, "multiple of 2"),
+        ("batch_size", 3, "multiple of 4"),
         ("student", "sd_tinny", "did you mean 'sd_tiny'"),
         ("teacher", "nobody/nothing", "Without network"),
+        ("data.source", "nowhere", "no data set 'nowhere'"),
         ("learning_rate.schedule", "cosine", "optax.schedules"),
     ],
 )
-def test_errors_come_before_any_compute(command, tmp_path, key, value, message):
-    output = finish(command(tmp_path / "bad", **{key: value}), 1)
-    assert message in output and "Traceback" not in output
-    assert not (tmp_path / "bad" / "checkpoints").exists()
+def test_errors_come_before_any_compute(home, tiny_pipeline, tmp_path, key, value, message):
+    config = tiny.get_config()
+    values = {"teacher": str(tiny_pipeline), "data.source": str(home / "pictures"), "data.resolution": 32}
+    config.update_from_flattened_dict(values | {key: value})
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        train.run(config, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()

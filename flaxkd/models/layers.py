@@ -143,7 +143,8 @@ class Upsample2D(nn.Module):
         if shape is None or tuple(shape) == (2 * h, 2 * w):
             x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         else:
-            x = jax.image.resize(x, (b, *shape, c), "nearest")
+            rows, columns = (jnp.arange(new) * old // new for new, old in zip(shape, (h, w), strict=True))
+            x = x[:, rows][:, :, columns]  # as PyTorch does; `jax.image.resize` rounds otherwise
         return emit(self, Conv(c, dtype=self.dtype, name="conv")(x))
 
 

@@ -83,6 +83,14 @@ class UNetConfig:
                 f"{blocks} block_out_channels, {len(self.down_block_types)} down_block_types and "
                 f"{len(self.up_block_types)} up_block_types (supported: as many of each)"
             )
+        per_block = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block")
+        for field in (*per_block, "reverse_transformer_layers_per_block"):
+            value = getattr(self, field)
+            if isinstance(value, tuple) and len(value) != blocks:
+                wrong.append(f"{field} has {len(value)} entries for {blocks} blocks")
+        nested = any(isinstance(depth, tuple) for depth in _each(self.transformer_layers_per_block, blocks))
+        if nested and self.reverse_transformer_layers_per_block is None:
+            wrong.append("a nested transformer_layers_per_block needs reverse_transformer_layers_per_block too")
         if wrong:
             raise ValueError("this UNet config.json asks for what flaxkd does not support:\n  " + "\n  ".join(wrong))
         return self
