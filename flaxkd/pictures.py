@@ -103,7 +103,7 @@ def curves(workdir: Path) -> None:
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-        if len(names) > 1:
+        if len(names) > 1 and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
     scratch = Path(workdir) / ".curves.png"
     figure.savefig(scratch, dpi=110)
