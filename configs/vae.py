@@ -2,7 +2,7 @@
 
     python -m flaxkd.train --config configs/vae.py
 
-About 25 minutes on two CPU cores; then `configs/teacher.py` trains the rest of the folder that this leaves.
+About half an hour on two CPU cores; then `configs/teacher.py` trains the rest of the folder that this leaves.
 """
 
 from configs import default

@@ -82,7 +82,12 @@ def config(student: Student, teacher_config: dict) -> dict:
     Raises ValueError for a teacher that is not a whole UNet of Stable Diffusion's four stages.
     """
     teacher = _check_teacher(teacher_config)
-    down, up = student.down, student.up
+    down, up, channels = student.down, student.up, teacher.block_out_channels
+    if channels[max(down)] != channels[-1]:  # what the outer up block takes came through the inner stage
+        raise ValueError(
+            f"{student.names[0]} lacks the inner stage, so the teacher's two inner stages must be equally wide, "
+            f"as in Stable Diffusion, but block_out_channels = {list(channels)}: take a student that keeps all stages"
+        )
     cut = {
         "block_out_channels": down,
         "down_block_types": down,
@@ -214,11 +219,9 @@ def _unknown(what: str, name: str, known) -> str:
 # unet/config.json of stable-diffusion-v1-5 and stable-diffusion-2-1 on the hub.
 SD15 = {
     "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.6.0",
     "act_fn": "silu",
     "attention_head_dim": 8,
     "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
     "cross_attention_dim": 768,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "downsample_padding": 1,
@@ -226,7 +229,6 @@ SD15 = {
     "freq_shift": 0,
     "in_channels": 4,
     "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
     "norm_eps": 1e-05,
     "norm_num_groups": 32,
     "out_channels": 4,
@@ -235,11 +237,8 @@ SD15 = {
 }
 SD21 = {
     **SD15,
-    "_diffusers_version": "0.10.0.dev0",
     "attention_head_dim": [5, 10, 20, 20],
     "cross_attention_dim": 1024,
-    "dual_cross_attention": False,
-    "num_class_embeds": None,
     "only_cross_attention": False,
     "sample_size": 96,
     "upcast_attention": True,

@@ -110,7 +110,7 @@ def test_config_cuts_every_list_and_keeps_what_it_does_not_know():
         **SD15,
         "_name_or_path": "someone/their-teacher",
         "sample_size": 16,
-        "block_out_channels": (32, 64, 128, 160),
+        "block_out_channels": (32, 64, 128, 128),
         "attention_head_dim": [2, 4, 4, 8],
         "layers_per_block": [2, 2, 2, 2],
         "transformer_layers_per_block": [[1, 2], [3, 4], [5, 6], 7],
