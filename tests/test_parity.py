@@ -42,6 +42,14 @@ SSD1B = SDXL | dict(
     reverse_transformer_layers_per_block=[[3, 3, 4], [2, 1, 1], [1, 1, 1]],
     mid_block_type="UNetMidBlock2D",
 )
+TWO_STAGES = SD2 | dict(
+    block_out_channels=[8, 16],
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    layers_per_block=1,
+    attention_head_dim=[1, 2],
+    norm_num_groups=4,
+)
 KOALA = SDXL | dict(layers_per_block=1, mid_block_type=None)
 
 
@@ -49,8 +57,9 @@ def cut(student, teacher):
     return students.config(students.get(student), teacher)
 
 
+# Run operation by operation, each compiled once for all cases; compiling a UNet whole takes over 10 s of CPU.
 CASES = {
-    "sd1": (SD1, 16),
+    "sd1": (SD1, 8),
     "sd1 at an odd size": (SD1, 10),
     "sd2": (SD2, 8),
     **{f"sd1 {name}": (cut(name, SD1), 8) for name in ("sd_small", "bk_small", "sd_tiny")},
@@ -129,8 +138,7 @@ def test_unet(case):
 
     unet = pretrained.build("unet", config)
     variables = {"params": params_of(unet, model, "unet")}
-    apply = jax.jit(lambda v, *inputs: unet.apply(v, *inputs, mutable=[FEATURES]))
-    noise_pred, captured = apply(variables, sample, timesteps, text, *added.values())
+    noise_pred, captured = unet.apply(variables, sample, timesteps, text, *added.values(), mutable=[FEATURES])
     captured = features(captured)
     assert_close(noise_pred, expected, "output")
     np.testing.assert_array_equal(captured.pop(""), noise_pred)  # the UNet's own
@@ -144,19 +152,11 @@ def test_unet(case):
 
 
 def test_remat_changes_neither_output_nor_features_nor_gradient():
-    config = SD1 | dict(
-        block_out_channels=[8, 16],
-        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-    )
-    model = perturb(diffusers.UNet2DConditionModel(**config), 0)
+    model = perturb(diffusers.UNet2DConditionModel(**TWO_STAGES), 0)
     inputs = normal(0, 1, 5, 5, 4), np.array([3]), normal(1, 1, 5, 24)
     results = []
     for remat in (False, True):
-        unet = pretrained.build("unet", config, remat=remat)
+        unet = pretrained.build("unet", TWO_STAGES, remat=remat)
 
         def loss(params, unet=unet):
             out, captured = unet.apply({"params": params}, *inputs, mutable=[FEATURES])
@@ -164,10 +164,10 @@ def test_remat_changes_neither_output_nor_features_nor_gradient():
             compared = [captured[name] for name in ("down_blocks.0", "mid_block.resnets.1", "up_blocks.1")]
             return sum(jnp.mean(x**2) for x in (out, *compared)), captured
 
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
         params = params_of(unet, model, "unet")
-        assert ("remat" in str(jax.make_jaxpr(value_and_grad)(params))) == remat
-        results.append(jax.jit(value_and_grad)(params))
+        program = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
+        assert ("remat" in str(program.jaxpr)) == remat
+        results.append(program.lower().compile()(params))
     plain, again = (
         {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(result)} for result in results
     )
@@ -179,9 +179,8 @@ def test_remat_changes_neither_output_nor_features_nor_gradient():
 
 
 def test_bfloat16_compute_is_near_float32():
-    config = cut("sd_tiny", SD2)
-    model = perturb(diffusers.UNet2DConditionModel(**config), 0)
-    unet = pretrained.build("unet", config, jnp.bfloat16)
+    model = perturb(diffusers.UNet2DConditionModel(**TWO_STAGES), 0)
+    unet = pretrained.build("unet", TWO_STAGES, jnp.bfloat16)
     variables = {"params": params_of(unet, model, "unet")}
     sample, timesteps, text = normal(0, 1, 8, 8, 4), np.array([3]), normal(1, 1, 5, 24)
     with torch.no_grad():
@@ -252,7 +251,10 @@ def test_text_encoder(hidden_act):
         (dict(down_block_types=["AttnDownBlock2D"] * 4), "down_block_types: 'AttnDownBlock2D'"),
         (dict(attention_head_dim=[1, 2]), "attention_head_dim has 2 entries for 4 blocks"),
         (dict(layers_per_block=[2] * 3), "  layers_per_block has 3 entries for 4 blocks"),
-        (dict(transformer_layers_per_block=[1] * 5), "  transformer_layers_per_block has 5 entries for 4 blocks"),
+        (
+            dict(transformer_layers_per_block=[1] * 5),
+            "  transformer_layers_per_block has 5 entries for 4 blocks",
+        ),
         (dict(reverse_transformer_layers_per_block=[1]), "  reverse_transformer_layers_per_block has 1 entr"),
         (dict(transformer_layers_per_block=[[1, 1]] * 4), "needs reverse_transformer_layers_per_block"),
     ],
