@@ -122,7 +122,14 @@ def test_unet(case):
 
 
 def test_remat_changes_neither_output_nor_features_nor_gradient():
-    config = SD1 | dict(block_out_channels=[8, 16, 16, 16], norm_num_groups=4, attention_head_dim=2)
+    config = SD1 | dict(
+        block_out_channels=[8, 16],
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+    )
     inputs = normal(0, 1, 8, 8, 4), np.array([3]), normal(1, 1, 5, 24)
     results = []
     for remat in (False, True):
