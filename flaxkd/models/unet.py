@@ -84,13 +84,21 @@ class UNetConfig:
                 f"{len(self.up_block_types)} up_block_types (supported: as many of each)"
             )
         per_block = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block")
-        for field in (*per_block, "reverse_transformer_layers_per_block"):
+        reverse = "reverse_transformer_layers_per_block"
+        for field in (*per_block, reverse):
             value = getattr(self, field)
             if isinstance(value, tuple) and len(value) != blocks:
                 wrong.append(f"{field} has {len(value)} entries for {blocks} blocks")
         nested = any(isinstance(depth, tuple) for depth in _each(self.transformer_layers_per_block, blocks))
         if nested and self.reverse_transformer_layers_per_block is None:
             wrong.append("a nested transformer_layers_per_block needs reverse_transformer_layers_per_block too")
+        if not wrong:  # else there may be no paths to look at
+            layers = _each(self.layers_per_block, blocks)
+            up_layers = [n + 1 for n in layers[::-1]]
+            for field, stages, wanted in ((per_block[-1], self.down, layers), (reverse, self.up, up_layers)):
+                wrong += [f"{field}[{i}] has {len(stage.depths)} entries for {n} layers"
+                          for i, (stage, n) in enumerate(zip(stages, wanted, strict=True))
+                          if len(stage.depths) != n]  # fmt: skip
         if wrong:
             raise ValueError("this UNet config.json asks for what flaxkd does not support:\n  " + "\n  ".join(wrong))
         return self
@@ -171,7 +179,7 @@ def _each(value, n: int) -> tuple:
 
 
 def _depths(block_type: str, depth, layers: int) -> tuple[int, ...]:
-    return _each(depth, layers) if block_type.startswith("CrossAttn") else (0,) * layers
+    return _each(depth, layers)[:layers] if block_type.startswith("CrossAttn") else (0,) * layers
 
 
 def timestep_embedding(timesteps, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
