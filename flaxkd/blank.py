@@ -8,7 +8,6 @@ import json
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -99,9 +98,3 @@ def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Path
         return pretrained.save(
             out, source=source, parts=parts, card="A new pipeline: its weights are random.\n"
         )
-
-
-def size(folder: Path) -> dict[str, int]:
-    """Parameters by part of a pipeline folder."""
-    count = lambda part: jax.tree.leaves(pretrained.load(folder, part)[1])
-    return {part: sum(x.size for x in count(part)) for part in pretrained.MODELS}

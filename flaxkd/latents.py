@@ -2,6 +2,7 @@
 captions, made on the accelerator before the first step and kept for every later run with the same inputs.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -29,9 +30,7 @@ def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, me
     """The cache of the pictures of a split ("train" or "validation"); made, with progress, if it is not there.
 
     source: the pipeline folder whose autoencoder encodes, in `dtype`, on all devices of `mesh`."""
-    vae, params = pretrained.load(source, "vae")
-    vae = vae.clone(dtype=dtype)
-    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), sharding.replicated(mesh))
+    vae = pretrained.build("vae", pretrained.read_config(source, "vae"), dtype)
     data = sharding.batch(mesh)
     if config.data.resolution % vae.config.factor:
         raise ValueError(
@@ -39,12 +38,16 @@ def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, me
             "latent of this autoencoder"
         )
 
+    @functools.cache
+    def params():  # read only if there is something to encode
+        return jax.device_put(pretrained.load(source, "vae", dtype)[1], sharding.replicated(mesh))
+
     @jax.jit
     def moments(params, images):
         return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")
 
     def encode(images: np.ndarray) -> np.ndarray:
-        return np.asarray(moments(params, jax.device_put(images, data)))
+        return np.asarray(moments(params(), jax.device_put(images, data)))
 
     return cache.ensure(
         pictures,

@@ -106,6 +106,7 @@ def run(config, workdir: Path) -> dict[str, float]:
     start = int(state.step)
     writer = metrics.Writer(workdir, start, config.steps)
     draw = drawer(config, source, task, frozen, dtype, mesh, tokenizer, first)
+    del first  # drawn by now; at full size it is gigabytes of the device
 
     def validate(step: int) -> dict[str, float]:
         values = evaluate(state.ema or state.params, frozen, validation)
