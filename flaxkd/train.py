@@ -290,13 +290,18 @@ def conclude(config, workdir: Path, out: Path, figures: dict[str, float], second
           f"P.from_pretrained('{out}')('{config.sample.prompts[0]}').images[0].save('picture.png')\"")  # fmt: skip
 
 
+def default_workdir(config_filename: str) -> Path:
+    """configs/small.py -> runs/small, configs/small.py:sd15 -> runs/small-sd15: two recipes, two folders."""
+    file, _, argument = config_filename.partition(":")
+    return Path("runs", "-".join(filter(None, (Path(file).stem, argument))))
+
+
 def main(_=None) -> None:
     from absl import flags, logging
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes
     config, workdir = FLAGS.config, FLAGS.workdir
-    name = Path(flags.FLAGS["config"].config_filename.partition(":")[0]).stem
-    workdir = Path(workdir or f"runs/{name}")
+    workdir = Path(workdir) if workdir else default_workdir(flags.FLAGS["config"].config_filename)
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
@@ -317,7 +322,7 @@ if __name__ == "__main__":
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/small.py", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the run; default runs/NAME")
+    flags.DEFINE_string("workdir", None, "Folder of the run; default runs/NAME or runs/NAME-ARGUMENT")
     flags.mark_flag_as_required("config")
     FLAGS = flags.FLAGS
     app.run(main)

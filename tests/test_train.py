@@ -213,6 +213,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
     assert "the loss of step" in output and "last good checkpoint" in output and "Traceback" not in output
 
 
+def test_every_recipe_has_a_workdir_of_its_own():
+    names = ("configs/small.py", "configs/small.py:", "configs/small.py:sd15", "/elsewhere/my.py:a")
+    workdirs = [str(train.default_workdir(name)) for name in names]
+    assert workdirs == ["runs/small", "runs/small", "runs/small-sd15", "runs/my-a"]
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [

@@ -75,6 +75,8 @@ class UNetConfig:
                       for kind in getattr(self, field) if kind not in known]  # fmt: skip
         if self.mid_block_type not in _MID:
             wrong.append(f"mid_block_type = {self.mid_block_type!r} (supported: {', '.join(map(repr, _MID))})")
+        if isinstance(self.cross_attention_dim, tuple):
+            wrong.append(f"cross_attention_dim = {list(self.cross_attention_dim)} (supported: one number)")
         if self.addition_embed_type not in (None, "text_time"):
             wrong.append(f"addition_embed_type = {self.addition_embed_type!r} (supported: None, 'text_time')")
         blocks = len(self.block_out_channels)
