@@ -1,6 +1,7 @@
 """The model card of an exported pipeline: README.md with the front matter that the hub reads."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -16,8 +17,8 @@ Their licence is [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)
 and the short names of the Python package `emoji`."""
 
 FOREIGN = """\
-The weights derive from those of {teacher}, whose licence goes with them: read it before you use or publish
-this model. This is why the licence is given as `other`."""
+The weights derive from those of {teacher}, whose licence{licence} goes with them: read it before you use or
+publish this model."""
 
 OWN = "The weights come from pictures of the one who trained them, who decides on the licence."
 
@@ -36,7 +37,8 @@ def model_card(
     hub_id = teacher is not None and not Path(teacher).exists() and teacher.count("/") == 1
     plain = "the miniature teacher of flaxkd"
     if teacher is not None:
-        plain = teacher if hub_id else Path(teacher).name  # a path of one's own machine is nobody's business
+        path = Path(teacher)  # a path of one's own machine is nobody's business
+        plain = teacher if hub_id else path.parent.name if path.name == "diffusers" else path.name
     name = f"[{teacher}](https://huggingface.co/{teacher})" if hub_id else plain
     student = run.get("student")
     what = ", ".join(parts)
@@ -52,8 +54,12 @@ def model_card(
         title, text = "A converted text-to-image pipeline", f"Converted from {name}, unchanged."
     if len(parts) < len(pretrained.MODELS):
         text += f" New in this folder: {what}. All else is as in the source."
+    inherited = _licence(source)
+    licences = {"cc-by-sa-4.0"} if openmoji else set()
+    licences |= {inherited} if inherited else set() if teacher is None else {"other"}
+    [licence] = licences if len(licences) == 1 else ["other"]  # two that apply have no name together
     front = {
-        "license": "cc-by-sa-4.0" if openmoji and teacher is None else "other",
+        "license": licence,
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "base_model": teacher if hub_id else None,
@@ -72,9 +78,18 @@ def model_card(
         _figures(metrics.read(workdir)),
     ]
     blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
-    notes = [FOREIGN.format(teacher=name)] if teacher is not None else [] if openmoji else [OWN]
+    foreign = FOREIGN.format(teacher=name, licence=f" ({inherited})" if inherited else "")
+    notes = [foreign] if teacher is not None else [] if openmoji else [OWN]
     blocks.append("\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])]))
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _licence(source: Path) -> str | None:
+    """The licence that the model card of the pipeline folder `source` names, if there is a card that does."""
+    card = Path(source) / "README.md"
+    front = card.read_text(errors="replace").split("---\n")[1:2] if card.is_file() else []
+    named = re.search(r"^license: *(\S+)", "".join(front), re.MULTILINE)
+    return named and named[1]
 
 
 def _read_json(path: Path) -> dict:

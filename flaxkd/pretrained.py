@@ -77,7 +77,8 @@ def resolve(model: str | os.PathLike | None) -> Path:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
-    wanted = ["model_index.json", "tokenizer/*.txt"] + [f"{part}/*.json" for part in (*CONFIGS, "tokenizer")]
+    wanted = ["model_index.json", "README.md", "tokenizer/*.txt"]
+    wanted += [f"{part}/*.json" for part in (*CONFIGS, "tokenizer")]
     wanted += [f"{part}/*.safetensors" for part in MODELS]
     try:
         path = snapshot_download(

@@ -177,6 +177,21 @@ def test_the_card_of_a_student_of_the_embedded_teacher(workdir, tiny_pipeline, t
     assert "license: cc-by-sa-4.0" in front and "base_model" not in front
 
 
+@pytest.mark.parametrize(
+    "theirs, data, ours",
+    [("mit", "pictures", "mit"), ("mit", "openmoji", "other"), ("cc-by-sa-4.0", "openmoji", "cc-by-sa-4.0")],
+)
+def test_the_licence_of_the_source_goes_on(workdir, tiny_pipeline, tmp_path, theirs, data, ours):
+    source = shutil.copytree(tiny_pipeline, tmp_path / "mine" / "diffusers")
+    (source / "README.md").write_text(f"---\nlicense: {theirs}\n---\nlicense: none of these\n")
+    run = json.loads((workdir / "config.json").read_text()) | {"teacher": str(source), "data": {"source": data}}
+    (workdir / "config.json").write_text(json.dumps(run))
+    card = export.export(workdir, tmp_path / "out", source=source) / "README.md"
+    _, front, body = card.read_text().split("---\n", 2)
+    assert f"license: {ours}" in front.splitlines()
+    assert f"derive from those of mine, whose licence ({theirs})" in body
+
+
 def test_a_broken_checkpoint_gives_way_to_the_one_before(workdir):
     for path in (workdir / "checkpoints" / "20").rglob("*"):
         if path.is_file() and path.parent.name == "d":
