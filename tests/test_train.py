@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import SCHEDULER, VAE
 from PIL import Image
 
 from configs import tiny
-from flaxkd import train
+from flaxkd import blank, train
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
@@ -44,7 +45,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(home, tiny_pipeline):
-    """(workdir, **keys) -> a started process of flaxkd.train."""
+    """(workdir, **keys) -> a started process of flaxkd.train, which distils unless the keys say otherwise."""
 
     def start(workdir, **keys):
         keys = {
@@ -62,6 +63,7 @@ def command(home, tiny_pipeline):
             "sample.every": 1000,
             "sample.steps": 2,
             "sample.prompts": "('red apple','green apple')",
+            "compilation_cache": "",  # that of the environment, which all processes of these tests share
         } | keys
         arguments = [f"--config.{name}={value}" for name, value in keys.items()]
         environment = os.environ | {"FLAXKD_CACHE": str(home / "cache"), "XLA_FLAGS": ""}
@@ -71,6 +73,41 @@ def command(home, tiny_pipeline):
         )  # fmt: skip
 
     return start
+
+
+@pytest.fixture(scope="module")
+def plain(home) -> dict:
+    """Keys of a run that trains a UNet of two blocks on its own: all of the loop, little to compile."""
+    unet = dict(
+        sample_size=8,
+        block_out_channels=[8, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=["DownBlock2D"] * 2,
+        mid_block_type=None,
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=8,
+        attention_head_dim=2,
+    )
+    vae = VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
+    text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    text |= dict(max_position_embeddings=16, projection_dim=8)
+    architecture = dict(
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        scheduler=SCHEDULER | {"_class_name": "PNDMScheduler"},
+        vocab_size=520,
+    )
+    folder = blank.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)
+    return {"teacher": folder, "student": ""}
+
+
+@pytest.fixture(scope="module")
+def finished_plain(command, plain, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "plain"
+    finish(command(workdir, **plain))
+    return workdir
 
 
 def finish(process, code=0, timeout=600) -> str:
@@ -175,9 +212,9 @@ def test_kill_minus_9_and_resume_equal_an_uninterrupted_run(finished, command, t
     assert list(map(strip, records(workdir))) == list(map(strip, records(finished[0])))
 
 
-def test_sigterm_saves_and_a_truncated_checkpoint_falls_back(finished, command, tmp_path):
+def test_sigterm_saves_and_a_truncated_checkpoint_falls_back(finished_plain, plain, command, tmp_path):
     workdir = tmp_path / "terminated"
-    process = command(workdir)
+    process = command(workdir, **plain)
     wait_for(workdir / "checkpoints" / str(EVERY), process)
     process.send_signal(signal.SIGTERM)
     output = finish(process, 143)
@@ -195,9 +232,9 @@ def test_sigterm_saves_and_a_truncated_checkpoint_falls_back(finished, command, 
     for file in files:
         os.truncate(file, file.stat().st_size // 2)
     assert files
-    output = finish(command(workdir))
+    output = finish(command(workdir, **plain))
     assert f"resuming at step {steps[-2]}" in output
-    assert_same_bits(state(workdir), state(finished[0]))
+    assert_same_bits(state(workdir), state(finished_plain))
 
 
 def test_a_workdir_of_another_run_is_refused(finished, command):
@@ -206,10 +243,9 @@ def test_a_workdir_of_another_run_is_refused(finished, command):
     assert "--workdir" in output and "Traceback" not in output
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
-    output = finish(
-        command(tmp_path / "nan", **{"learning_rate.peak_value": 1e30, "learning_rate.warmup_steps": 0}), 1
-    )
+def test_a_loss_that_is_not_finite_stops_the_run(plain, command, tmp_path):
+    keys = plain | {"learning_rate.peak_value": 1e30, "learning_rate.warmup_steps": 0}
+    output = finish(command(tmp_path / "nan", **keys), 1)
     assert "the loss of step" in output and "last good checkpoint" in output and "Traceback" not in output
 
 
