@@ -42,7 +42,7 @@ def draw(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} must end in .png: the settings are written into it")
     columns = {}
     for model in dict.fromkeys(args.model or [None]):
-        pipeline = Pipeline.from_pretrained(model)
+        pipeline = Pipeline.from_pretrained(model, args.dtype)
         drawn = pipeline(
             prompts,
             negative_prompt=args.negative_prompt,
@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch", type=int, default=4, help="pictures at a time; default: 4")
     add("--image", type=Path, help="a picture to begin with, for all prompts")
     add("--strength", type=float, help="of the change of --image, above 0 and at most 1; default: 0.8")
+    add("--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16")
     add("--out", type=Path, default=Path("picture.png"), help="default: picture.png")
     args = parser.parse_args(arguments)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

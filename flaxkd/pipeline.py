@@ -48,7 +48,7 @@ class Pipeline:
         not, with its newest checkpoint. dtype: of parameters and compute; None is bfloat16 on an accelerator and
         float32 on a CPU. Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model,
         or if it draws with more than a caption (SDXL, inpainting)."""
-        dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        dtype = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
         folder, trained, name = _open(model)
         configs = {part: pretrained.read_config(folder, part) for part in pretrained.MODELS}
         configs |= {part: config for part, (config, _) in trained.items()}
