@@ -40,9 +40,12 @@ def draw(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} must end in .png: the settings are written into it")
+    models = dict.fromkeys(args.model or [None])
+    pipelines = [
+        Pipeline.from_pretrained(model, args.dtype) for model in models
+    ]  # all, before the first draws
     columns = {}
-    for model in dict.fromkeys(args.model or [None]):
-        pipeline = Pipeline.from_pretrained(model, args.dtype)
+    for pipeline in pipelines:
         drawn = pipeline(
             prompts,
             negative_prompt=args.negative_prompt,

@@ -105,10 +105,14 @@ class Pipeline:
         if not np.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale = {guidance_scale}: 1 is no guidance, 7.5 is usual")
         height, width = self._pixels("height", height), self._pixels("width", width)
+        settings = {}
         if image is None and strength is not None:
             raise ValueError(f"strength = {strength} is how far to change an image: give one, or no strength")
         if image is not None:
             strength = 0.8 if strength is None else strength
+            settings = {"strength": strength}
+            if isinstance(image, str | os.PathLike):
+                settings["image"] = image
             image = [_read(x, width, height) for x in _each("image", image, Picture, n)]
         plan = samplers.plan(sampler, self.scheduler_config, num_inference_steps, strength)
         vae = self.modules["vae"]
@@ -131,7 +135,7 @@ class Pipeline:
                 negative_ids=negative_ids[rows],
                 latents=np.stack(first) if latents is None else np.asarray(latents, np.float32)[rows],
                 plan=plan,
-                guidance=guidance_scale,
+                guidance=float(guidance_scale),  # an int would compile another program
                 image_latents=None
                 if image is None
                 else sampling.image_to_latents(vae, self.params["vae"], np.stack([image[j] for j in rows])),
@@ -144,14 +148,14 @@ class Pipeline:
                     "look for the step at which its training went wrong"
                 )
             pictures += [Image.fromarray(x) for x in np.round(drawn * 255).astype(np.uint8)]
-        settings = {
+        settings |= {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "sampler": sampler,
             "width": width,
             "height": height,
             "model": self.name,
-        } | ({} if strength is None else {"strength": strength})
+        }
         for i, picture in enumerate(pictures := pictures[:n]):
             info = {"prompt": prompts[i], "negative_prompt": negatives[i], "seed": seed + i} | settings
             picture.info = {name: str(value) for name, value in info.items()}
@@ -175,10 +179,12 @@ class Pipeline:
             tokens = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
             if len(tokens["input_ids"]) > length:  # the first and the last one are marks
                 cut = tokens["offset_mapping"][length - 1][0]
-                begin = text.rfind(" ", 0, cut) + 1  # of a word that is cut in two, the whole
+                lost = " ".join(
+                    text[text.rfind(" ", 0, cut) + 1 :].split()
+                )  # of a word cut in two, the whole
                 warnings.warn(
                     f"the text encoder takes {length - 2} tokens, and this prompt has "
-                    f"{len(tokens['input_ids']) - 2}: not seen is {text[begin:]!r}",
+                    f"{len(tokens['input_ids']) - 2}: not seen is {lost!r}",
                     stacklevel=3,
                 )
 
