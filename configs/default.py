@@ -89,7 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "dog face",
                 "police car light",
             ),
-            sampler="dpmsolver++",  # or "ddim"
+            sampler="dpmsolver++",  # or "ddim", "pndm", "euler"
             steps=25,
             guidance=4.0,  # classifier-free guidance; 7.5 is usual for SD 1.x
         )

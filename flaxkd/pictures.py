@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from flaxkd import metrics
 
@@ -13,11 +14,16 @@ INK, PAPER, LINES = "#1b1f24", "#ffffff", ["#0969da", "#cf222e", "#1a7f37", "#9a
 
 
 def grid(
-    columns: Mapping[str, np.ndarray], rows: Sequence[str], path: Path, *, scale: int | None = None
+    columns: Mapping[str, np.ndarray],
+    rows: Sequence[str],
+    path: Path,
+    *,
+    scale: int | None = None,
+    info: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a labelled grid. columns: {title: uint8[n, H, W, 3]}; rows: n prompts; scale: enlargement of pixels,
 
-    None for what brings a picture to at least 128 pixels."""
+    None for what brings a picture to at least 128 pixels. info: texts to write into the PNG."""
     height, width = next(iter(columns.values())).shape[1:3]
     scale = scale or max(1, -(-128 // height))
     height, width = height * scale, width * scale
@@ -40,6 +46,7 @@ def grid(
         top = MARGIN + 24 + j * (height + GAP)
         text = wrap(draw, prompt, label - 12, small)
         draw.multiline_text((MARGIN, top + height / 2), text, INK, small, anchor="lm")
+    sheet.info |= info or {}
     save(sheet, path)
 
 
@@ -112,7 +119,11 @@ def curves(workdir: Path) -> None:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Written whole or not at all: somebody may be looking at the one before."""
+    """A PNG with the texts of `image.info`, written whole or not at all: somebody may be looking at the one before."""
+    texts = PngInfo()
+    for name, value in image.info.items():
+        if isinstance(value, str):
+            texts.add_text(name, value)
     scratch = path.with_name(f".{path.name}")
-    image.save(scratch, "PNG")
+    image.save(scratch, "PNG", pnginfo=texts)
     scratch.rename(path)

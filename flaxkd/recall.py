@@ -1,6 +1,6 @@
 """Does a model draw what its training captions say? The share of pictures that find their own original.
 
-    python -m flaxkd.recall [--model DIR|HUB_ID] [--out recall.png]
+    python -m flaxkd.recall [--model DIR|HUB_ID|WORKDIR] [--out recall.png]
 
 Draws a picture for each of 128 training captions of OpenMoji, and looks for the caption's original among the 5
 nearest (mean square of pixels) of 512 originals. A blind guess finds 1 %. The picture shows the first 24, beside
@@ -11,39 +11,26 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from flaxkd import pictures, pretrained, sampling
+from flaxkd import pictures
 from flaxkd.data import sources
+from flaxkd.pipeline import Pipeline
 
 BATCH = 32
 
 
-def draw(folder: Path, captions: list[str], *, steps: int, guidance: float, seed: int) -> np.ndarray:
-    """Pictures uint8[n, H, W, 3] of captions by the pipeline `folder`, with a progress bar."""
-    modules, params = {}, {}
-    for part in pretrained.MODELS:
-        modules[part], params[part] = pretrained.load(folder, part)
-    tokenizer = pretrained.load_tokenizer(folder)
-    plan = sampling.plan("dpmsolver++", pretrained.read_config(folder, "scheduler"), steps)
-    size = modules["unet"].config.sample_size
-    noise = np.random.default_rng(seed).standard_normal((len(captions), size, size, 4), np.float32)
-    empty = pretrained.tokenize(tokenizer, [""] * BATCH)
-    drawn = []
-    for i in tqdm(range(0, len(captions), BATCH), desc="drawing", unit="batch"):
-        here = np.arange(i, i + BATCH).clip(max=len(captions) - 1)  # the last batch is filled up
-        ids = pretrained.tokenize(tokenizer, [captions[j] for j in here])
-        images = sampling.text_to_image(
-            **modules,
-            params=params,
-            input_ids=ids,
-            negative_ids=empty,
-            latents=noise[here],
-            plan=plan,
-            guidance=guidance,
-        )
-        drawn.append(np.round(np.asarray(images) * 255).astype(np.uint8))
-    return np.concatenate(drawn)[: len(captions)]
+def draw(model: str | None, captions: list[str], *, steps: int, guidance: float, seed: int) -> np.ndarray:
+    """Pictures uint8[n, H, W, 3] of captions, with a progress bar."""
+    pipeline = Pipeline.from_pretrained(model)
+    size = pipeline.modules["unet"].config.sample_size
+    drawn = pipeline(
+        captions,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=np.random.default_rng(seed).standard_normal((len(captions), size, size, 4), np.float32),
+        batch_size=BATCH,
+    )
+    return np.stack([np.asarray(image) for image in drawn])
 
 
 def nearest(drawn: np.ndarray, originals: np.ndarray) -> np.ndarray:
@@ -60,7 +47,7 @@ def recall(order: np.ndarray, k: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flaxkd.recall", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="pipeline folder or hub id; without it the embedded teacher")
+    parser.add_argument("--model", help="pipeline folder, hub id or workdir; without it the embedded teacher")
     parser.add_argument("--captions", type=int, default=128)
     parser.add_argument("--originals", type=int, default=512)
     parser.add_argument("--steps", type=int, default=25)
@@ -73,9 +60,7 @@ def main() -> None:
     examples = [source[int(i)] for i in chosen]
     captions = [example["caption"] for example in examples[: args.captions]]
     originals = np.stack([example["image"] for example in examples])
-    drawn = draw(
-        pretrained.resolve(args.model), captions, steps=args.steps, guidance=args.guidance, seed=args.seed
-    )
+    drawn = draw(args.model, captions, steps=args.steps, guidance=args.guidance, seed=args.seed)
     order = nearest(drawn, originals)
     shares = ", ".join(f"{recall(order, k):.1%} among the {k}" for k in (1, 5, 20))
     print(f"of {len(captions)} pictures, their own original is {shares} nearest of {len(originals)}")

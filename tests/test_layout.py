@@ -14,10 +14,12 @@ ORDER = (
     ("flaxkd.models",),  # networks: they know nothing of files, losses or data
     ("flaxkd.data",),  # pictures to batches: the encoder and the tokenizer are given to it as functions
     ("flaxkd.keys", "flaxkd.diffusion", "flaxkd.sharding", "flaxkd.metrics"),
+    ("flaxkd.samplers",),
     ("flaxkd.pretrained", "flaxkd.students", "flaxkd.sampling", "flaxkd.step", "flaxkd.pictures"),
-    ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents", "flaxkd.recall"),
+    ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents"),
     ("flaxkd.distill", "flaxkd.autoencode", "flaxkd.export"),
-    ("flaxkd.train", "convert"),
+    ("flaxkd.pipeline",),
+    ("flaxkd.train", "flaxkd.generate", "flaxkd.recall", "convert"),
 )
 ALONE = ("flaxkd.models", "flaxkd.data", "configs")  # import nothing of ours but themselves
 

@@ -1,0 +1,108 @@
+"""Draws pictures of prompts with a teacher or a student.
+
+    python -m flaxkd.generate --prompt "red apple" [--model DIR|HUB_ID|WORKDIR] [--out picture.png]
+
+One prompt is a picture; several prompts (--prompt again, or --prompts FILE with one a line) or several models
+(--model again, all with the same seeds) are a labelled grid. --image begins with a picture, and --strength says how
+much of it to change. The settings are written into the PNG. Without --model, the teacher in the package draws.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flaxkd import pictures, samplers
+from flaxkd.data import sources
+from flaxkd.pipeline import Pipeline
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Of --prompt, then of --prompts, whose blank lines are skipped."""
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        if not args.prompts.is_file():
+            raise FileNotFoundError(
+                f"there is no file {args.prompts.absolute()}: --prompts takes one prompt a line"
+            )
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError('there is no prompt: give --prompt "red apple", or --prompts FILE with one a line')
+    return prompts
+
+
+def draw(args: argparse.Namespace) -> None:
+    prompts = read_prompts(args)
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out} must end in .png: the settings are written into it")
+    models = dict.fromkeys(args.model or [None])
+    pipelines = [
+        Pipeline.from_pretrained(model, args.dtype) for model in models
+    ]  # all, before the first draws
+    columns = {}
+    for pipeline in pipelines:
+        drawn = pipeline(
+            prompts,
+            negative_prompt=args.negative_prompt,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            height=args.height,
+            width=args.width,
+            image=args.image,
+            strength=args.strength,
+            sampler=args.sampler,
+            seed=args.seed,
+            batch_size=args.batch,
+        )
+        columns[pipeline.name] = drawn
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if len(prompts) == len(columns) == 1:
+        pictures.save(drawn[0], args.out)
+    else:
+        info = drawn[0].info | {"prompt": "\n".join(prompts), "model": ", ".join(columns)}
+        columns = {name: np.stack([np.asarray(x) for x in drawn]) for name, drawn in columns.items()}
+        pictures.grid(columns, prompts, args.out, info=info)
+    print(f"wrote {args.out}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flaxkd.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", action="append", help="pipeline folder, hub id or workdir; default: the embedded teacher")
+    add("--prompt", action="append", default=[], help="what to draw")
+    add("--prompts", type=Path, metavar="FILE", help="text file with a prompt a line")
+    add("--negative_prompt", default="", help="what not to draw")
+    add("--steps", type=int, default=25, help="calls of the UNet, pndm makes one more; default: 25")
+    add("--guidance", type=float, default=7.5, help="1 is none; default: 7.5")
+    add("--sampler", choices=samplers.KINDS, default="dpmsolver++", help="default: dpmsolver++")
+    add("--seed", type=int, default=0, help="of the first picture, the next has the next; default: 0")
+    add("--width", type=int, help="pixels; default: what the model was trained at")
+    add("--height", type=int, help="pixels; default: what the model was trained at")
+    add("--batch", type=int, default=4, help="pictures at a time; default: 4")
+    add("--image", type=Path, help="a picture to begin with, for all prompts")
+    add("--strength", type=float, help="of the change of --image, above 0 and at most 1; default: 0.8")
+    add("--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16")
+    add("--out", type=Path, default=Path("picture.png"), help="default: picture.png")
+    args = parser.parse_args(arguments)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # so that the second picture comes at once
+        jax.config.update("jax_compilation_cache_dir", str(sources.cache_home() / "jax"))
+    try:
+        draw(args)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("FLAXKD_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""`Pipeline` and `python -m flaxkd.generate` on a tiny pipeline: what they draw, write and refuse."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from convert import from_diffusers
+from flaxkd import generate
+from flaxkd.pipeline import Pipeline
+
+ROOT = Path(__file__).parent.parent
+FEW = dict(
+    num_inference_steps=2, guidance_scale=3.0, progress=False
+)  # two compiled programs: of 1 and 2 pictures
+BOTH = ["red apple", "grinning face"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline):
+    return Pipeline.from_pretrained(tiny_pipeline)
+
+
+@pytest.fixture(scope="module")
+def drawn(pipeline):
+    return pipeline(BOTH, seed=3, **FEW)
+
+
+@pytest.fixture
+def command(tiny_pipeline, monkeypatch):
+    """(*arguments) -> runs flaxkd.generate in this process."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # puts it back
+    few = ["--model", str(tiny_pipeline), "--steps", "2", "--guidance", "3"]
+    return lambda *arguments: generate.main([*few, *map(str, arguments)])
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "before.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def levels(a, b) -> int:
+    """The largest difference of two pictures, of 255."""
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+def test_a_picture_knows_what_it_was_drawn_from(drawn, tiny_pipeline):
+    assert [image.size for image in drawn] == [(32, 32)] * 2
+    assert np.std(drawn[0]) > 10  # not a blank one
+    assert drawn[1].info == {
+        "prompt": "grinning face",
+        "negative_prompt": "",
+        "seed": "4",
+        "num_inference_steps": "2",
+        "guidance_scale": "3.0",
+        "sampler": "dpmsolver++",
+        "width": "32",
+        "height": "32",
+        "model": str(tiny_pipeline),
+    }
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipeline, drawn):
+    again = pipeline([*BOTH, "green apple"], seed=3, batch_size=2, **FEW)  # the second batch is filled up
+    assert len(again) == 3
+    alone = [pipeline(prompt, seed=3 + i, **FEW)[0] for i, prompt in enumerate(BOTH)]
+    for expected, *same in zip(drawn, again[:2], alone, strict=True):
+        assert max(levels(expected, image) for image in same) <= 1
+    assert levels(drawn[0], pipeline(BOTH, seed=5, **FEW)[0]) > 10
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(negative_prompt="green apple"),
+        dict(negative_prompt=["green apple", ""]),
+        dict(guidance_scale=5.0),
+        dict(sampler="ddim"),
+        dict(sampler="euler"),
+    ],
+    ids=str,
+)
+def test_it_matters(pipeline, drawn, other):
+    images = pipeline(BOTH, seed=3, **FEW | other)
+    assert levels(drawn[0], images[0]) > 2
+    assert other.get("negative_prompt") != ["green apple", ""] or levels(drawn[1], images[1]) == 0
+
+
+def test_a_model_that_predicts_v_is_drawn_with_as_such(pipeline, drawn):
+    config = pipeline.scheduler_config | {"prediction_type": "v_prediction"}
+    images = dataclasses.replace(pipeline, scheduler_config=config)(BOTH, seed=3, **FEW)
+    assert levels(drawn[0], images[0]) > 10
+
+
+def test_numbers_that_are_none_are_an_error(pipeline):
+    params = pipeline.params | {"unet": jax.tree.map(lambda x: x * np.nan, pipeline.params["unet"])}
+    with pytest.raises(FloatingPointError, match="dtype float32"):
+        dataclasses.replace(pipeline, params=params)(BOTH, **FEW)
+
+
+def test_another_size_and_fresh_noise_in_each_step(pipeline):
+    draw = lambda seed: pipeline(
+        "red apple", seed=seed, width=36, height=32, sampler="euler_ancestral", **FEW
+    )
+    (first,), (again,), (other,) = draw(0), draw(0), draw(1)
+    assert first.size == (36, 32)
+    assert levels(first, again) == 0 and levels(first, other) > 10
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+def test_image_to_image_is_the_pipeline_of_diffusers(pipeline, tiny_pipeline, picture, sampler):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
+        tiny_pipeline, requires_safety_checker=False
+    )
+    theirs.set_progress_bar_config(disable=True)
+    if sampler == "ddim":
+        theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    image = Image.open(picture).crop((0, 0, 32, 32))
+    pixels = torch.tensor(np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
+    with torch.no_grad():  # it takes latents for a picture too: its own would be drawn around the mean
+        mean = theirs.vae.encode(pixels).latent_dist.mode() * theirs.vae.config.scaling_factor
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    steps = 4 if sampler == "ddim" else 3  # 2 calls of the UNet either way: int(4 * 0.5), int(3 * 0.5) + 1
+    settings = dict(prompt="red apple", num_inference_steps=steps, guidance_scale=3.0, strength=0.5)
+    generator = torch.Generator().manual_seed(0)
+    expected = theirs(image=mean, generator=generator, output_type="np", **settings).images[0]
+    latents = noise.numpy().transpose(0, 2, 3, 1)
+    (ours,) = pipeline(image=image, latents=latents, sampler=sampler, progress=False, **settings)
+    assert ours.info["strength"] == "0.5"
+    assert np.std(expected) > 0.05
+    assert levels(ours, np.round(expected * 255)) <= 1
+
+
+def test_the_words_that_are_cut_are_named(pipeline, monkeypatch):
+    monkeypatch.setattr("flaxkd.sampling.text_to_image", lambda **_: np.zeros((1, 32, 32, 3)))
+    with pytest.warns(
+        UserWarning, match=r"takes 14 tokens.* has 18.* not seen is 'red apple red apple'"
+    ) as record:
+        pipeline("red  apple " * 9, negative_prompt="red apple", **FEW)
+    assert len(record) == 1
+
+
+REFUSED = [
+    (dict(prompt=[]), "no prompt"),
+    (dict(height=30), "height = 30 pixels is no multiple of 4, .* take 32"),
+    (dict(width=0), "width = 0 .* take 4"),
+    (dict(sampler="heun"), "'heun' is unknown .*euler_ancestral"),
+    (dict(num_inference_steps=0), "steps = 0"),
+    (dict(guidance_scale=float("nan")), "guidance_scale = nan"),
+    (dict(seed=-1), "seed = -1"),
+    (dict(batch_size=0), "batch_size = 0"),
+    (dict(negative_prompt=["a", "b"]), "negative_prompt has 2 entries for 1 prompts"),
+    (dict(latents=np.zeros((1, 4, 8, 8))), r"\(1, 4, 8, 8\), and must have \(1, 8, 8, 4\)"),
+    (dict(strength=0.5), "give one, or no strength"),
+    (dict(image="gone.png"), "no picture gone.png"),
+    (dict(image=__file__), "test_generate.py cannot be read as a picture"),
+    (dict(image=Image.new("RGB", (8, 8)), strength=1.5), "strength = 1.5"),
+    (dict(image=Image.new("RGB", (8, 8)), strength=0.1), "leaves none of 2 steps"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), REFUSED, ids=str)
+def test_refuses_before_any_compute(pipeline, monkeypatch, wrong, message):
+    monkeypatch.setattr("flaxkd.sampling.text_to_image", lambda **_: pytest.fail("it draws"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline(**{"prompt": "red apple"} | FEW | wrong)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels for latents of 4"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "not with SDXL"),
+    ],
+)
+def test_refuses_models_that_need_more_than_a_caption(tiny_pipeline, tmp_path, file, change, message):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(folder)
+
+
+def test_a_workdir_draws_with_its_export_or_its_newest_checkpoint(pipeline, tiny_pipeline, tmp_path):
+    workdir = tmp_path / "run"
+    from_diffusers.main(["--model", str(tiny_pipeline), "--out", str(workdir)])
+    of_checkpoint = Pipeline.from_pretrained(workdir)
+    assert of_checkpoint.name == f"{workdir}, step 0"
+    jax.tree.map(np.testing.assert_array_equal, of_checkpoint.params, pipeline.params)
+    assert of_checkpoint.modules == pipeline.modules  # equal modules share the compiled program
+    shutil.copytree(tiny_pipeline, workdir / "diffusers")
+    assert Pipeline.from_pretrained(workdir).name == str(workdir)
+
+
+def test_the_command_writes_a_picture_with_its_settings(command, pipeline, tmp_path, capsys):
+    out = tmp_path / "new" / "apple.png"
+    command("--prompt", "red apple", "--negative_prompt", "grün", "--seed", "3", "--out", out)
+    assert f"wrote {out}" in capsys.readouterr().out
+    expected = pipeline("red apple", negative_prompt="grün", seed=3, **FEW)[0]
+    with Image.open(out) as image:
+        assert image.text == expected.info
+        assert levels(image, expected) == 0
+
+
+def test_the_command_lays_several_prompts_and_models_in_a_grid(command, tiny_pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("grinning face\n\n")
+    other = shutil.copytree(tiny_pipeline, tmp_path / "other")
+    out = tmp_path / "grid.png"
+    command("--prompt", "red apple", "--prompts", tmp_path / "prompts.txt", "--model", other, "--out", out)
+    with Image.open(out) as image:
+        assert image.text["prompt"] == "red apple\ngrinning face"
+        assert image.text["model"] == f"{tiny_pipeline}, {other}"
+        assert image.width > 2 * 128 and image.height > 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: there is no prompt: give --prompt"),
+        (["--prompts", "gone.txt"], "gone.txt: --prompts takes"),
+        (["--prompt", "a", "--out", "a.jpg"], "a.jpg must end in .png"),
+        (["--prompt", "a", "--width", "30"], "width = 30"),
+        (["--prompt", "a", "--model", "./gone"], "error: there is no folder .*gone"),
+    ],
+)
+def test_the_command_says_what_is_wrong(command, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flaxkd.sampling.text_to_image", lambda **_: pytest.fail("it draws"))
+    with pytest.raises(SystemExit, match=message):
+        command(*arguments)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_command_names_the_samplers(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--prompt", "a", "--sampler", "heun")
+    assert "euler_ancestral" in capsys.readouterr().err
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, flaxkd; assert not {'jax', 'numpy'} & sys.modules.keys(); flaxkd.Pipelines"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "has no attribute 'Pipelines'" in result.stderr
+
+
+def test_the_embedded_teacher_draws_by_default():
+    pipeline = Pipeline.from_pretrained()
+    assert pipeline.name == "embedded teacher" and pipeline.modules["unet"].config.sample_size == 16
