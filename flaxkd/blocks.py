@@ -27,12 +27,15 @@ WORDS = {"resnets": "resnet", "attentions": "transformer", "resample": "down- or
 
 
 class Bar(NamedTuple):
-    """A module of the teacher, e.g. "up_blocks.1.resnets.2", on the page: from `left`, at latent size `size`."""
+    """A module of the teacher, e.g. "up_blocks.1.resnets.2", on the page: from `left`, at latent size `size`.
+
+    halvings: how often the latents were halved up to there."""
 
     module: str
     left: float
     width: float
     size: int
+    halvings: int
 
     @property
     def kind(self) -> str:
@@ -40,8 +43,7 @@ class Bar(NamedTuple):
 
     @property
     def height(self) -> float:
-        halvings = (SD15["sample_size"] // self.size).bit_length() - 1
-        return HALF**halvings
+        return HALF**self.halvings
 
 
 def stages(unet: UNetConfig) -> dict[str, Stage]:
@@ -66,10 +68,10 @@ def modules(unet: UNetConfig) -> dict[str, list[str]]:
 
 def layout(unet: UNetConfig) -> tuple[list[Bar], dict[str, float]]:
     """(bars, {module name: x of its output}): a block's output is in the gap behind it, a layer's on its bar."""
-    bars, outputs, left, size = [], {}, NAMES, unet.sample_size
+    bars, outputs, left, halvings = [], {}, NAMES, 0
     for block, names in modules(unet).items():
         for name in names:
-            bar = Bar(name, left, 0.0, size)
+            bar = Bar(name, left, 0.0, unet.sample_size >> halvings, halvings)
             bar = bar._replace(width=WIDTHS[bar.kind])
             bars.append(bar)
             outputs[name] = outputs[f"{name}.proj_out"] = left + bar.width / 2
@@ -77,7 +79,7 @@ def layout(unet: UNetConfig) -> tuple[list[Bar], dict[str, float]]:
         outputs[block] = left - SEAM + GAP / 2
         left += GAP - SEAM
         if stages(unet)[block].resample:
-            size = size // 2 if block.startswith("down") else size * 2
+            halvings += 1 if block.startswith("down") else -1
     return bars, outputs
 
 
@@ -121,32 +123,41 @@ def comparisons(student: Student) -> list[Comparison]:
     return [Comparison(*pair, tuple(pairings)) for pair, pairings in found.items()]
 
 
-def draw(out: Path) -> None:
-    """Writes the picture: a row for the teacher, one for each student, dotted lines through what is compared."""
+def draw(
+    out: Path,
+    shown: tuple[Student, ...] = TABLE,
+    teacher: dict = SD15,
+    title: str = "Stable Diffusion 1.5",
+    format: str | None = None,
+) -> None:
+    """Writes the picture: a row for the teacher, one for each student, dotted lines through what is compared.
+
+    teacher: its unet/config.json; out: a path or an open file, then of `format`. Raises ValueError like
+    `students.config` if a student cannot be cut from that teacher."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    unet = UNetConfig.from_dict(SD15)
+    unet = UNetConfig.from_dict(teacher)
     bars, outputs = layout(unet)
-    right, top, bottom = bars[-1].left + bars[-1].width + GAP, -1.4, ROW * len(TABLE) + 1.25
+    right, top, bottom = bars[-1].left + bars[-1].width + GAP, -1.4, ROW * len(shown) + 1.25
     figure, axes = plt.subplots(figsize=(right * 0.82, (bottom - top) * 0.82))
     axes.set(xlim=(0, right), ylim=(bottom, top), aspect="equal")
     axes.axis("off")
     figure.subplots_adjust(0, 0, 1, 1)
 
-    counts = [parameters(SD15), *(parameters(students.config(student, SD15)) for student in TABLE)]
+    counts = [parameters(teacher), *(parameters(students.config(student, teacher)) for student in shown)]
     heads(axes, unet, bars)
-    for row, student in enumerate((None, *TABLE)):
+    for row, student in enumerate((None, *shown)):
         y = row * ROW
-        label(axes, y, student, counts[row], counts[0])
+        label(axes, y, student, counts[row], counts[0], title)
         has = kept(student) if student else {bar.module for bar in bars}
         for bar in bars:
             draw_bar(axes, bar, y, bar.module in has)
 
     lowest: dict[str, int] = {}
-    for row, student in enumerate(TABLE, start=1):
+    for row, student in enumerate(shown, start=1):
         for compared in comparisons(student):
             y, x, line = row * ROW, outputs[compared.here], outputs[compared.there]
             lowest[compared.there] = row
@@ -158,7 +169,7 @@ def draw(out: Path) -> None:
         axes.plot([outputs[module]] * 2, [0, row * ROW], color=INK, zorder=2, **DOTS)
         bead(axes, outputs[module], 0, [INK])
     legend(axes, bottom - 0.3)
-    figure.savefig(out, dpi=150, facecolor="white")
+    figure.savefig(out, dpi=150, facecolor="white", format=format)
     plt.close(figure)
 
 
@@ -181,11 +192,9 @@ def heads(axes, unet: UNetConfig, bars: list[Bar]) -> None:
     axes.text(0.12, -0.85, "channels\nlatent size", va="center", fontsize=9.5, color=FAINT, linespacing=1.15)
 
 
-def label(axes, y: float, student: Student | None, count: int, whole: int) -> None:
+def label(axes, y: float, student: Student | None, count: int, whole: int, title: str) -> None:
     name = " = ".join(student.names) if student else "teacher"
-    titles = (
-        [published.title for published in student.published.values()] if student else ["Stable Diffusion 1.5"]
-    )
+    titles = [published.title for published in student.published.values()] if student else [title]
     share = f"({count / whole:.0%})" if student else "parameters"
     axes.text(0.12, y - 0.2, name, va="center", fontsize=13.5, fontweight="bold", color=INK)
     axes.text(0.12, y + 0.07, ", ".join(titles), va="center", fontsize=9.5, color=FAINT)
@@ -222,7 +231,7 @@ def legend(axes, y: float) -> None:
         end = text.get_window_extent(renderer).x1, 0
         x = axes.transData.inverted().transform(end)[0] + 0.4
 
-    legend_bar = Bar("down_blocks.0.resnets", x, WIDTHS["resnets"], 8)
+    legend_bar = Bar("down_blocks.0.resnets", x, WIDTHS["resnets"], 8, halvings=3)
     for kind, width in WIDTHS.items():
         draw_bar(axes, legend_bar._replace(module=f"down_blocks.0.{kind}", left=x, width=width), y, True)
         x += width

@@ -4,9 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from flaxkd import metrics, pretrained
 
 PREVIEW = "samples.png"
@@ -23,10 +20,8 @@ publish this model."""
 OWN = "The weights come from pictures of the one who trained them, who decides on the licence."
 
 
-def model_card(
-    workdir: Path, source: Path, parts: dict[str, dict], params: dict, step: int, averaged: bool
-) -> str:
-    """The text of README.md for the exported `parts` {part: config.json} with `params` {part: tree}.
+def model_card(workdir: Path, source: Path, parts: dict[str, dict], step: int, averaged: bool) -> str:
+    """The text of README.md for the exported `parts` {part: config.json}.
 
     workdir: its config.json, metrics.jsonl and samples.png are shown as far as they exist. source: the
     pipeline folder of the teacher. step: of the checkpoint. averaged: whether the weights are the moving
@@ -34,14 +29,53 @@ def model_card(
     run = _read_json(workdir / "config.json")  # empty for a workdir of convert.from_diffusers
     teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source))
     openmoji = (teacher is None and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
-    hub_id = teacher is not None and not Path(teacher).exists() and teacher.count("/") == 1
-    plain = "the miniature teacher of flaxkd"
-    if teacher is not None:
-        path = Path(teacher)  # a path of one's own machine is nobody's business
-        plain = teacher if hub_id else path.parent.name if path.name == "diffusers" else path.name
-    name = f"[{teacher}](https://huggingface.co/{teacher})" if hub_id else plain
-    student = run.get("student")
-    what = ", ".join(parts)
+    name, plain = names(teacher)
+    title, text = headline(run, name, plain, list(parts))
+    inherited = _licence(source)
+    licences = {"cc-by-sa-4.0"} if openmoji else set()
+    licences |= {inherited} if inherited else set() if teacher is None else {"other"}
+    [licence] = licences if len(licences) == 1 else ["other"]  # two that apply have no name together
+    front = {
+        "license": licence,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": teacher if name != plain else None,
+        "tags": ["text-to-image", "diffusers", "stable-diffusion"]
+        + ["knowledge-distillation"] * bool(run.get("student")),
+    }
+    blocks = [_front_matter(front), f"# {title}", text]
+    if (workdir / PREVIEW).is_file():
+        columns = "The columns are the teacher, the student as cut, and the student after distillation. "
+        columns = columns if run.get("student") else ""
+        blocks.append(f"![samples]({PREVIEW})")
+        blocks.append(f"A row is a prompt. {columns}The seeds are the same in a row.")
+    prompts = run.get("sample", {}).get("prompts") or ["a photograph of a red bicycle leaning on a wall"]
+    blocks += [
+        counts(parts, source),
+        _usage(parts, source, prompts[0]),
+        figures(metrics.read(workdir)),
+        evaluation(workdir),
+    ]
+    blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
+    foreign = FOREIGN.format(teacher=name, licence=f" ({inherited})" if inherited else "")
+    notes = [foreign] if teacher is not None else [] if openmoji else [OWN]
+    blocks.append("\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])]))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def names(teacher: str | None) -> tuple[str, str]:
+    """(in Markdown, as plain text) what a reader calls `config.teacher`."""
+    if teacher is None:
+        return ("the miniature teacher of flaxkd",) * 2
+    path = Path(teacher)
+    if not path.exists() and teacher.count("/") == 1:
+        return f"[{teacher}](https://huggingface.co/{teacher})", teacher
+    return (path.parent.name if path.name == "diffusers" else path.name,) * 2  # nobody else has this path
+
+
+def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, str]:
+    """(title, one or two sentences) of a run with that config.json, {} for a conversion. name, plain: `names`."""
+    student, what = run.get("student"), ", ".join(parts)
     if student:
         title = f"{student}, distilled from {plain}"
         text = (
@@ -54,34 +88,7 @@ def model_card(
         title, text = "A converted text-to-image pipeline", f"Converted from {name}, unchanged."
     if len(parts) < len(pretrained.MODELS):
         text += f" New in this folder: {what}. All else is as in the source."
-    inherited = _licence(source)
-    licences = {"cc-by-sa-4.0"} if openmoji else set()
-    licences |= {inherited} if inherited else set() if teacher is None else {"other"}
-    [licence] = licences if len(licences) == 1 else ["other"]  # two that apply have no name together
-    front = {
-        "license": licence,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "base_model": teacher if hub_id else None,
-        "tags": ["text-to-image", "diffusers", "stable-diffusion"]
-        + ["knowledge-distillation"] * bool(student),
-    }
-    blocks = [_front_matter(front), f"# {title}", text]
-    if (workdir / PREVIEW).is_file():
-        columns = "The columns are the teacher, the student as cut, and the student after distillation. "
-        seeds = f"A row is a prompt. {columns if student else ''}The seeds are the same in a row."
-        blocks.append(f"![samples]({PREVIEW})\n\n{seeds}")
-    prompts = run.get("sample", {}).get("prompts") or ["a photograph of a red bicycle leaning on a wall"]
-    blocks += [
-        _counts(parts, params, source),
-        _usage(parts, source, prompts[0]),
-        _figures(metrics.read(workdir)),
-    ]
-    blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
-    foreign = FOREIGN.format(teacher=name, licence=f" ({inherited})" if inherited else "")
-    notes = [foreign] if teacher is not None else [] if openmoji else [OWN]
-    blocks.append("\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])]))
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    return title, text
 
 
 def _licence(source: Path) -> str | None:
@@ -106,12 +113,12 @@ def _front_matter(fields: dict) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _counts(parts: dict[str, dict], params: dict, source: Path) -> str:
-    count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+def counts(parts: dict[str, dict], source: Path) -> str:
+    """A table of the parameters of `parts` {part: config.json}, and of what they replace in the folder `source`."""
     lines = ["| part | parameters | of the source |", "|---|---:|---:|"]
-    for part in parts:
-        before = count(pretrained.shapes(pretrained.build(part, pretrained.read_config(source, part)), part))
-        lines.append(f"| {part} | {count(params[part]):,} | {before:,} |")
+    for part, config in parts.items():
+        before = pretrained.count(part, pretrained.read_config(source, part))
+        lines.append(f"| {part} | {pretrained.count(part, config):,} | {before:,} |")
     return "\n".join(lines)
 
 
@@ -130,7 +137,7 @@ pipeline({prompt!r}, num_inference_steps=25).images[0].save("picture.png")  # {p
 There is no safety checker in this folder."""
 
 
-def _figures(records: list[dict]) -> str:
+def figures(records: list[dict]) -> str:
     """A table of every figure that the run logged, but for single feature pairs: its first and last value."""
     seen: dict[str, list] = {}
     for record in records:
@@ -141,6 +148,13 @@ def _figures(records: list[dict]) -> str:
         return ""
     rows = [f"| {name} | {v[0][1]:.4g} | {v[-1][1]:.4g} | {v[-1][0]} |" for name, v in seen.items()]
     return "\n".join(["## Figures", "| | first | last | at step |", "|---|---:|---:|---:|", *rows])
+
+
+def evaluation(workdir: Path) -> str:
+    """The first table of what `python -m flaxkd.evaluate --out WORKDIR/evaluation` wrote, if there is one."""
+    path = workdir / "evaluation" / "evaluation.md"
+    rows = path.read_text().split("\n\n")[1:2] if path.is_file() else []
+    return "\n".join(["## Evaluation", *rows]) if rows else ""
 
 
 def _making(run: dict, step: int, averaged: bool) -> str:

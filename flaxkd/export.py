@@ -69,7 +69,7 @@ def write(
         raise ValueError(
             f"the checkpoint holds {', '.join(params)}, but not {', '.join(missing)} of {EXPORT}"
         )
-    card = model_card(workdir, source, parts, {part: params[part] for part in parts}, step, averaged)
+    card = model_card(workdir, source, parts, step, averaged)
     picture = workdir / "samples.png"
     return pretrained.save(
         out,

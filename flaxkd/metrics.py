@@ -1,7 +1,9 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, curves.png, and a progress bar with rate and time left."""
+"""What a run tells: starts.jsonl, metrics.jsonl, TensorBoard events, a progress bar with rate and time left."""
 
+import importlib.metadata
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,9 +11,17 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 
-def read(workdir: Path) -> list[dict]:
+def note_start(workdir: Path, **facts) -> None:
+    """Appends one line to starts.jsonl: when this process began, with which versions, and `facts`."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+    record = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts, "versions": versions}
+    with (Path(workdir) / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
     """The records of metrics.jsonl in order; a last line that a kill cut short is left out."""
-    path = Path(workdir) / "metrics.jsonl"
+    path = Path(workdir) / name
     records = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:

@@ -120,6 +120,7 @@ def curves(workdir: Path) -> None:
 
 def save(image: Image.Image, path: Path) -> None:
     """A PNG with the texts of `image.info`, written whole or not at all: somebody may be looking at the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     texts = PngInfo()
     for name, value in image.info.items():
         if isinstance(value, str):

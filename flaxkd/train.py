@@ -6,6 +6,7 @@ The only file that knows all the others. Read `run` from the top: it is the orde
 """
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from flaxkd import (
     autoencode,
@@ -37,8 +39,10 @@ class Stopped(Exception):
     """The run was asked to stop, and has saved."""
 
 
-def run(config, workdir: Path) -> dict[str, float]:
+def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     """Trains until `config.steps`, and returns the last validation figures. Resumes what `workdir` holds.
+
+    command: what a person typed, for the report.
 
     Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError when the
     loss is no longer finite, Stopped after SIGTERM or Ctrl-C."""
@@ -71,7 +75,9 @@ def run(config, workdir: Path) -> dict[str, float]:
     )
     checkpoint.claim(workdir, config.to_dict())
     export.plan(workdir, source.absolute(), task.configs)
-    say(config, source, task, mesh, dtype)
+    machine = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}, {np.dtype(dtype).name}"
+    metrics.note_start(workdir, command=command, machine=machine)
+    say(config, source, task, machine)
 
     # -- Data --------------------------------------------------------------------------------------------------------
     if of_pixels:
@@ -114,8 +120,11 @@ def run(config, workdir: Path) -> dict[str, float]:
         writer.write(step, values)
         return values
 
-    def draw_samples() -> None:
-        draw(state.ema or state.params, workdir / "samples.png")
+    def draw_samples(step: int) -> None:
+        sheet = workdir / "samples" / f"{step:08}.png"  # all are kept, for the report
+        draw(state.ema or state.params, sheet)
+        if sheet.exists():
+            pictures.save(Image.open(sheet), workdir / "samples.png")
         pictures.curves(workdir)
 
     # -- Loop --------------------------------------------------------------------------------------------------------
@@ -150,7 +159,7 @@ def run(config, workdir: Path) -> dict[str, float]:
     with stop_signals() as stop:
         if start == 0:
             figures = validate(0)
-            draw_samples()
+            draw_samples(0)
         for step in range(start + 1, config.steps + 1):
             state, values = train_step(state, frozen, put(next(batches)))
             pending.append((step, values))
@@ -168,10 +177,10 @@ def run(config, workdir: Path) -> dict[str, float]:
                 writer.close()
                 raise Stopped(f"stopped at step {step}; the same command goes on from there")
             if step % config.sample.every == 0 and step != config.steps:
-                draw_samples()
+                draw_samples(step)
                 last_log[0] = time.time()
     manager.wait_until_finished()
-    draw_samples()
+    draw_samples(config.steps)
     writer.close()
 
     # -- Export ------------------------------------------------------------------------------------------------------
@@ -260,14 +269,13 @@ class stop_signals:
             signal.signal(number, handler)
 
 
-def say(config, source: Path, task, mesh, dtype) -> None:
+def say(config, source: Path, task, machine: str) -> None:
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     parts = ", ".join(f"{part} {count(tree):,}" for part, tree in task.params.items())
-    devices = jax.devices()
     print(
         f"teacher   {source}\nstudent   {config.student or 'none: the teacher itself is trained'}\n"
         f"trained   {parts} parameters\n"
-        f"machine   {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}, {np.dtype(dtype).name}\n"
+        f"machine   {machine}\n"
         f"batch     {config.batch_size} images, {config.steps:,} steps",
         flush=True,
     )
@@ -307,7 +315,7 @@ def main(_=None) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     try:
-        run(config, workdir)
+        run(config, workdir, command=shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]]))
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(143)

@@ -19,7 +19,7 @@ ORDER = (
     ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents"),
     ("flaxkd.distill", "flaxkd.autoencode", "flaxkd.export"),
     ("flaxkd.pipeline",),
-    ("flaxkd.train", "flaxkd.generate", "flaxkd.recall", "convert"),
+    ("flaxkd.train", "flaxkd.generate", "flaxkd.recall", "flaxkd.report", "convert"),
 )
 ALONE = ("flaxkd.models", "flaxkd.data", "configs")  # import nothing of ours but themselves
 

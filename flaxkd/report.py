@@ -1,0 +1,185 @@
+"""A run as one page, report.html, with all of its pictures inside: to be kept, or sent to somebody.
+
+    python -m flaxkd.report --workdir runs/small [--out FILE.html]
+
+It shows what is there, also of a run that is not over yet. `python -m flaxkd.evaluate --model DIR --out
+DIR/evaluation` before it adds how the student compares with its teacher.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import statistics
+import string
+import sys
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from flaxkd import blocks, card, export, metrics, pretrained, students
+
+TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+FRAMES = 12  # of the drawings over time
+WIDEST = 1400  # pixels: a sheet of 512-pixel drawings is larger than any page
+
+
+def write(workdir: Path, out: Path | None = None) -> Path:
+    """Writes the page, by default to WORKDIR/report.html, and returns its path.
+
+    Raises FileNotFoundError if workdir is no workdir of a training."""
+    workdir = Path(workdir)
+    if not (workdir / "config.json").is_file():
+        raise FileNotFoundError(f"{workdir.absolute()} has no config.json: give a workdir of flaxkd.train")
+    out = Path(out or workdir / "report.html")
+    scratch = out.with_name(f".{out.name}")
+    scratch.write_text(page(workdir), encoding="utf-8")
+    scratch.rename(out)
+    return out
+
+
+def page(workdir: Path) -> str:
+    """The HTML of the report."""
+    run = json.loads((workdir / "config.json").read_text())
+    parts, source = export.read_plan(workdir)
+    name, plain = card.names(run["teacher"])
+    title, lead = card.headline(run, name, plain, list(parts))
+    sections = {
+        "": [f"<h1>{html.escape(title)}</h1>", markdown(lead), tiles(workdir, run, parts, source)],
+        "What was distilled from what": [blocks_of(run, source, plain), markdown(card.counts(parts, source))],
+        "Drawings over time": [frames(workdir)],
+        "Figures over time": [
+            figure(workdir / "curves.png", "curves of every loss, training and validation")
+        ],
+        "First and last figures": [markdown(card.figures(metrics.read(workdir)).partition("\n")[2])],
+        "Evaluation": [evaluation(workdir)],
+        "Made by": [commands(workdir)],
+        "Configuration": [code(json.dumps(run, indent=2), "config.json")],
+    }
+    body = []
+    for heading, content in sections.items():
+        if found := [block for block in content if block]:
+            body.append("\n".join([f"<h2>{heading}</h2>" * bool(heading), *found]))
+    return string.Template(TEMPLATE.read_text()).substitute(title=html.escape(title), body="\n".join(body))
+
+
+def markdown(text: str) -> str:
+    """Markdown with tables as HTML; tables scroll within the page, which may be that of a phone."""
+    rendered = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    rendered = rendered.replace("<table>", '<div class="wide"><table>')
+    return rendered.replace("</table>", "</table></div>")
+
+
+def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Path) -> str:
+    """The few numbers that a person asks for first."""
+    records = metrics.read(workdir)
+    step = max((record["step"] for record in records), default=0)
+    facts = {
+        "optimizer steps": f"{step:,} of {run['steps']:,}",
+        "images seen": f"{step * run['batch_size']:,}",
+    }
+    for part, config in parts.items():
+        own, before = (
+            pretrained.count(part, config),
+            pretrained.count(part, pretrained.read_config(source, part)),
+        )
+        share = f", {own / before:.0%} of the teacher's" if own != before else ""
+        facts[f"parameters of the {part}{share}"] = f"{own / 1e6:,.1f} M"
+    for loss in ("loss_output", "loss_feature", *(() if run["student"] else ("loss",))):
+        values = [r[f"validation/{loss}"] for r in records if r.get(f"validation/{loss}")]
+        if len(values) > 1:
+            facts[f"{loss} on held-out captions, of what it was at the start"] = (
+                f"{values[-1] / values[0]:.1%}"
+            )
+    if rates := [record["images_per_second"] for record in records if "images_per_second" in record]:
+        facts["images/s, median"] = f"{statistics.median(rates):,.1f}"
+    cells = [f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for what, value in facts.items()]
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def blocks_of(run: dict, source: Path, teacher: str) -> str:
+    """The picture of teacher and student, block by block; nothing for a run without a student."""
+    if not run["student"]:
+        return ""
+    drawn = io.StringIO()
+    student, config = students.get(run["student"]), pretrained.read_config(source, "unet")
+    blocks.draw(drawn, (student,), config, teacher, format="svg")
+    return f"<figure>{drawn.getvalue()[drawn.getvalue().index('<svg') :]}</figure>"
+
+
+def frames(workdir: Path) -> str:
+    """The sheets of drawings, evenly spread over the run, with a slider; the newest is what shows without scripts."""
+    sheets = sorted((workdir / "samples").glob("*.png"))
+    if len(sheets) > FRAMES:
+        sheets = [sheets[round(i * (len(sheets) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
+    if not sheets:
+        return figure(workdir / "samples.png", "drawings of the validation prompts")
+    shown = [
+        figure(
+            sheet,
+            f"drawings after {int(sheet.stem):,} steps",
+            f' data-step="step {int(sheet.stem):,}"' + hidden,
+        )
+        for sheet, hidden in zip(sheets, [" hidden"] * (len(sheets) - 1) + [""], strict=True)
+    ]
+    last = len(sheets) - 1
+    slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="optimizer step">'
+    return f'<div><div class="time" hidden>{slider}<output></output></div>{"".join(shown)}</div>'
+
+
+def figure(path: Path, alternative: str, attributes: str = "") -> str:
+    """The picture at `path` as WebP within the page, no wider than WIDEST; nothing if it is not there."""
+    if not path.is_file():
+        return ""
+    with Image.open(path) as image:
+        image.thumbnail((WIDEST, 20 * WIDEST))
+        data = io.BytesIO()
+        image.convert("RGB").save(data, "WEBP", quality=88)
+        size = f'width="{image.width}" height="{image.height}"'
+    url = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f'<figure{attributes}><img src="{url}" {size} alt="{html.escape(alternative)}"></figure>'
+
+
+def evaluation(workdir: Path) -> str:
+    """What `flaxkd.evaluate` wrote into WORKDIR/evaluation: its picture and its tables."""
+    path = workdir / "evaluation" / "evaluation.md"
+    if not path.is_file():
+        return ""
+    tables = markdown(path.read_text().partition("\n")[2]).replace("h2>", "h3>")
+    return figure(path.with_suffix(".png"), "evaluation of teacher and student") + tables
+
+
+def commands(workdir: Path) -> str:
+    """How to make it again: the commands that were typed, each with its time, machine and versions."""
+    found = []
+    for start in metrics.read(workdir, "starts.jsonl"):
+        versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
+        found.append(f"<p>{html.escape(start['time'])}, {html.escape(start['machine'])}; {versions}</p>")
+        found.append(f"<pre><code>{html.escape(start['command'])}</code></pre>" if start["command"] else "")
+    return "\n".join(found)
+
+
+def code(text: str, summary: str) -> str:
+    return f"<details><summary>{summary}</summary><pre><code>{html.escape(text)}</code></pre></details>"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flaxkd.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="of a training, over or not")
+    parser.add_argument("--out", type=Path, help="default: WORKDIR/report.html")
+    args = parser.parse_args(arguments)
+    try:
+        out = write(args.workdir, args.out)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser")
+
+
+if __name__ == "__main__":
+    main()
