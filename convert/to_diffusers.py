@@ -1,13 +1,14 @@
 """A workdir of a training, or of `convert.from_diffusers` -> a whole pipeline folder of diffusers.
 
     python -m convert.to_diffusers --workdir DIR --out DIR [--dtype float16|float32] [--ema|--no-ema]
-    [--source DIR]
+    [--source DIR] [--push_to_hub OWNER/NAME [--private]]
 
 What the newest readable checkpoint holds replaces the same parts of the source; the folder loads with
 StableDiffusionPipeline.from_pretrained. A training writes one itself at its end: this is for checkpoints in
-between."""
+between. --push_to_hub uploads the folder too; log in with `hf auth login` before."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--source", help="pipeline folder or hub id of the other parts; default: as export.json says"
     )
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it to this repository of the hub")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     args = parser.parse_args(arguments)
     dtype = None if args.dtype is None else np.dtype(args.dtype)
     try:
+        upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
         export(args.workdir, args.out, dtype, args.ema, args.source)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(1, f"{error}\n")
@@ -44,6 +48,32 @@ def main(arguments: list[str] | None = None) -> None:
         for path in sorted((args.out / part).glob("*.safetensors")):
             print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     print(f'wrote {args.out}; try: StableDiffusionPipeline.from_pretrained("{args.out}")')
+    if upload:
+        print(f"uploaded to {upload(args.out)}")
+
+
+def uploader(name: str, private: bool) -> Callable[[Path], str]:
+    """Makes the repository `name` of the hub if it is new, and returns (folder) -> its address, which uploads.
+
+    Asked before the export, so that a missing login or a misspelt name is told first. Raises ValueError."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+    except Exception as error:  # of hub, login, network or name: the remedies are the same
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} cannot be written on {api.endpoint}:\n  {type(error).__name__}: {reason}\n"
+            "Log in with `hf auth login`, give OWNER/NAME with an owner that is yours, and unset HF_HUB_OFFLINE. "
+            "Nothing was written."
+        ) from error
+
+    def upload(folder: Path) -> str:
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload of a flaxkd export")
+        return f"{api.endpoint}/{name}"
+
+    return upload
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ can run code.
 
 import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -149,11 +148,6 @@ def build(part: str, config: dict, dtype=jnp.float32, **kwargs):
 def shapes(module, part: str) -> dict:
     """The parameters of a module as a nested dict of jax.ShapeDtypeStruct, float32: no memory, no compute."""
     return jax.tree.map(lambda x: x, _shapes(part, module.config))
-
-
-def count(part: str, config: dict) -> int:
-    """The number of parameters of a part with this config.json."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(build(part, config), part)))
 
 
 @functools.lru_cache(maxsize=16)  # tracing a UNet takes seconds

@@ -82,8 +82,8 @@ def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Path) -> str
     }
     for part, config in parts.items():
         own, before = (
-            pretrained.count(part, config),
-            pretrained.count(part, pretrained.read_config(source, part)),
+            card.parameters(part, config),
+            card.parameters(part, pretrained.read_config(source, part)),
         )
         share = f", {own / before:.0%} of the teacher's" if own != before else ""
         facts[f"parameters of the {part}{share}"] = f"{own / 1e6:,.1f} M"

@@ -64,7 +64,9 @@ def workdir(tiny_pipeline, tmp_path, monkeypatch):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (workdir / "samples").mkdir()
     for step in range(20):
-        Image.fromarray(np.full((30, 40, 3), 10 * step, np.uint8)).save(workdir / "samples" / f"{step:08}.png")
+        Image.fromarray(np.full((30, 40, 3), 10 * step, np.uint8)).save(
+            workdir / "samples" / f"{step:08}.png"
+        )
     Image.fromarray(np.zeros((10, 4000, 3), np.uint8)).save(workdir / "curves.png")
     return workdir
 
