@@ -293,9 +293,12 @@ def conclude(config, workdir: Path, out: Path, figures: dict[str, float], second
     for name, what in made.items():
         if (workdir / name).exists():
             print(f"  {workdir / name}  {what}")
-    print(f"\nnext: look at {workdir / 'samples.png'}, then in an environment with torch and diffusers\n"
-          f'  python -c "from diffusers import StableDiffusionPipeline as P; '
-          f"P.from_pretrained('{out}')('{config.sample.prompts[0]}').images[0].save('picture.png')\"")  # fmt: skip
+    print(
+        f"\nnext: look at {workdir / 'samples.png'}, then\n"
+        f"  python -m flaxkd.generate --model {workdir} --guidance {config.sample.guidance} "
+        f"--prompt '{config.sample.prompts[0]}'\n"
+        f"  python -m flaxkd.report --workdir {workdir}"
+    )
 
 
 def default_workdir(config_filename: str) -> Path:
