@@ -42,14 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
         export(args.workdir, args.out, dtype, args.ema, args.source)
+        address = upload(args.out) if upload else None
     except (ValueError, FileNotFoundError) as error:
         parser.exit(1, f"{error}\n")
     for part in MODELS:
         for path in sorted((args.out / part).glob("*.safetensors")):
             print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     print(f'wrote {args.out}; try: StableDiffusionPipeline.from_pretrained("{args.out}")')
-    if upload:
-        print(f"uploaded to {upload(args.out)}")
+    if address:
+        print(f"uploaded to {address}")
 
 
 def uploader(name: str, private: bool) -> Callable[[Path], str]:
@@ -59,20 +60,24 @@ def uploader(name: str, private: bool) -> Callable[[Path], str]:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    try:
-        api.create_repo(name, private=private, exist_ok=True)
-    except Exception as error:  # of hub, login, network or name: the remedies are the same
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{name} cannot be written on {api.endpoint}:\n  {type(error).__name__}: {reason}\n"
-            "Log in with `hf auth login`, give OWNER/NAME with an owner that is yours, and unset HF_HUB_OFFLINE. "
-            "Nothing was written."
-        ) from error
+
+    def attempt(what: Callable, *args, **kwargs) -> None:
+        try:
+            what(*args, **kwargs)
+        except Exception as error:  # of hub, login, network or name: the remedies are the same
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{name} cannot be written on {api.endpoint}:\n  {type(error).__name__}: {reason}\n"
+                "Log in with `hf auth login`, give OWNER/NAME with an owner that is yours, unset HF_HUB_OFFLINE, "
+                "and run the same command again."
+            ) from error
 
     def upload(folder: Path) -> str:
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload of a flaxkd export")
+        message = "Upload of a flaxkd export"
+        attempt(api.upload_folder, repo_id=name, folder_path=folder, commit_message=message)
         return f"{api.endpoint}/{name}"
 
+    attempt(api.create_repo, name, private=private, exist_ok=True)
     return upload
 
 
