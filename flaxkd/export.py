@@ -44,7 +44,7 @@ def export(
     Raises FileNotFoundError if the workdir has no export.json, no checkpoint or its source is gone, and
     ValueError if the checkpoint lacks what is asked for (or like `pretrained.save`)."""
     workdir = Path(workdir)
-    parts, folder = _read_plan(workdir, source)
+    parts, folder = read_plan(workdir, source)
     step, params, averaged = restore(workdir / "checkpoints", ema)
     return write(workdir, out, params, step=step, averaged=averaged, dtype=dtype, parts=parts, source=folder)
 
@@ -63,7 +63,7 @@ def write(
     """Like `export`, for params {part: tree} that are in memory. parts and source: None for those of
     export.json."""
     workdir = Path(workdir)
-    planned, folder = _read_plan(workdir, source)
+    planned, folder = read_plan(workdir, source)
     parts, source = parts or planned, source or folder
     if missing := [part for part in parts if part not in params]:
         raise ValueError(
@@ -123,7 +123,10 @@ def _restore_tree(step: Path, ema: bool | None) -> tuple[str, dict | None]:
     raise ValueError("it holds no tree with 'params'")
 
 
-def _read_plan(workdir: Path, source: Path | str | None) -> tuple[dict[str, dict], Path]:
+def read_plan(workdir: Path, source: Path | str | None = None) -> tuple[dict[str, dict], Path]:
+    """({part: config.json} of what the checkpoints hold, the pipeline folder of everything else).
+
+    source: None for the folder that export.json names. Raises FileNotFoundError if it, or export.json, is gone."""
     path = workdir / EXPORT
     if not path.is_file():
         raise FileNotFoundError(
