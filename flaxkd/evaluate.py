@@ -9,7 +9,6 @@ are there are kept, so that the same command goes on where it stopped.
 """
 
 import argparse
-import importlib.metadata
 import os
 import re
 import sys
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flaxkd import candidate, diffusion, fidelity, gallery, pictures, protocol, report, sampling, sharding
+from flaxkd import candidate, diffusion, fidelity, gallery, pictures, protocol, sampling, sharding, table
 from flaxkd.candidate import Candidate
 from flaxkd.data import prompts as prompts_file
 from flaxkd.data import sources
@@ -42,7 +41,7 @@ class Setup(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measures what is asked, writes it into `args.out`, and returns it: see `report.write`.
+    """Measures what is asked, writes it into `args.out`, and returns it: see `table.write`.
 
     Raises ValueError, FileNotFoundError and ModuleNotFoundError before any compute."""
     if args.distributed:
@@ -59,8 +58,11 @@ def run(args: argparse.Namespace) -> dict:
         held = hold_out(setup, models, settings, notes)
     if args.prompts is not None:
         prompts = prompts_file.read(args.prompts, args.limit)
-        scorer = protocol.open_scorer(args.inception, args.clip, args.real)
-        settings |= {"prompts": f"{len(prompts)} of {args.prompts}"} | scorer.settings
+        settings["prompts"] = f"{len(prompts)} of {args.prompts}"
+        scorer = None
+        if jax.process_index() == 0:  # which alone scores: the others need no room for the networks
+            scorer = protocol.open_scorer(args.inception, args.clip, args.real)
+            settings |= scorer.settings
         other = protocol.departures(
             setup.samplers["protocol"], args.steps, args.guidance, setup.resolution, len(prompts)
         )
@@ -76,8 +78,8 @@ def run(args: argparse.Namespace) -> dict:
     if jax.process_index() > 0:  # the first process has everything
         return {}
     result = {"settings": settings, "notes": notes, "rows": rows}
-    written += report.write(args.out, result)
-    print(report.markdown(result).partition("\n## ")[0])
+    written += table.write(args.out, result)
+    print(table.markdown(result).partition("\n## ")[0])
     print("\n".join(f"wrote {path}" for path in written))
     return result
 
@@ -104,7 +106,7 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
         "batch size": args.batch_size,
         "dtype": dtype.name,
         "machine": f"{jax.process_count()} x {mesh.size} x {jax.local_devices()[0].device_kind}",
-        "flaxkd": importlib.metadata.version("flaxkd"),
+        "jax": jax.__version__,
     }
     return Setup(args, mesh, dtype, latents, resolution, samplers), settings
 
@@ -198,6 +200,7 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
         )
         row |= fidelity.summary(values)
         rows[0] |= fidelity.summary(values, "teacher/")
+        del model  # before the next one is there: at full size it is gigabytes of the device
     path = args.out / "samples.png"
     pictures.grid({name: images[:SHOWN] for name, images in drawn.items()}, held.captions[:SHOWN], path)
     return path
@@ -211,7 +214,7 @@ def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, row
     for found in models:
         model = candidate.load(found, setup.dtype, setup.mesh)
         paths.append(draw(setup, model, "protocol", prompts, size=size, suffix=protocol.SUFFIX, **shared))
-        del model  # before the next one is there
+        del model
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("drawn")
     if jax.process_index() > 0:

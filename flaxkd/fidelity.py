@@ -15,7 +15,8 @@ import numpy as np
 from flax import linen as nn
 from tqdm import tqdm
 
-from flaxkd import diffusion, distill, pretrained, sharding, students
+from flaxkd import diffusion, distill, sharding, students
+from flaxkd.models.unet import UNetConfig
 
 PSNR_LIMIT = 100.0  # dB, that of equal pictures: infinity has no mean
 GRID = 4  # cells a side over which latents are averaged for `frechet_latent`: 64 numbers a picture
@@ -31,26 +32,30 @@ class Network(NamedTuple):
 
 
 def relation(unet_config: dict, teacher_config: dict, pairing: str) -> tuple[str | None, tuple]:
-    """(what a UNet is to the teacher, its feature pairs), told from the names and shapes of its parameters.
+    """(what a UNet is to the teacher, its feature pairs), told from the stages of the two `config.json`.
 
     The first is "sd_small = bk_base" and so on for a row of the students' table, "same network" with every block
     as a pair, or None without pairs: a UNet that cannot have been cut from this teacher has no pairs to compare.
     """
-    shapes = lambda config: pretrained.shapes(pretrained.build("unet", config), "unet")
-    own, whole = shapes(unet_config), shapes(teacher_config)
+    own, whole = _stages(unet_config), _stages(teacher_config)
     if own == whole:
-        blocks = [name for name in whole if name.startswith(("down_blocks.", "mid_block", "up_blocks."))]
-        kinds = ("down", "mid", "up")
-        blocks.sort(key=lambda name: (kinds.index(name.partition("_")[0]), name))
+        down, mid, up = own[:3]
+        blocks = [f"down_blocks.{i}" for i in range(len(down))] + ["mid_block"] * (mid is not None)
+        blocks += [f"up_blocks.{i}" for i in range(len(up))]
         return "same network", tuple((name, name) for name in blocks)
     for student in students.TABLE:
         try:
-            cut = shapes(students.config(student, teacher_config))
+            cut = _stages(students.config(student, teacher_config))
         except ValueError:  # this student cannot be cut from this teacher, so it is another
             continue
         if own == cut:
             return " = ".join(student.names), students.feature_pairs(student, pairing)
     return None, ()
+
+
+def _stages(unet_config: dict) -> tuple:
+    config = UNetConfig.from_dict(unet_config)
+    return config.down, config.mid, config.up, config.in_channels, config.cross_attention_dim
 
 
 @functools.partial(jax.jit, static_argnames=("modules", "pairs"))

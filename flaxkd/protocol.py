@@ -4,8 +4,9 @@ BK-SDM (Kim et al. 2023, arXiv:2305.15798) draws 30,000 captions of MS-COCO 2014
 guidance 7.5 at 512 pixels, keeps JPEG files of 256, and compares with all 40,504 originals squashed to 256 x 256.
 
 The only file of flaxkd that uses torch, and only within functions: networks and arithmetic are those of the extra
-`eval`, torch-fidelity's Inception, torchmetrics' FID and inception score, transformers' CLIP. How pictures come about
-is not its business: see gallery.py and evaluate.py.
+`eval`, torch-fidelity's Inception, torchmetrics' FID and inception score, transformers' CLIP. (BK-SDM took FID from
+pytorch-fid, which has the same network and enlarges pictures to its 299 pixels by another bilinear rule.) How pictures
+come about is not its business: see gallery.py and evaluate.py.
 """
 
 import warnings
@@ -117,7 +118,7 @@ def inception_features(
             for kept, output in zip(found, outputs, strict=True):
                 kept.append(output.double().cpu())
             bar.update(len(images))
-    return tuple(torch.cat(kept).clone() for kept in found)
+    return tuple(map(torch.cat, found))
 
 
 def statistics(features) -> tuple[np.ndarray, np.ndarray]:

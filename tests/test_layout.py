@@ -17,7 +17,7 @@ ORDER = (
     ("flaxkd.pretrained", "flaxkd.students", "flaxkd.sampling", "flaxkd.step", "flaxkd.pictures"),
     ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents", "flaxkd.recall"),
     ("flaxkd.distill", "flaxkd.autoencode", "flaxkd.export"),
-    ("flaxkd.gallery", "flaxkd.fidelity", "flaxkd.protocol", "flaxkd.report"),  # of an evaluation
+    ("flaxkd.gallery", "flaxkd.fidelity", "flaxkd.protocol", "flaxkd.table"),  # of an evaluation
     ("flaxkd.candidate",),
     ("flaxkd.train", "flaxkd.evaluate", "convert"),
 )
