@@ -61,11 +61,11 @@ def markdown(result: dict) -> str:
         cells += [[_number(x, 4) for x in row["by_timestep"][name]] for row in shown]
         title = "relative error of the features" if name == "feature" else name
         blocks += [f"## {title} by timestep", _table(["model"] + [row["model"] for row in shown], cells)]
-    for row in rows:
-        if "features" in row:
-            lines = [[_number(x, 4)] for x in row["features"].values()]
-            blocks.append(f"## Features of {row['model']}, relative errors")
-            blocks.append(_table(["module", *row["features"]], [["error"], *lines]))
+    if shown := [row for row in rows if "features" in row]:
+        modules = list(dict.fromkeys(module for row in shown for module in row["features"]))
+        cells = [[row["model"] for row in shown]]
+        cells += [[_number(row["features"].get(module), 4) for row in shown] for module in modules]
+        blocks += ["## relative error of each feature", _table(["module", *modules], cells)]
     lines = [f"| {name} | {value} |" for name, value in settings.items()]
     blocks += ["## Settings", "\n".join(["| | |", "|---|---|", *lines])]
     return "\n\n".join(blocks) + "\n"
@@ -124,7 +124,9 @@ def picture(result: dict, path: Path) -> None:
                 )
         if all(x > 0 for line in axis.lines for x in line.get_ydata()):
             axis.set_yscale("log")
-        axis.set_title("features, relative error" if name == "feature" else name, fontsize=10)
+        axis.set_title(
+            ("features, relative error" if name == "feature" else name) + " by timestep", fontsize=10
+        )
         axis.set_xlabel("timestep", fontsize=8)
         axis.legend(fontsize=7)
     if features:
@@ -153,8 +155,9 @@ def picture(result: dict, path: Path) -> None:
         axis.margins(x=0.2)
         axis.set_title(title, fontsize=10)
     for axis in axes.flat:
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, which="both")
         axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
     for axis in free:
         axis.remove()
     scratch = path.with_name(f".{path.name}")
