@@ -2,13 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from conftest import CAPTIONS
 from PIL import Image
-from test_protocol import Inception, clip_folder  # noqa: F401
 
-from flaxkd import candidate, evaluate, fidelity, gallery, pretrained, protocol, students
+from flaxkd import candidate, evaluate, fidelity, pretrained, protocol, students
 from flaxkd.data import sources
 
 FEW = ["--sampler=ddim", "--steps=2", "--batch-size=4"]
@@ -92,8 +92,8 @@ def test_the_result_is_a_table_and_pictures(evaluated):
     assert settings["prompts"] == min(3, len(captions)) and settings["sampler"] == "ddim"
 
 
-def test_the_published_protocol(home, tiny_pipeline, clip_folder, monkeypatch, evaluated):  # noqa: F811
-    monkeypatch.setattr(protocol, "load_inception", lambda weights: Inception())
+def test_the_published_protocol(home, tiny_pipeline, clip_folder, inception, monkeypatch, evaluated):
+    monkeypatch.setattr(protocol, "load_inception", lambda weights: inception)
     monkeypatch.setattr(protocol, "SIZE", 32)  # the tiny pipeline draws no larger
     (home / "prompts.txt").write_text("\n".join(f"{CAPTIONS[i % 5]} {i}" for i in range(30)))
     arguments = ["--no-fidelity", "--model", str(home / "student"), "--reference", str(tiny_pipeline), *FEW]
@@ -132,12 +132,7 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
     loaded = candidate.load(candidate.find(str(workdir)), np.float32, mesh)
     folder = candidate.load(candidate.find(str(home / "student")), np.float32, mesh)
     assert loaded.name == "workdir" and loaded.fingerprint == folder.fingerprint
-    assert candidate.count(loaded) == sum(x.size for x in loaded.params["unet"]["conv_in"].values()) + sum(
-        x.size
-        for name, part in params.items()
-        if name != "conv_in"
-        for x in gallery.flatten_dict(part).values()
-    )
+    assert candidate.count(loaded) == sum(x.size for x in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(

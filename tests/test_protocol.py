@@ -8,7 +8,7 @@ import urllib.error
 import numpy as np
 import pytest
 import scipy.linalg
-from conftest import CAPTIONS, clip_tokenizer
+from conftest import CAPTIONS
 from PIL import Image
 
 from flaxkd import fidelity, gallery, protocol
@@ -48,28 +48,6 @@ def test_inception_score_is_the_equation():
         protocol.inception_score(torch.from_numpy(logits[:8]))
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A CLIP of transformers with random weights, as `save_pretrained` writes it."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    tokenizer = clip_tokenizer(CAPTIONS, max_length=16)
-    n = len(tokenizer)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    ends = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
-    config = CLIPConfig(
-        text_config=dict(vocab_size=n, max_position_embeddings=16, **sizes, **ends),
-        vision_config=dict(image_size=32, patch_size=8, **sizes),
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def drawn(tmp_path):
     paths = [tmp_path / f"{i:06d}.png" for i in range(24)]
@@ -78,23 +56,14 @@ def drawn(tmp_path):
     return paths
 
 
-class Inception(torch.nn.Module):
-    """Stands in for InceptionV3: means of colours in place of features and logits."""
-
-    def forward(self, images):
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
-        cells = images.float().unfold(2, 16, 16).unfold(3, 16, 16).mean((-1, -2)).flatten(1)
-        return cells, cells / 20
-
-
-def test_scores_of_a_folder(clip_folder, drawn, tmp_path):
+def test_scores_of_a_folder(clip_folder, inception, drawn, tmp_path):
     captions = [CAPTIONS[i % 5] for i in range(24)]
     model, processor = clip = protocol.load_clip(str(clip_folder))
     real = [tmp_path / f"real{i}.png" for i in range(20)]
     for i, path in enumerate(real):
         Image.fromarray(np.random.default_rng(100 + i).integers(0, 256, (24, 40, 3), np.uint8)).save(path)
     read = lambda path: gallery.read(path, 32)
-    scorer = protocol.Scorer(Inception(), clip, real, {})
+    scorer = protocol.Scorer(inception, clip, real, {})
     scorer = protocol.real_statistics(scorer, read, 7, tmp_path / "real.npz")
     row = protocol.score(scorer, drawn, captions, read, 7, "tiny")
 
