@@ -67,6 +67,16 @@ def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weig
     return loss, metrics | {f"feature/{s}": term for s, term in terms.items()}
 
 
+def predict(unet, params, noisy_latents, timesteps, states) -> Prediction:
+    """What a UNet says, with all its features (those that nobody reads cost nothing under jit). Traceable.
+
+    noisy_latents: float[b, h, w, 4]; timesteps: int32[b]; states: float[b, l, d], of the text encoder."""
+    noise_pred, captured = unet.apply(
+        {"params": params}, noisy_latents, timesteps, states, mutable=[FEATURES]
+    )
+    return Prediction(noise_pred, features(captured))
+
+
 class Inputs(NamedTuple):
     """What both UNets see, and what they should say. The leaves have the batch as first axis."""
 
@@ -154,19 +164,13 @@ def task(config, source, dtype, tokenizer) -> Task:
             snr_gamma=config.snr_gamma,
         )
 
-    def predict(module, params, inputs: Inputs, states) -> Prediction:
-        variables = {"params": params}
-        noise_pred, captured = module.apply(
-            variables, inputs.noisy_latents, inputs.timesteps, states, mutable=[FEATURES]
-        )
-        return Prediction(noise_pred, features(captured))
-
     def loss(params, frozen, inputs: Inputs):
         text = params.get("text_encoder", frozen.get("text_encoder"))
         states = text_encoder.apply({"params": text}, inputs.input_ids)
-        teacher = predict(teacher_module, frozen["teacher"], inputs, states) if config.student else None
+        seen = inputs.noisy_latents, inputs.timesteps, states
+        teacher = predict(teacher_module, frozen["teacher"], *seen) if config.student else None
         return kd_loss(
-            predict(unet, params["unet"], inputs, states),
+            predict(unet, params["unet"], *seen),
             teacher,
             inputs.target,
             pairs,

@@ -20,6 +20,12 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     return jax.make_mesh((rows, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
+def local_mesh() -> Mesh:
+    """A mesh of this process's devices alone, for work that processes share out among them without speaking."""
+    devices = np.array(jax.local_devices()).reshape(-1, 1)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
 def batch(mesh: Mesh) -> NamedSharding:
     """The first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

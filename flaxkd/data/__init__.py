@@ -2,6 +2,7 @@
 
     openmoji.py (+ openmoji_names.py)   TFDS builder of the OpenMoji drawings, the data that needs no download
     sources.py                          a data set as a sequence of {"image", "caption"}; image folders
+    prompts.py                          captions alone, of a .txt or .csv
     cache.py                            VAE moments and token ids of a source, computed once
     loader.py                           shuffled batches of a cache, with a position that can be saved
 

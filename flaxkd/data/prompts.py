@@ -1,0 +1,35 @@
+"""Prompts without pictures, from a file: what to draw."""
+
+import csv
+from pathlib import Path
+
+
+def read(path: Path, limit: int | None = None) -> list[str]:
+    """The first `limit` prompts (None: all) of a file: lines of a .txt, or the column text of a .csv with header.
+
+    BK-SDM's metadata.csv is one. Blank lines of a .txt are skipped. Raises FileNotFoundError, or ValueError that names
+    the line at fault, or says how many prompts there are if they are fewer than `limit`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path.absolute()} with prompts: give a .txt or a .csv")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            rows = csv.DictReader(file)
+            known = [name for name in ("text", "caption", "prompt") if name in (rows.fieldnames or ())]
+            if not known:
+                raise ValueError(
+                    f"{path} has the columns {', '.join(rows.fieldnames or ['(none)'])}: one has to be called text, "
+                    "caption or prompt"
+                )
+            found = []
+            for row in rows:
+                if not (row[known[0]] or "").strip():
+                    raise ValueError(f"{path}, line {rows.line_num}: the column {known[0]} is empty")
+                found.append(row[known[0]].strip())
+        elif path.suffix == ".txt":
+            found = [line.strip() for line in file if line.strip()]
+        else:
+            raise ValueError(f"{path} is neither .txt (a prompt a line) nor .csv (a column text)")
+    if len(found) < max(2, limit or 0):
+        raise ValueError(f"{path} has {len(found)} prompts, {max(2, limit or 0)} are needed")
+    return found[:limit]

@@ -1,0 +1,297 @@
+"""The published protocol: FID, inception score and CLIP score of pictures drawn from many prompts.
+
+BK-SDM (Kim et al. 2023, arXiv:2305.15798) draws 30,000 captions of MS-COCO 2014 validation with PNDM, 25 steps and
+guidance 7.5 at 512 pixels, keeps JPEG files of 256, and compares with all 40,504 originals squashed to 256 x 256.
+
+The only file of flaxkd that uses torch, and only within functions: networks and arithmetic are those of the extra
+`eval`, torch-fidelity's Inception, torchmetrics' FID and inception score, transformers' CLIP. (BK-SDM took FID from
+pytorch-fid, which has the same network and enlarges pictures to its 299 pixels by another bilinear rule.) How pictures
+come about is not its business: see gallery.py and evaluate.py.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+SAMPLER, STEPS, GUIDANCE, PIXELS, PROMPTS = "pndm", 25, 7.5, 512, 30_000
+SIZE, SUFFIX = 256, ".jpg"  # as kept
+CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # BK-SDM's, in open_clip
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SPLITS = 10  # of the pictures, over which the inception score is averaged
+
+INSTALL = 'pip install "flaxkd[eval]" (from a clone: pip install -e ".[eval]")'
+
+
+def need() -> None:
+    """Raises ModuleNotFoundError with the remedy if the extra `eval` is not installed, or not in matching versions."""
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3  # noqa: F401
+        from torchmetrics.image import fid, inception  # noqa: F401
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a torchvision that was made for another torch
+        raise ModuleNotFoundError(
+            f"the published protocol needs packages that cannot be imported ({error}): {INSTALL}"
+        ) from error
+
+
+def load_inception(weights: Path | None):
+    """InceptionV3 with the weights of FID: a torch module, uint8[b, 3, H, W] -> (features [b, 2048], logits [b, 1008]).
+
+    weights: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity; None for torch's cache, or a download.
+    Raises ModuleNotFoundError, FileNotFoundError and ValueError with the remedy."""
+    need()
+    import torch
+    from torch_fidelity import feature_extractor_inceptionv3 as network
+
+    url = network.URL_INCEPTION_V3
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"there is no file {Path(weights).absolute()}: download {url} and give that"
+            )
+        try:  # the library would run whatever a pickle holds; this reads tensors alone, or refuses
+            torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{weights} holds no weights alone: download {url} again ({error})") from error
+    names = ["2048", "logits_unbiased"]
+    try:
+        return network.FeatureExtractorInceptionV3(
+            "inception-v3-compat", names, weights and str(weights), verbose=True
+        )
+    except RuntimeError as error:
+        if weights is None:
+            raise
+        message = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{weights} does not fit torch-fidelity's InceptionV3: {message}; download {url}"
+        ) from None
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the weights of InceptionV3 are not here and could not be downloaded ({error}). Download\n  {url}\n"
+            "on a machine with network, copy the file here, and pass it with --inception FILE"
+        ) from error
+
+
+def load_clip(model: str) -> tuple[Any, Any]:
+    """(CLIPModel, CLIPProcessor) of transformers, from a folder or a hub id. Raises like `load_inception`."""
+    import transformers
+
+    try:
+        clip = transformers.CLIPModel.from_pretrained(model).eval()
+        return clip, transformers.CLIPProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"CLIP cannot be loaded from {model}: {str(error).strip().partition(chr(10))[0]}\nWithout network: run "
+            f"`hf download {model} --local-dir DIR` on another machine, copy DIR here, and pass --clip DIR"
+        ) from error
+
+
+def device() -> str:
+    """Where the networks of this file run: "cuda" if torch sees a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inception_features(
+    paths: Sequence[Path], read: Callable[[Path], np.ndarray], inception, batch_size: int, desc: str
+) -> tuple:
+    """(features float64[n, 2048], logits float64[n, 1008]) of pictures, torch tensors on the CPU.
+
+    read: path -> uint8[H, W, 3], one size for all."""
+    import torch
+
+    where = device()
+    inception = inception.to(where)
+    found: tuple[list, list] = ([], [])
+    with tqdm(total=len(paths), desc=desc, unit=" pictures", mininterval=1) as bar:
+        for start in range(0, len(paths), batch_size):
+            images = np.stack([read(path) for path in paths[start : start + batch_size]])
+            with torch.inference_mode():
+                outputs = inception(torch.from_numpy(images).permute(0, 3, 1, 2).to(where))
+            for kept, output in zip(found, outputs, strict=True):
+                kept.append(output.double().cpu())
+            bar.update(len(images))
+    return tuple(map(torch.cat, found))
+
+
+def statistics(features) -> tuple[np.ndarray, np.ndarray]:
+    """(mean float64[d], covariance float64[d, d]) of features [n, d], as pytorch-fid's .npz files have them."""
+    features = np.asarray(features, np.float64)
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, covariance) of a .npz with mu and sigma (pytorch-fid's; BK-SDM's real_im256.npz is one).
+
+    Raises FileNotFoundError or ValueError that says what the file holds."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is neither a file nor a folder {Path(path).absolute()}")
+    try:
+        with np.load(path) as file:  # pickles are not opened
+            held = {name: file[name] for name in file.files if name in ("mu", "sigma")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as .npz: {error}") from error
+    shapes = {name: x.shape for name, x in held.items()}
+    d = shapes.get("mu", (0,))[-1]
+    if shapes != {"mu": (d,), "sigma": (d, d)}:
+        raise ValueError(
+            f"{path} must hold mu [d] and sigma [d, d], as pytorch-fid writes them; it has {shapes}"
+        )
+    return np.float64(held["mu"]), np.float64(held["sigma"])
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files in a folder, sorted. Raises ValueError if there are fewer than two."""
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES)
+    if len(paths) < 2:
+        raise ValueError(
+            f"{folder} has {len(paths)} pictures ({', '.join(PICTURES)}) directly in it, 2 are needed"
+        )
+    return paths
+
+
+def fid(features, real: tuple[np.ndarray, np.ndarray]) -> float:
+    """FID of features [n, d] to `real` (mean, covariance), by torchmetrics. ValueError if d differs."""
+    import torch
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    mean, covariance = (torch.from_numpy(x) for x in real)
+    if features.shape[1:] != mean.shape:
+        raise ValueError(
+            f"the statistics of the real pictures have {len(mean)} features, Inception has {features.shape[1]}"
+        )
+    taken = torch.nn.Identity()
+    taken.num_features = features.shape[1]
+    metric = FrechetInceptionDistance(feature=taken)
+    # It keeps sums: those of two pictures that have just this mean and this covariance stand for all of them.
+    metric.real_features_num_samples = torch.tensor(2)
+    metric.real_features_sum = 2 * mean
+    metric.real_features_cov_sum = covariance + 2 * torch.outer(mean, mean)
+    metric.update(features, real=False)
+    return float(metric.compute())
+
+
+def inception_score(logits, splits: int = SPLITS) -> tuple[float, float]:
+    """(mean, deviation over the splits) of the inception score (Salimans et al. 2016, arXiv:1606.03498).
+
+    logits: [n, classes], shuffled by a fixed seed, by torchmetrics. ValueError for fewer pictures than two a split."""
+    import torch
+    from torchmetrics.image.inception import InceptionScore
+
+    if len(logits) < 2 * splits:
+        raise ValueError(f"{len(logits)} pictures make no {splits} splits: draw at least {2 * splits}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that all logits are kept: 240 MB for 30,000 pictures
+        metric = InceptionScore(feature=torch.nn.Identity(), splits=splits)
+    metric.update(logits)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def clip_score(
+    paths: Sequence[Path], prompts: Sequence[str], read: Callable, clip: tuple, batch_size: int, desc: str
+) -> float:
+    """Mean cosine of pictures and their prompts in CLIP's space (Hessel et al. 2021, arXiv:2104.08718).
+
+    Neither times 100 nor 2.5, as BK-SDM gives it."""
+    import torch
+
+    (model, processor), where = clip, device()
+    model = model.to(where)
+    cosines = []
+    with tqdm(total=len(paths), desc=desc, unit=" pictures", mininterval=1) as bar:
+        for start in range(0, len(paths), batch_size):
+            images = [read(path) for path in paths[start : start + batch_size]]
+            inputs = processor(
+                text=list(prompts[start : start + batch_size]),
+                images=images,
+                padding=True,
+                truncation=True,
+                return_tensors="pt",
+            )
+            with torch.inference_mode():
+                out = model(**inputs.to(where))
+            cosines.append(torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).cpu())
+            bar.update(len(images))
+    return float(torch.cat(cosines).double().mean())
+
+
+class Scorer(NamedTuple):
+    """Networks and real pictures, opened before anything is drawn."""
+
+    inception: Any
+    clip: tuple[Any, Any]
+    real: tuple[np.ndarray, np.ndarray] | list[Path] | None  # statistics, or the pictures to take them from
+    settings: dict[str, str]
+
+
+def open_scorer(inception: Path | None, clip: str, real: Path | None) -> Scorer:
+    """Loads the networks, and finds the real pictures: a folder of them, or a .npz of their statistics.
+
+    Raises like `load_inception`, `load_clip`, `pictures_in` and `read_statistics`."""
+    found = None
+    if real is not None:
+        found = pictures_in(real) if Path(real).is_dir() else read_statistics(real)
+    settings = {
+        "kept pictures": f"{SIZE} x {SIZE}, bicubic, {SUFFIX}",
+        "real pictures": "none: no FID" if real is None else str(real),
+        "Inception": str(inception or "torch-fidelity's download"),
+        "CLIP": str(clip),
+    }
+    return Scorer(load_inception(inception), load_clip(clip), found, settings)
+
+
+def departures(sampler: str, steps: int, guidance: float, resolution: int, prompts: int) -> str:
+    """What of these is not as published, in words; empty if nothing is."""
+    published = {
+        "sampler": SAMPLER,
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "pixels": PIXELS,
+        "prompts": PROMPTS,
+    }
+    chosen = (sampler, steps, guidance, resolution, prompts)
+    return ", ".join(
+        f"{name} {now} instead of {then}"
+        for (name, then), now in zip(published.items(), chosen, strict=True)
+        if now != then
+    )
+
+
+def real_statistics(scorer: Scorer, read: Callable, batch_size: int, out: Path) -> Scorer:
+    """The scorer with statistics in place of real pictures, which it also writes to `out`, a .npz for --real."""
+    if not isinstance(scorer.real, list):
+        return scorer
+    features, _ = inception_features(scorer.real, read, scorer.inception, batch_size, "real pictures")
+    mean, covariance = statistics(features)
+    scratch = out.with_name(f".{out.name}")
+    np.savez(scratch, mu=mean, sigma=covariance)
+    scratch.rename(out)
+    return scorer._replace(real=(mean, covariance))
+
+
+def score(
+    scorer: Scorer, paths: Sequence[Path], prompts: Sequence[str], read: Callable, batch_size: int, name: str
+) -> dict[str, float]:
+    """{"fid", "inception_score", "inception_score_std", "clip_score"} of drawn pictures; no "fid" without real ones.
+
+    read: path -> uint8[H, W, 3]. Raises FileNotFoundError if a picture is missing: another process drew it."""
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}: where processes do not "
+            "see one folder, copy their pictures together and run again"
+        )
+    features, logits = inception_features(paths, read, scorer.inception, batch_size, f"Inception, {name}")
+    mean, deviation = inception_score(logits)
+    row = {} if scorer.real is None else {"fid": fid(features, scorer.real)}
+    cosine = clip_score(paths, prompts, read, scorer.clip, batch_size, f"CLIP, {name}")
+    return row | {"inception_score": mean, "inception_score_std": deviation, "clip_score": cosine}

@@ -1,0 +1,175 @@
+"""The program as a person runs it, on a tiny pipeline: the teacher against itself, and a student cut from it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import CAPTIONS
+from PIL import Image
+
+from flaxkd import candidate, evaluate, fidelity, pretrained, protocol, students
+from flaxkd.data import sources
+
+FEW = ["--sampler=ddim", "--steps=2", "--batch-size=4"]
+
+
+@pytest.fixture(scope="module")
+def home(tiny_pipeline, tmp_path_factory):
+    """A folder of pictures with captions, and a student as cut."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    with (home / "pictures" / "metadata.jsonl").open("w") as file:
+        for i in range(60):
+            image = Image.fromarray(rng.integers(256, size=(4, 4, 3), dtype=np.uint8))
+            image.resize((32, 32)).save(home / "pictures" / f"{i}.png")
+            file.write(json.dumps({"file_name": f"{i}.png", "text": f"{CAPTIONS[i % 5]} {i}"}) + "\n")
+    student = students.get("bk_tiny")
+    config, (_, teacher) = (
+        pretrained.read_config(tiny_pipeline, "unet"),
+        pretrained.load(tiny_pipeline, "unet"),
+    )
+    config = students.config(student, config)
+    params = students.take(student, teacher, pretrained.shapes(pretrained.build("unet", config), "unet"))
+    pretrained.save(home / "student", source=tiny_pipeline, parts={"unet": (config, params)})
+    return home
+
+
+@pytest.fixture(scope="module")
+def evaluated(home, tiny_pipeline):
+    out = home / "out"
+    models = [str(tiny_pipeline), str(home / "student")]
+    data = ["--reference", str(tiny_pipeline), "--data", str(home / "pictures"), "--out", str(out)]
+    evaluate.main(["--model", *models, *data, "--bins=2", "--examples=3", *FEW])
+    return out, json.loads((out / "evaluation.json").read_text())
+
+
+def test_the_teacher_against_itself_is_perfect(evaluated):
+    _, result = evaluated
+    teacher, itself, _ = result["rows"]
+    assert teacher["model"] == "teacher (pipeline)" and itself["model"] == "pipeline"
+    assert itself["loss_output"] == itself["feature"] == 0
+    assert itself["psnr"] == fidelity.PSNR_LIMIT and itself["ssim"] == pytest.approx(1)
+    assert itself["frechet_latent"] == pytest.approx(0, abs=1e-6)
+    same = ("parameters", "loss_noise", "frechet_latent_data")
+    assert {name: itself[name] for name in same} == {name: pytest.approx(teacher[name]) for name in same}
+    assert result["settings"]["pipeline is"] == "same network"
+
+
+def test_a_student_as_cut_is_not(evaluated, home):
+    _, result = evaluated
+    teacher, _, student = result["rows"]
+    assert student["parameters"] < teacher["parameters"] and result["settings"]["student is"].endswith(
+        "bk_tiny"
+    )
+    assert student["loss_output"] > 0 and student["frechet_latent"] > 0
+    assert student["psnr"] < 60 and student["ssim"] < 0.99
+    pairs = students.feature_pairs(students.get("sd_tiny"), "segmind")
+    assert list(student["features"]) == [own for own, _ in pairs]
+    assert min(student["features"].values()) > 0
+    for name in ("loss_noise", "loss_output", "feature"):
+        assert np.mean(student["by_timestep"][name]) == pytest.approx(
+            student[name], rel=0.5 if name == "feature" else 1e-6
+        )
+
+
+def test_the_result_is_a_table_and_pictures(evaluated):
+    out, result = evaluated
+    text = (out / "evaluation.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert "Fréchet (latent)" in lines[0] and "FID" not in lines[0]
+    assert [line.split(" | ")[0][2:] for line in lines[1:4]] == ["teacher (pipeline)", "pipeline", "student"]
+    assert f"{result['rows'][2]['loss_output']:.4f}" in lines[3]
+    assert "Fréchet distance in the VAE's latent space" in text and "0–499 | 500–999" in text
+    for name in ("evaluation.png", "samples.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 100
+    captions = [
+        x["caption"] for x in sources.open_source(str(out.parent / "pictures"), "validation", resolution=32)
+    ]
+    settings = json.loads((out / "pictures" / "fidelity" / "student" / "settings.json").read_text())
+    assert settings["prompts"] == min(3, len(captions)) and settings["sampler"] == "ddim"
+
+
+def test_the_published_protocol(home, tiny_pipeline, clip_folder, inception, monkeypatch, evaluated):
+    monkeypatch.setattr(protocol, "load_inception", lambda weights: inception)
+    monkeypatch.setattr(protocol, "SIZE", 32)  # the tiny pipeline draws no larger
+    (home / "prompts.txt").write_text("\n".join(f"{CAPTIONS[i % 5]} {i}" for i in range(30)))
+    arguments = ["--no-fidelity", "--model", str(home / "student"), "--reference", str(tiny_pipeline), *FEW]
+    arguments += ["--prompts", str(home / "prompts.txt"), "--limit=20", "--clip", str(clip_folder)]
+    out = home / "protocol"
+    evaluate.main([*arguments, "--real", str(home / "pictures"), "--out", str(out)])
+    result = json.loads((out / "evaluation.json").read_text())
+    assert [row["model"] for row in result["rows"]] == ["teacher (pipeline)", "student"]
+    for row in result["rows"]:
+        assert row["fid"] > 0 and row["inception_score"] >= 1 and -1 < row["clip_score"] < 1
+    assert (
+        "prompts 20 instead of 30000" in result["notes"][0]
+        and "sampler ddim instead of pndm" in result["notes"][0]
+    )
+    assert result["settings"]["prompts"].startswith("20 of ") and (out / "real.npz").is_file()
+
+    def nothing(*_):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(candidate, "drawer", lambda *_: nothing)
+    evaluate.main([*arguments, "--real", str(out / "real.npz"), "--out", str(out)])  # all pictures are there
+    again = json.loads((out / "evaluation.json").read_text())
+    assert again["rows"] == result["rows"]
+
+
+def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
+    """Its newest checkpoint replaces what it trained."""
+    workdir = home / "workdir"
+    workdir.mkdir()
+    config = pretrained.read_config(home / "student", "unet")
+    plan = {"source": str(tiny_pipeline), "parts": {"unet": config}}
+    (workdir / "export.json").write_text(json.dumps(plan))
+    _, params = pretrained.load(home / "student", "unet")
+    monkeypatch.setattr(candidate.export, "restore", lambda folder: (7, {"unet": params}, False))
+    mesh = evaluate.sharding.local_mesh()
+    loaded = candidate.load(candidate.find(str(workdir)), np.float32, mesh)
+    folder = candidate.load(candidate.find(str(home / "student")), np.float32, mesh)
+    assert loaded.name == "workdir" and loaded.fingerprint == folder.fingerprint
+    assert candidate.count(loaded) == sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "nowhere"], "there is no folder .*nowhere"),
+        (["--model", "{student}", "--no-fidelity"], "needs --prompts FILE"),
+        (["--model", "{student}", "--batch-size=3"], "batch_size = 3 images cannot be split over 4 devices"),
+        (["--model", "{student}", "--sampler=euler"], "sampler 'euler' is unknown"),
+        (["--model", "{student}", "--resolution=40"], "resolution 40 is no multiple of 32 pixels"),
+        (["--model", "{student}", "--bins=0"], "bins = 0"),
+        (["--model", "{student}", "--data=nowhere"], "no data set 'nowhere'"),
+        (
+            ["--model", "{student}", "--prompts=nowhere.txt", "--sampler=ddim"],
+            "there is no file .*nowhere.txt",
+        ),
+        (["--model", "{other}"], r"other cannot be compared with teacher \(pipeline\): prediction_type is"),
+    ],
+)
+def test_mistakes_are_found_before_any_compute(
+    home, tiny_pipeline, arguments, message, monkeypatch, tmp_path
+):
+    other = home / "other"
+    if not other.exists():
+        pretrained.save(other, source=tiny_pipeline, parts={})
+        scheduler = pretrained.read_config(other, "scheduler") | {"prediction_type": "v_prediction"}
+        (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    monkeypatch.setattr(candidate, "load", None)
+    arguments = [text.format(student=home / "student", other=other) for text in arguments]
+    data = [
+        "--data",
+        str(home / "pictures"),
+        "--out",
+        str(tmp_path / "out"),
+        "--reference",
+        str(tiny_pipeline),
+    ]
+    with pytest.raises(SystemExit, match=f"^error: (?s:.*){message}"):
+        evaluate.main([*data, *arguments])
+    assert not (tmp_path / "out").exists()

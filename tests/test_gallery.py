@@ -1,0 +1,79 @@
+"""Pictures are drawn once, whole, and the same whoever draws them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flaxkd import gallery
+
+PROMPTS = [f"picture {i}" for i in range(7)]
+SETTINGS = {"sampler": "ddim", "steps": 2}
+
+
+class Drawer:
+    """Draws the noise, and counts; dies after so many batches."""
+
+    def __init__(self, batches=100):
+        self.batches, self.drawn = batches, []
+
+    def __call__(self, prompts, latents):
+        assert len(prompts) == len(latents) == 2 and latents.dtype == np.float32
+        if self.batches == 0:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        self.drawn += prompts
+        return np.uint8(np.clip(latents[..., :3] * 50 + 128, 0, 255))
+
+
+def draw(folder, drawer, settings=SETTINGS, **options):
+    options = {"latents": (4, 4, 4), "seed": 3, "batch_size": 2} | options
+    return gallery.draw(folder, PROMPTS, drawer, settings=settings, **options)
+
+
+def content(paths):
+    return [path.read_bytes() for path in paths]
+
+
+def test_it_goes_on_where_it_was_killed(tmp_path):
+    whole = content(draw(tmp_path / "whole", Drawer()))
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path / "killed", Drawer(batches=2))
+    (tmp_path / "killed" / ".000004.png").write_bytes(b"half")  # what a kill leaves behind
+    drawer = Drawer()
+    assert content(draw(tmp_path / "killed", drawer)) == whole
+    assert drawer.drawn == ["picture 4", "picture 5", "picture 6", "picture 6"]
+    drawer = Drawer()
+    assert content(draw(tmp_path / "killed", drawer)) == whole and not drawer.drawn
+
+
+def test_processes_share_the_prompts_out(tmp_path):
+    whole = content(draw(tmp_path / "one", Drawer()))
+    drawers = [Drawer(), Drawer(), Drawer()]
+    for i, drawer in enumerate(drawers):
+        paths = draw(tmp_path / "three", drawer, process_index=i, process_count=3)
+    assert content(paths) == whole
+    assert set(drawers[1].drawn) == {"picture 1", "picture 4"}
+
+
+def test_pictures_of_other_settings_are_refused(tmp_path):
+    draw(tmp_path, Drawer())
+    with pytest.raises(ValueError, match=r"steps was 2 and is 3; weights was None and is 'x'.*remove"):
+        draw(tmp_path, Drawer(), {"sampler": "ddim", "steps": 3, "weights": "x"})
+
+
+def test_pictures_are_resized_and_kept_as_asked(tmp_path):
+    paths = draw(tmp_path, Drawer(), latents=(8, 8, 4), size=4, suffix=".jpg")
+    with Image.open(paths[0]) as picture:
+        assert picture.size == (4, 4) and picture.format == "JPEG"
+    assert gallery.read(paths[0], 2).shape == (2, 2, 3)
+    paths[0].write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"000000.jpg cannot be read"):
+        gallery.read(paths[0])
+
+
+def test_another_weight_is_another_fingerprint():
+    params = {"unet": {"a": np.ones(3, np.float32), "b": {"c": np.zeros(2, np.float16)}}}
+    same = {"unet": {"b": {"c": np.zeros(2, np.float16)}, "a": np.ones(3, np.float32)}}
+    assert gallery.fingerprint(params) == gallery.fingerprint(same)
+    same["unet"]["a"] = np.float32([1, 1, 1.0001])
+    assert gallery.fingerprint(params) != gallery.fingerprint(same)
