@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxkd import diffusion, export, fidelity, gallery, pretrained, sampling, sharding
+from flaxkd import diffusion, fidelity, gallery, pretrained, sampling, sharding
+from flaxkd.pipeline import Pipeline, locate
 
 
 class Candidate(NamedTuple):
-    """A pipeline: a folder, or a workdir of which the newest checkpoint is taken."""
+    """A pipeline folder, hub id or workdir, as `Pipeline.from_pretrained` takes it."""
 
     name: str
-    folder: Path  # of what no checkpoint holds
-    workdir: Path | None
+    model: str | None
     configs: dict[str, dict]  # unet, vae, text_encoder, scheduler
     modules: dict[str, Any] = {}  # noqa: RUF012 - nothing writes it; the rest is empty until `load`
     params: dict[str, Any] = {}  # noqa: RUF012
@@ -27,15 +27,14 @@ class Candidate(NamedTuple):
 def find(model: str | None, taken: tuple[str, ...] = ()) -> Candidate:
     """The model with its configurations, without weights. taken: names of rows that are there already.
 
-    Raises FileNotFoundError like `pretrained.resolve` and `export.read_plan`."""
+    Raises FileNotFoundError like `pipeline.locate`."""
     path = None if model is None else Path(model).expanduser()
-    workdir = path if path and (path / export.EXPORT).is_file() else None
-    parts, folder = export.read_plan(workdir) if workdir else ({}, pretrained.resolve(model))
+    folder, parts, _ = locate(model)
     words = ("miniature",) if path is None else path.resolve().parts if path.is_dir() else path.parts
     name = "/".join(words[-2:] if words[-1] == "diffusers" or not (path and path.is_dir()) else words[-1:])
     name = next(n for n in (name, *(f"{name} ({i})" for i in range(2, 1000))) if n not in taken)
     configs = {part: parts.get(part) or pretrained.read_config(folder, part) for part in pretrained.CONFIGS}
-    return Candidate(name, folder, workdir, configs)
+    return Candidate(name, model, configs)
 
 
 def check(model: Candidate, reference: Candidate) -> None:
@@ -75,26 +74,13 @@ def sizes(reference: Candidate, resolution: int | None) -> tuple[tuple[int, int,
 
 def load(model: Candidate, dtype, mesh) -> Candidate:
     """The model with modules, tokenizer, and weights on every device of the mesh."""
-    restored = export.restore(model.workdir / "checkpoints")[1] if model.workdir else {}
-    modules, params = {}, {}
-    for part in pretrained.MODELS:
-        if part in restored:
-            modules[part] = pretrained.build(part, model.configs[part], dtype)
-            params[part] = jax.tree.map(lambda x: np.asarray(x, dtype), restored[part])
-        else:
-            modules[part], params[part] = pretrained.load(model.folder, part, dtype)
+    pipeline = Pipeline.from_pretrained(model.model, dtype)
     return model._replace(
-        modules=modules,
-        fingerprint=gallery.fingerprint(params),
-        params=jax.device_put(params, sharding.replicated(mesh)),
-        tokenizer=pretrained.load_tokenizer(model.folder),
+        modules=pipeline.modules,
+        fingerprint=gallery.fingerprint(pipeline.params),
+        params=jax.device_put(pipeline.params, sharding.replicated(mesh)),
+        tokenizer=pipeline.tokenizer,
     )
-
-
-def count(model: Candidate) -> int:
-    """Parameters of the UNet, from its configuration."""
-    shapes = pretrained.shapes(pretrained.build("unet", model.configs["unet"]), "unet")
-    return sum(x.size for x in jax.tree.leaves(shapes))
 
 
 def network(model: Candidate, captions: list[str]) -> fidelity.Network:

@@ -20,7 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flaxkd import candidate, diffusion, fidelity, gallery, pictures, protocol, sampling, sharding, table
+from flaxkd import (
+    candidate,
+    card,
+    diffusion,
+    fidelity,
+    gallery,
+    pictures,
+    protocol,
+    sampling,
+    sharding,
+    table,
+)
 from flaxkd.candidate import Candidate
 from flaxkd.data import prompts as prompts_file
 from flaxkd.data import sources
@@ -69,7 +80,7 @@ def run(args: argparse.Namespace) -> dict:
         notes += [f"Not as published: {other}."] if other else []
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rows = [{"model": model.name, "parameters": candidate.count(model)} for model in models]
+    rows = [{"model": model.name, "parameters": card.parameters("unet", model.configs["unet"])} for model in models]
     written = []
     if args.fidelity and jax.process_index() == 0:
         written.append(measure_fidelity(setup, models, held, rows))
@@ -233,14 +244,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     model = "pipeline folder, hub id, or workdir of a training (its newest checkpoint)"
-    add(
-        "--model",
-        dest="models",
-        action="extend",
-        nargs="+",
-        required=True,
-        help=f"{model}; several make several rows",
-    )
+    rows = f"{model}; several make several rows"
+    add("--model", dest="models", action="extend", nargs="+", required=True, help=rows)
     add("--reference", help=f"the teacher: {model}; default: the embedded miniature")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the result (default: %(default)s)")
     add("--steps", type=int, default=protocol.STEPS, help="of the sampler (default: %(default)s)")

@@ -49,17 +49,19 @@ class Pipeline:
         float32 on a CPU. Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model,
         or if it draws with more than a caption (SDXL, inpainting)."""
         dtype = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-        folder, trained, name = _open(model)
-        configs = {part: pretrained.read_config(folder, part) for part in pretrained.MODELS}
-        configs |= {part: config for part, (config, _) in trained.items()}
+        folder, trained, name = locate(model)
+        configs = {part: pretrained.read_config(folder, part) for part in pretrained.MODELS} | trained
         _check(folder, configs)
+        if trained:
+            step, restored, _ = export.restore(Path(model).expanduser() / "checkpoints")
+            name = f"{name}, step {step}"
         scheduler_config = pretrained.read_config(folder, "scheduler")
         tokenizer = pretrained.load_tokenizer(folder)
         modules, params = {}, {}
         for part, config in configs.items():
             if part in trained:
                 modules[part] = pretrained.build(part, config, dtype)
-                params[part] = jax.tree.map(lambda x: np.asarray(x, dtype), trained[part][1])
+                params[part] = jax.tree.map(lambda x: np.asarray(x, dtype), restored[part])
             else:
                 modules[part], params[part] = pretrained.load(folder, part, dtype)
         return cls(name, modules, jax.device_put(params), tokenizer, scheduler_config)
@@ -189,8 +191,11 @@ class Pipeline:
                 )
 
 
-def _open(model: str | os.PathLike | None) -> tuple[Path, dict[str, tuple[dict, dict]], str]:
-    """(pipeline folder, {part: (config.json, params)} in place of its own, name for people) of a model."""
+def locate(model: str | os.PathLike | None) -> tuple[Path, dict[str, dict], str]:
+    """(pipeline folder, {part: config.json} of those that a checkpoint has in place of its own, name for people).
+
+    A workdir is its `diffusers/` if that is there, else the folder of its teacher with the parts of its newest
+    checkpoint. Raises FileNotFoundError like `pretrained.resolve` and `export.read_plan`."""
     if model is None:
         return pretrained.resolve(None), {}, "embedded teacher"
     workdir = Path(model).expanduser()
@@ -199,8 +204,7 @@ def _open(model: str | os.PathLike | None) -> tuple[Path, dict[str, tuple[dict, 
     if (workdir / "diffusers" / "model_index.json").is_file():
         return workdir / "diffusers", {}, str(model)
     configs, folder = export.read_plan(workdir)
-    step, params, _ = export.restore(workdir / "checkpoints")
-    return folder, {part: (configs[part], params[part]) for part in configs}, f"{model}, step {step}"
+    return folder, configs, str(model)
 
 
 def _check(folder: Path, configs: dict[str, dict]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import CAPTIONS
 from PIL import Image
 
-from flaxkd import candidate, evaluate, fidelity, pretrained, protocol, students
+from flaxkd import candidate, card, evaluate, fidelity, pipeline, pretrained, protocol, students
 from flaxkd.data import sources
 
 FEW = ["--sampler=ddim", "--steps=2", "--batch-size=4"]
@@ -127,12 +127,12 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
     plan = {"source": str(tiny_pipeline), "parts": {"unet": config}}
     (workdir / "export.json").write_text(json.dumps(plan))
     _, params = pretrained.load(home / "student", "unet")
-    monkeypatch.setattr(candidate.export, "restore", lambda folder: (7, {"unet": params}, False))
+    monkeypatch.setattr(pipeline.export, "restore", lambda folder: (7, {"unet": params}, False))
     mesh = evaluate.sharding.local_mesh()
     loaded = candidate.load(candidate.find(str(workdir)), np.float32, mesh)
     folder = candidate.load(candidate.find(str(home / "student")), np.float32, mesh)
     assert loaded.name == "workdir" and loaded.fingerprint == folder.fingerprint
-    assert candidate.count(loaded) == sum(x.size for x in jax.tree.leaves(params))
+    assert card.parameters("unet", loaded.configs["unet"]) == sum(x.size for x in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(

@@ -197,19 +197,19 @@ def test_the_export_loads_in_diffusers_with_the_averaged_weights(finished):
     np.testing.assert_array_equal(weight, np.asarray(kernel).transpose(3, 2, 0, 1).astype(np.float16))
 
 
-def test_kill_minus_9_and_resume_equal_an_uninterrupted_run(finished, command, tmp_path):
+def test_kill_minus_9_and_resume_equal_an_uninterrupted_run(finished_plain, plain, command, tmp_path):
     workdir = tmp_path / "killed"
-    process = command(workdir)
+    process = command(workdir, **plain)
     wait_for(workdir / "checkpoints" / str(EVERY), process)
     process.kill()
     process.communicate()
     assert not (workdir / "checkpoints" / str(STEPS)).exists(), "it was killed too late to show anything"
-    assert "resuming at step" in finish(command(workdir))
-    assert_same_bits(state(workdir), state(finished[0]))
+    assert "resuming at step" in finish(command(workdir, **plain))
+    assert_same_bits(state(workdir), state(finished_plain))
     steps = [r["step"] for r in records(workdir) if "grad_norm" in r]
     assert steps == list(range(1, STEPS + 1))  # no step twice, none missing
     strip = lambda r: {k: v for k, v in r.items() if k != "images_per_second"}
-    assert list(map(strip, records(workdir))) == list(map(strip, records(finished[0])))
+    assert list(map(strip, records(workdir))) == list(map(strip, records(finished_plain)))
 
 
 def test_sigterm_saves_and_a_truncated_checkpoint_falls_back(finished_plain, plain, command, tmp_path):
