@@ -141,7 +141,7 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
         (["--model", "nowhere"], "there is no folder .*nowhere"),
         (["--model", "{student}", "--no-fidelity"], "needs --prompts FILE"),
         (["--model", "{student}", "--batch-size=3"], "batch_size = 3 images cannot be split over 4 devices"),
-        (["--model", "{student}", "--sampler=euler"], "sampler 'euler' is unknown"),
+        (["--model", "{student}", "--sampler=heun"], "sampler 'heun' is unknown"),
         (["--model", "{student}", "--resolution=40"], "resolution 40 is no multiple of 32 pixels"),
         (["--model", "{student}", "--bins=0"], "bins = 0"),
         (["--model", "{student}", "--data=nowhere"], "no data set 'nowhere'"),
