@@ -2,11 +2,9 @@
 
 The two differ in the features they compare; the other is `configs/bk_tiny.py`.
 
-    python -m flaxkd.train --config configs/tiny.py            the embedded miniature teacher (see below)
+    python -m flaxkd.train --config configs/tiny.py            the embedded miniature teacher, on a laptop
     python -m flaxkd.train --config configs/tiny.py:sd15       Segmind's recipe, for TPU or GPU
     python -m flaxkd.train --config configs/tiny.py --config.teacher=DIR|HUB_ID     any other teacher
-
-The miniature that the package has today cannot be cut to this student: its two inner stages differ in width.
 """
 
 from configs import default, recipes
