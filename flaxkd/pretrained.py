@@ -278,9 +278,9 @@ def _cast(tensors: dict[str, np.ndarray], dtype, part: str) -> dict[str, np.ndar
 def _write_part(folder: Path, part: str, config: dict, tensors: dict[str, np.ndarray]) -> None:
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     if part == "text_encoder":
-        stored = str(next(iter(tensors.values())).dtype)  # transformers loads in the dtype that it finds here
         config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | config
-        config = {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": stored}
+        # transformers 5 loads in the dtype that it finds here, diffusers the UNet in float32 whatever is stored.
+        config = {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": "float32"}
     else:
         config = {"_class_name": CLASSES[part][1]} | config
     folder.mkdir(parents=True)

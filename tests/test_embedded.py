@@ -33,6 +33,19 @@ def test_students_can_be_cut_from_it():
         assert len(jax.tree.leaves(params)) < len(jax.tree.leaves(teacher))
 
 
+def test_diffusers_loads_and_draws_without_being_told_a_dtype():
+    """The weights are stored in half precision; networks of two precisions would not fit together."""
+    pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert len({part.dtype for part in parts}) == 1
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("blue heart", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3) and image.std() > 0.01
+
+
 def test_recall_counts_originals_among_the_nearest():
     originals = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8) * 10
     drawn = (
