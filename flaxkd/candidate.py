@@ -1,6 +1,5 @@
 """A model under evaluation: where it is, whether it can be compared, how it draws and encodes."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxkd import diffusion, fidelity, gallery, pretrained, sampling, sharding
+from flaxkd import diffusion, fidelity, gallery, latents, pretrained, sampling, sharding
 from flaxkd.pipeline import Pipeline, locate
 
 
@@ -116,10 +115,5 @@ def encode(model: Candidate, images: np.ndarray, batch_size: int, mesh) -> np.nd
     for start in range(0, len(images), batch_size):
         here = np.arange(start, start + batch_size).clip(max=len(images) - 1)  # one shape: compiled once
         batch = jax.device_put(images[here], sharding.batch(mesh))
-        found.append(np.asarray(_moments(model.modules["vae"], model.params["vae"], batch), np.float32))
+        found.append(np.asarray(latents.moments(model.modules["vae"], model.params["vae"], batch), np.float32))
     return np.concatenate(found)[: len(images)]
-
-
-@functools.partial(jax.jit, static_argnames="vae")
-def _moments(vae, params, images):
-    return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")

@@ -9,9 +9,7 @@ are there are kept, so that the same command goes on where it stopped.
 """
 
 import argparse
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from jax.experimental import multihost_utils
 from flaxkd import (
     candidate,
     card,
+    command,
     diffusion,
     fidelity,
     gallery,
@@ -243,7 +242,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    model = "pipeline folder, hub id, or workdir of a training (its newest checkpoint)"
+    model = "pipeline folder, hub id, or workdir of a training (its export, else its newest checkpoint)"
     rows = f"{model}; several make several rows"
     add("--model", dest="models", action="extend", nargs="+", required=True, help=rows)
     add("--reference", help=f"the teacher: {model}; default: the embedded miniature")
@@ -283,14 +282,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or sources.cache_home() / "jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    try:
+    command.keep_compiled_programs()
+    with command.told(ValueError, FileNotFoundError, ModuleNotFoundError):
         run(args)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        if os.environ.get("FLAXKD_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,12 @@ much of it to change. The settings are written into the PNG. Without --model, th
 """
 
 import argparse
-import os
-import sys
 import warnings
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from flaxkd import pictures, samplers
-from flaxkd.data import sources
+from flaxkd import command, pictures, samplers
 from flaxkd.pipeline import Pipeline
 
 
@@ -94,14 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("picture.png"), help="default: picture.png")
     args = parser.parse_args(arguments)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # so that the second picture comes at once
-        jax.config.update("jax_compilation_cache_dir", str(sources.cache_home() / "jax"))
-    try:
+    command.keep_compiled_programs()
+    with command.told(ValueError, FileNotFoundError, FloatingPointError):
         draw(args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("FLAXKD_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

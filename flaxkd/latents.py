@@ -26,6 +26,12 @@ def fingerprint(source: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.partial(jax.jit, static_argnames="vae")
+def moments(vae, params, images) -> jax.Array:
+    """Moments float[b, h, w, 2c] of pictures uint8[b, H, W, 3], by an autoencoder."""
+    return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")
+
+
 def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, mesh, tokenizer) -> Path:
     """The cache of the pictures of a split ("train" or "validation"); made, with progress, if it is not there.
 
@@ -42,12 +48,8 @@ def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, me
     def params():  # read only if there is something to encode
         return jax.device_put(pretrained.load(source, "vae", dtype)[1], sharding.replicated(mesh))
 
-    @jax.jit
-    def moments(params, images):
-        return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")
-
     def encode(images: np.ndarray) -> np.ndarray:
-        return np.asarray(moments(params(), jax.device_put(images, data)))
+        return np.asarray(moments(vae, params(), jax.device_put(images, data)))
 
     return cache.ensure(
         pictures,

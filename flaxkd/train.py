@@ -31,6 +31,7 @@ from flaxkd import (
     sampling,
     sharding,
 )
+from flaxkd.command import told
 from flaxkd.data import loader, sources
 from flaxkd.step import init_state, make_step, optimizer
 
@@ -317,15 +318,13 @@ def main(_=None) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    typed = shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]])
     try:
-        run(config, workdir, command=shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]]))
+        with told(ValueError, FileNotFoundError, FloatingPointError):
+            run(config, workdir, command=typed)
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(143)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("FLAXKD_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
