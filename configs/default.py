@@ -69,6 +69,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(
             source="openmoji",  # or a folder of images with metadata.jsonl (file_name, text)
             resolution=64,  # pixels; 512 for SD 1.x and 2.1-base, 768 for 2.1
+            variants=placeholder(str),  # a pattern; of captions that differ in it alone, an epoch draws one
             random_flip=False,  # mirror half of the pictures; wrong for text and flags
         )
     )

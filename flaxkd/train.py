@@ -87,7 +87,8 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         validation = {"images": np.stack([data["validation"][i]["image"] for i in examples])}
     else:
         caches = [latents.ensure(config, data[s], s, source, dtype, mesh, tokenizer) for s in splits]
-        batches = loader.batches(caches[0], config.batch_size, config.seed)
+        variants = config.data.variants
+        batches = loader.batches(caches[0], config.batch_size, config.seed, variants=variants)
         validation = loader.examples(caches[1], config.validation.examples)
         validation = {name: validation[name] for name in ("moments", "input_ids")}
     put = lambda batch: jax.device_put(batch, sharding.batch(mesh))

@@ -190,6 +190,13 @@ def test_mirrored_pictures_are_drawn_half_the_time(tmp_path):
     assert 0.4 < share < 0.6
 
 
+def test_of_variants_an_epoch_draws_one(tmp_path):
+    iterator = loader.batches(ensure(numbered(20), tmp_path), 2, seed=0, variants=r"\d$")
+    epochs = [order(next(iterator)) for _ in range(200)]
+    assert all(sorted(i // 10 for i in epoch) == [0, 1] for epoch in epochs)  # "picture " and "picture 1"
+    assert {i for epoch in epochs for i in epoch} == set(range(20))
+
+
 def test_a_damaged_cache_is_refused(tmp_path):
     folder = ensure(numbered(5), tmp_path)
     about = json.loads((folder / "cache.json").read_text())

@@ -1,5 +1,6 @@
 """Batches of a latent cache, by Grain: shuffled, endless, deterministic, with a position to save."""
 
+import re
 from pathlib import Path
 
 import grain
@@ -9,12 +10,19 @@ from flaxkd.data import cache as caches
 
 
 def batches(
-    cache: Path, batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1
+    cache: Path,
+    batch_size: int,
+    seed: int,
+    *,
+    variants: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator:
     """Endless iterator of {"moments": float32[b, h, w, 2c], "input_ids": int32[b, l]}.
 
     Every epoch has each example once, in an order of its own that depends on the seed alone; a batch may
-    reach into the next epoch. If the cache has mirrored pictures, one of the two is drawn each time.
+    reach into the next epoch. If the cache has mirrored pictures, one of the two is drawn each time. If
+    variants (a regular expression) is given, so is one of those whose captions differ only in what it matches.
 
     batch_size is the global one: process i of n gets rows [i b, (i + 1) b) of it, b = batch_size / n, so that
     the global batch is the same for any number of processes. The position is `get_state()`, a dict that JSON
@@ -27,18 +35,18 @@ def batches(
     records = _records(cache, about, "moments")
     mirrored = _records(cache, about, "flipped") if flip else None
     rows = batch_size // process_count
+    families = np.arange(size)[:, None] if variants is None else _families(records, variants)
 
-    def choose(index: int, rng: np.random.Generator) -> int:
-        return index + size * int(rng.integers(2))  # mirrored pictures count from `size` on
+    def choose(family: int, rng: np.random.Generator) -> int:
+        index = int(rng.choice(families[family]))
+        return index + size * int(flip and rng.integers(2))  # mirrored pictures count from `size` on
 
     def load(indices: np.ndarray) -> dict:
         mine = indices[process_index * rows : (process_index + 1) * rows].tolist()
         return _stack([records[i] if i < size else mirrored[i - size] for i in mine])
 
     # Numbers are shuffled, not pictures: each process sees the whole batch's, and reads only its own rows.
-    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
-    if flip:
-        order = order.random_map(choose)
+    order = grain.MapDataset.range(len(families)).seed(seed).shuffle().repeat().random_map(choose)
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     return iter(order.batch(batch_size).map(load).to_iter_dataset(options))
 
@@ -75,6 +83,15 @@ def _records(cache: Path, about: dict, kind: str) -> grain.sources.ArrayRecordDa
         size = about["size"]
         raise ValueError(f"{cache} has {len(records)} {kind}, its cache.json says {size}: delete the folder")
     return records
+
+
+def _families(records, variants: str) -> list[list[int]]:
+    """The numbers of the records, those together whose captions are equal without what `variants` matches."""
+    families = {}
+    for index in range(len(records)):
+        caption = caches.unpack(records[index])["caption"]
+        families.setdefault(re.sub(variants, "", caption), []).append(index)
+    return list(families.values())
 
 
 def _stack(records: list[bytes]) -> dict:
