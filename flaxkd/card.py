@@ -57,7 +57,8 @@ def model_card(workdir: Path, source: Path, parts: dict[str, dict], step: int, a
         counts(parts, source),
         _usage(parts, source, prompts[0]),
         figures(metrics.read(workdir)),
-        evaluation(workdir),
+        measured(workdir, "evaluation"),
+        measured(workdir, "bench"),
     ]
     blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
     foreign = FOREIGN.format(teacher=name, licence=f" ({inherited})" if inherited else "")
@@ -159,11 +160,10 @@ def figures(records: list[dict]) -> str:
     return "\n".join(["## Figures", "| | first | last | at step |", "|---|---:|---:|---:|", *rows])
 
 
-def evaluation(workdir: Path) -> str:
-    """The first table of what `python -m flaxkd.evaluate --out WORKDIR/evaluation` wrote, if there is one."""
-    path = workdir / "evaluation" / "evaluation.md"
-    rows = path.read_text().split("\n\n")[1:2] if path.is_file() else []
-    return "\n".join(["## Evaluation", *rows]) if rows else ""
+def measured(workdir: Path, name: str) -> str:
+    """Heading and first table of what flaxkd.evaluate or flaxkd.bench wrote into WORKDIR/NAME/NAME.md, if any did."""
+    path = workdir / name / f"{name}.md"
+    return "\n".join(f"#{path.read_text()}".split("\n\n")[:2]) if path.is_file() else ""
 
 
 def _making(run: dict, step: int, averaged: bool) -> str:

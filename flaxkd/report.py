@@ -2,8 +2,8 @@
 
     python -m flaxkd.report --workdir runs/small [--out FILE.html]
 
-It shows what is there, also of a run that is not over yet. `python -m flaxkd.evaluate --model DIR --out
-DIR/evaluation` before it adds how the student compares with its teacher.
+It shows what is there, also of a run that is not over yet. Before it, `python -m flaxkd.evaluate --model DIR --out
+DIR/evaluation` adds how the student compares with its teacher, and `python -m flaxkd.bench --out DIR/bench` its speed.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def page(workdir: Path) -> str:
             figure(workdir / "curves.png", "curves of every loss, training and validation")
         ],
         "First and last figures": [markdown(card.figures(metrics.read(workdir)).partition("\n")[2])],
-        "Evaluation": [evaluation(workdir)],
+        "Evaluation": [measured(workdir, "evaluation", "evaluation of teacher and student")],
+        "Benchmark": [measured(workdir, "bench", "times of teacher and student")],
         "Made by": [commands(workdir)],
         "Configuration": [code(json.dumps(run, indent=2), "config.json")],
     }
@@ -142,13 +143,13 @@ def figure(path: Path, alternative: str, attributes: str = "") -> str:
     return f'<figure{attributes}><img src="{url}" {size} alt="{html.escape(alternative)}"></figure>'
 
 
-def evaluation(workdir: Path) -> str:
-    """What `flaxkd.evaluate` wrote into WORKDIR/evaluation: its picture and its tables."""
-    path = workdir / "evaluation" / "evaluation.md"
+def measured(workdir: Path, name: str, alternative: str) -> str:
+    """What `flaxkd.evaluate` or `flaxkd.bench` wrote into WORKDIR/NAME, NAME.png and NAME.md: picture and tables."""
+    path = workdir / name / f"{name}.md"
     if not path.is_file():
         return ""
     tables = markdown(path.read_text().partition("\n")[2]).replace("h2>", "h3>")
-    return figure(path.with_suffix(".png"), "evaluation of teacher and student") + tables
+    return figure(path.with_suffix(".png"), alternative) + tables
 
 
 def commands(workdir: Path) -> str:

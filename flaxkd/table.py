@@ -51,32 +51,37 @@ def markdown(result: dict) -> str:
     rows, settings = result["rows"], result["settings"]
     columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     cells = [[title for _, title, _, _ in columns]]
-    cells += [[_number(row.get(key), digits) for key, _, digits, _ in columns] for row in rows]
-    blocks = ["# Evaluation", _table(["model"] + [row["model"] for row in rows], cells)]
+    cells += [[number(row.get(key), digits) for key, _, digits, _ in columns] for row in rows]
+    blocks = ["# Evaluation", lines(["model"] + [row["model"] for row in rows], cells)]
     blocks.append("\n".join(f"- {title}: {meaning}" for _, title, _, meaning in columns))
     blocks += [f"> {note}" for note in result["notes"]]
     for name in _curves(rows):
         shown = [row for row in rows if name in row.get("by_timestep", {})]
         cells = [_ranges(settings["timesteps"])]
-        cells += [[_number(x, 4) for x in row["by_timestep"][name]] for row in shown]
+        cells += [[number(x, 4) for x in row["by_timestep"][name]] for row in shown]
         title = "relative error of the features" if name == "feature" else name
-        blocks += [f"## {title} by timestep", _table(["model"] + [row["model"] for row in shown], cells)]
+        blocks += [f"## {title} by timestep", lines(["model"] + [row["model"] for row in shown], cells)]
     if shown := [row for row in rows if "features" in row]:
         modules = list(dict.fromkeys(module for row in shown for module in row["features"]))
         cells = [[row["model"] for row in shown]]
-        cells += [[_number(row["features"].get(module), 4) for row in shown] for module in modules]
-        blocks += ["## relative error of each feature", _table(["module", *modules], cells)]
-    lines = [f"| {name} | {value} |" for name, value in settings.items()]
-    blocks += ["## Settings", "\n".join(["| | |", "|---|---|", *lines])]
+        cells += [[number(row["features"].get(module), 4) for row in shown] for module in modules]
+        blocks += ["## relative error of each feature", lines(["module", *modules], cells)]
+    blocks += ["## Settings", settings_table(settings)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _table(names: list[str], cells: list[list[str]]) -> str:
-    lines = ["| " + " | ".join([name, *line]) + " |" for name, line in zip(names, cells, strict=True)]
-    return "\n".join([lines[0], "|---|" + "---:|" * len(cells[0]), *lines[1:]])
+def lines(names: list[str], cells: list[list[str]]) -> str:
+    """A table in Markdown: a name and its cells make a line, the first of which are titles."""
+    head, *others = ["| " + " | ".join([name, *line]) + " |" for name, line in zip(names, cells, strict=True)]
+    return "\n".join([head, "|---|" + "---:|" * len(cells[0]), *others])
 
 
-def _number(value: float | None, digits: int) -> str:
+def settings_table(settings: dict) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings.items())])
+
+
+def number(value: float | None, digits: int) -> str:
+    """With thousands set apart; a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
@@ -149,7 +154,7 @@ def picture(result: dict, path: Path) -> None:
         places = range(len(shown))
         values = [row[key] for row in shown]
         drawn = axis.barh(places, values, color=[color[row["model"]] for row in shown])
-        axis.bar_label(drawn, [_number(x, digits) for x in values], fontsize=8, padding=2)
+        axis.bar_label(drawn, [number(x, digits) for x in values], fontsize=8, padding=2)
         axis.set_yticks(places, [row["model"] for row in shown])
         axis.invert_yaxis()
         axis.margins(x=0.2)

@@ -75,6 +75,8 @@ def test_everything_is_on_the_page_and_nothing_elsewhere(workdir):
     (workdir / "evaluation").mkdir()
     table = "| model | PSNR |\n|---|---:|\n| teacher | 100 |\n| mine | 21.5 |"
     (workdir / "evaluation" / "evaluation.md").write_text(f"# Evaluation\n\n{table}\n\n## Settings\n\nnone\n")
+    (workdir / "bench").mkdir()
+    (workdir / "bench" / "bench.md").write_text("# Benchmark\n\n| model | s |\n|---|---:|\n| mine | 0.123 |\n")
     out = report.write(workdir)
     assert out == workdir / "report.html" and [p.name for p in workdir.glob(".*")] == []
     text = out.read_text()
@@ -82,11 +84,11 @@ def test_everything_is_on_the_page_and_nothing_elsewhere(workdir):
     assert page.headings[0] == "sd_tiny, distilled from pipeline"
     assert page.headings[1:] == [
         "What was distilled from what", "Drawings over time", "Figures over time", "First and last figures",
-        "Evaluation", "Made by", "Configuration",
+        "Evaluation", "Benchmark", "Made by", "Configuration",
     ]  # fmt: skip
     assert all(url.startswith(("data:", "#")) for url in page.urls)
     assert not re.search(r"url\((?!#)|@import", text)
-    for told in ("20 of 40", "80", "10.0%", "25.0%", "21.5", "12.0", "--config 'a&b.py'", '"note": "<b>&"'):
+    for told in ("20 of 40", "80", "10.0%", "25.0%", "21.5", "0.123", "12.0", "--config 'a&b.py'", '"note": "<b>&"'):
         assert told in page.text, told
     assert text.count("<svg") == 1
 

@@ -1,0 +1,163 @@
+"""The benchmark: the same work on both sides, honest turns, and a table that says what was measured."""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_configs import load
+
+from flaxkd import against_torch, bench, devices, pretrained, standings, workload
+from flaxkd.workload import Prepared
+
+
+def small(tiny_pipeline, **changes):
+    config = load("small")
+    config.teacher, config.batch_size = str(tiny_pipeline), 4
+    config.update(changes)
+    return config
+
+
+def test_both_sides_compute_the_same_loss(tiny_pipeline):
+    """sd_tiny has a pair of blocks with unequal names, and no mid block."""
+    subject = workload.subject("sd_tiny", small(tiny_pipeline), tiny_pipeline, steps=2)
+    inputs = subject.task.prepare(jax.random.key(1), subject.batch)
+    _, ours = jax.jit(subject.task.loss)(subject.task.params, subject.task.frozen, inputs)
+    networks = against_torch._networks(subject)
+    arrays = (inputs.noisy_latents, inputs.timesteps, inputs.input_ids, inputs.target)
+    tensors = against_torch._tensors(subject, *(np.asarray(x) for x in arrays))
+    theirs = against_torch.loss(subject, networks)(*tensors)
+    assert theirs.keys() == {"loss", "loss_noise", "loss_output", "loss_feature"}
+    for name, value in theirs.items():
+        np.testing.assert_allclose(float(value), ours[name], rtol=2e-5, err_msg=name)
+
+
+def test_a_step_in_torch_moves_the_student_alone(tiny_pipeline):
+    subject = workload.subject("sd_tiny", small(tiny_pipeline), tiny_pipeline, steps=2)
+    networks = against_torch._networks(subject)
+    before = [p.detach().clone() for p in (*networks.unet.parameters(), *networks.teacher.parameters())]
+    losses = [against_torch._train(subject, networks, compiled=False)() for _ in range(2)]
+    after = [*networks.unet.parameters(), *networks.teacher.parameters()]
+    moved = [not bool((a == b).all()) for a, b in zip(before, after, strict=True)]
+    n = len(list(networks.unet.parameters()))
+    assert np.isfinite(losses).all() and np.mean(moved[:n]) > 0.9 and not any(moved[n:])
+
+
+def test_a_benchmark_from_end_to_end(tiny_pipeline, tmp_path):
+    config = small(tiny_pipeline, batch_size=jax.device_count())
+    result = bench.run(
+        config,
+        names=[],
+        against=[against_torch.EAGER],
+        unet={"norm_num_groups": 8},
+        rounds=5,
+        steps=2,
+        out=tmp_path,
+    )
+    ours, theirs = result["rows"]
+    assert (ours["by"], theirs["by"]) == ("flaxkd", "torch eager") and ours["model"] == "teacher"
+    for work in workload.WORKS:
+        for row in result["rows"]:
+            assert len(row[work]["all_seconds"]) == 5 and min(row[work]["all_seconds"]) > 0
+            assert row[work]["seconds"] == np.median(row[work]["all_seconds"])
+    assert ours["train"]["flops"] > 3 * ours["denoise"]["flops"] / 2 and ours["train"]["peak_bytes"] > 2**20
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+    text = (tmp_path / "bench.md").read_text()
+    assert "| teacher | torch eager |" in text and "norm_num_groups 8" in text
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_who_is_compared_takes_turns(monkeypatch):
+    order, clock = [], iter(np.arange(0, 100, 0.5))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    ready = {name: Prepared(lambda name=name: order.append(name), 0.0) for name in "ab"}
+
+    class Bar:
+        update = staticmethod(lambda: None)
+
+    assert bench.interleaved(ready, 3, Bar) == {"a": [0.5] * 3, "b": [0.5] * 3}
+    assert order == list("ababab")
+
+
+def rows() -> list[dict]:
+    def row(model, by, seconds, flops):
+        work = {"all_seconds": [seconds] * 5, "seconds": seconds, "first_seconds": 9.0}
+        of = lambda flops: {**work, "flops": flops, "peak_bytes": flops and 3 * 2**20}
+        return {
+            "model": model,
+            "by": by,
+            "parameters": 1234567,
+            "denoise": of(flops and 4e9),
+            "image": of(None),
+            "train": of(flops),
+        }
+
+    return [row("teacher", "flaxkd", 2.0, 6e9), row("sd_small", "flaxkd", 1.0, 8.4e9),
+            row("sd_small", "torch eager", 1.5, None)]  # fmt: skip
+
+
+def test_what_follows_from_the_measures():
+    teacher, student, torch = standings.derive(rows(), 4, peak=84e9)
+    assert teacher["train"]["of_least"] == pytest.approx(6 / (3 * 2))
+    assert student["train"]["of_least"] == pytest.approx(8.4 / (2 + 3 * 2))
+    assert student["train"]["of_peak"] == pytest.approx(0.1) and "of_peak" not in torch["train"]
+    assert student["image"]["images_per_second"] == 4 and torch["train"]["images_per_second"] == 4 / 1.5
+
+
+def test_the_table_has_ratios_only_against_somebody(tmp_path):
+    every = standings.derive(rows(), 4, None)
+    text = standings.markdown({"settings": {"machine": "two cores"}, "rows": every})
+    assert "| sd_small | torch eager | 1.50 | 1.50 | 1.50 |" in text
+    assert "| sd_small | 1,234,567 | 4.0 | 3 | 8.4 | 1.050 | 3 |" in text and "peak |" not in text
+    alone = standings.markdown({"settings": {}, "rows": every[:2]})
+    assert "divided" not in alone and "| by |" not in alone
+    standings.write(tmp_path, {"settings": {}, "rows": every})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+
+
+def test_the_device_of_a_published_peak():
+    class Fake:
+        def __init__(self, kind):
+            self.device_kind = kind
+
+    assert devices.peak(Fake("NVIDIA A100-SXM4-80GB")).memory == 80 * 2**30
+    assert devices.peak(Fake("NVIDIA A100-SXM4-40GB")).memory == 40 * 2**30
+    assert devices.peak(Fake("TPU v5 lite")).flops_per_second == 197e12
+    assert devices.peak(Fake("TPU v5")).flops_per_second == 459e12
+    assert devices.peak(Fake("cpu")) is None
+
+
+def refused(tiny_pipeline, match: str, changes=(), **options):
+    arguments = dict(names=[], against=[], unet={}, rounds=5, steps=2, out=Path("nowhere"))
+    with pytest.raises(ValueError, match=match):
+        bench.run(small(tiny_pipeline, **dict(changes)), **arguments | options)
+
+
+def test_what_cannot_be_measured_is_refused_before_any_compute(tiny_pipeline):
+    refused(tiny_pipeline, "rounds = 4", rounds=4)
+    refused(tiny_pipeline, "unknown student 'sd_smal'", names=["sd_smal"])
+    refused(tiny_pipeline, "--unet: unknown widths", unet={"widths": [8]})
+    refused(tiny_pipeline, "of ema_decay", {"ema_decay": 0.9}, against=[against_torch.EAGER])
+    with pytest.raises(ValueError, match="'\\[64' is not JSON"):
+        bench.changes(["block_out_channels=[64"])
+    assert bench.changes(["block_out_channels=[64]", "sample_size=8"]) == {
+        "block_out_channels": [64],
+        "sample_size": 8,
+    }
+
+
+def test_the_training_step_costs_little_more_than_it_must(monkeypatch):
+    """Of the miniature, by XLA's count before compilation, which the compiled program's is within 1 % of."""
+    flops = {}
+    config = load("small")
+    config.batch_size = jax.device_count()
+    subject = workload.subject("sd_small", config, pretrained.resolve(None), steps=2)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: lowered)
+    flops["step"] = workload._train(subject)[1].cost_analysis()["flops"]
+    for name in ("teacher", "sd_small"):
+        student = workload.subject(name, config, pretrained.resolve(None), steps=2)
+        flops[name] = workload._denoise(student)[1].cost_analysis()["flops"] / 2
+    assert 1 < flops["step"] / (flops["teacher"] + 3 * flops["sd_small"]) < 1.05
