@@ -87,10 +87,10 @@ def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> Sta
 def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Callable]:
     """(train_step, evaluate), both compiled once.
 
-    train_step(state, frozen, batch) -> (state, metrics): one update; `state` is donated.
+    train_step(state, frozen, batch, key) -> (state, metrics): one update; `state` is donated. All randomness is
+    fold_in(key, step), and the key an argument, so that another seed is not another program to compile.
     evaluate(params, frozen, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call.
     """
-    key = jax.random.key(config.seed)
     schedule = learning_rate(config)
     shardings = sharding.params(mesh, state)
     frozen = sharding.params(mesh, task.frozen)
@@ -100,7 +100,7 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
         (_, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, inputs)
         return grads, metrics
 
-    def train_step(state: State, frozen, batch):
+    def train_step(state: State, frozen, batch, key):
         inputs = task.prepare(jax.random.fold_in(key, state.step), batch)
         if config.accumulate == 1:
             grads, metrics = gradients(state.params, frozen, inputs)
@@ -129,7 +129,7 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
 
     train = jax.jit(
         train_step,
-        in_shardings=(shardings, frozen, data),
+        in_shardings=(shardings, frozen, data, everywhere),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )

@@ -109,6 +109,7 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         print(f"resuming at step {int(state.step):,} of {config.steps:,}", flush=True)
     frozen = jax.device_put(task.frozen, sharding.params(mesh, task.frozen))
     train_step, evaluate = make_step(task, config, tx, mesh, state)
+    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
 
     # -- What is shown -----------------------------------------------------------------------------------------------
     start = int(state.step)
@@ -163,7 +164,7 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
             figures = validate(0)
             draw_samples(0)
         for step in range(start + 1, config.steps + 1):
-            state, values = train_step(state, frozen, put(next(batches)))
+            state, values = train_step(state, frozen, put(next(batches)), key)
             pending.append((step, values))
             writer.bar.update()
             if step % config.log_every == 0 or step == config.steps:

@@ -141,11 +141,12 @@ def _train(subject: Subject) -> tuple:
     frozen = jax.device_put(task.frozen, sharding.params(mesh, task.frozen))
     batch = jax.device_put(subject.batch, sharding.batch(mesh))
     train_step, _ = step.make_step(task, config, tx, mesh, like)
-    compiled = train_step.lower(state, frozen, batch).compile()
+    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    compiled = train_step.lower(state, frozen, batch, key).compile()
 
     def call() -> dict:
         nonlocal state
-        state, metrics = compiled(state, frozen, batch)
+        state, metrics = compiled(state, frozen, batch, key)
         return jax.block_until_ready((state, metrics))[1]
 
     return call, compiled

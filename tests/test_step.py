@@ -57,7 +57,8 @@ def train(task, c, steps=1, on=None):
     x = np.random.default_rng(1).standard_normal((c.batch_size, 4)).astype(np.float32)
     history = []
     for _ in range(steps):
-        state, metrics = step(state, task.frozen, {"x": jax.device_put(x, sharding.batch(on))})
+        batch = {"x": jax.device_put(x, sharding.batch(on))}
+        state, metrics = step(state, task.frozen, batch, jax.random.key(c.seed))
         history.append(jax.device_get((state.params, metrics)))
     return state, history
 
@@ -75,6 +76,18 @@ def test_one_step_of_gradient_descent():
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
     np.testing.assert_allclose(metrics["learning_rate"], 0.1)
     assert int(state.step) == 1
+
+
+def test_another_seed_is_not_another_program():
+    programs = []
+    for seed in (0, 1):
+        task, c = linear_task(), config(seed=seed)
+        tx = optimizer(c)
+        state = jax.eval_shape(lambda params, tx=tx: init_state(params, tx, False), task.params)
+        step, _ = make_step(task, c, tx, mesh(), state)
+        batch = {"x": jax.ShapeDtypeStruct((c.batch_size, 4), np.float32)}
+        programs.append(step.lower(state, task.frozen, batch, jax.random.key(seed)).as_text())
+    assert programs[0] == programs[1]
 
 
 def test_randomness_follows_seed_and_step():

@@ -54,7 +54,8 @@ def run(tiny_pipeline):
             step, _ = make_step(task, c, tx, mesh, state)
             history = []
             for _ in range(3):
-                state, metrics = step(state, frozen, jax.device_put(batch(), sharding.batch(mesh)))
+                data = jax.device_put(batch(), sharding.batch(mesh))
+                state, metrics = step(state, frozen, data, jax.random.key(c.seed))
                 history.append(jax.device_get(metrics))
             cached[devices, fsdp] = jax.device_get(state), history, jax.device_get(frozen), task
         return cached[devices, fsdp]
