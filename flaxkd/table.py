@@ -52,7 +52,7 @@ def markdown(result: dict) -> str:
     columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     cells = [[title for _, title, _, _ in columns]]
     cells += [[number(row.get(key), digits) for key, _, digits, _ in columns] for row in rows]
-    blocks = ["# Evaluation", lines(["model"] + [row["model"] for row in rows], cells)]
+    blocks = ["# Evaluation", aligned(["model"] + [row["model"] for row in rows], cells)]
     blocks.append("\n".join(f"- {title}: {meaning}" for _, title, _, meaning in columns))
     blocks += [f"> {note}" for note in result["notes"]]
     for name in _curves(rows):
@@ -60,17 +60,17 @@ def markdown(result: dict) -> str:
         cells = [_ranges(settings["timesteps"])]
         cells += [[number(x, 4) for x in row["by_timestep"][name]] for row in shown]
         title = "relative error of the features" if name == "feature" else name
-        blocks += [f"## {title} by timestep", lines(["model"] + [row["model"] for row in shown], cells)]
+        blocks += [f"## {title} by timestep", aligned(["model"] + [row["model"] for row in shown], cells)]
     if shown := [row for row in rows if "features" in row]:
         modules = list(dict.fromkeys(module for row in shown for module in row["features"]))
         cells = [[row["model"] for row in shown]]
         cells += [[number(row["features"].get(module), 4) for row in shown] for module in modules]
-        blocks += ["## relative error of each feature", lines(["module", *modules], cells)]
+        blocks += ["## relative error of each feature", aligned(["module", *modules], cells)]
     blocks += ["## Settings", settings_table(settings)]
     return "\n\n".join(blocks) + "\n"
 
 
-def lines(names: list[str], cells: list[list[str]]) -> str:
+def aligned(names: list[str], cells: list[list[str]]) -> str:
     """A table in Markdown: a name and its cells make a line, the first of which are titles."""
     head, *others = ["| " + " | ".join([name, *line]) + " |" for name, line in zip(names, cells, strict=True)]
     return "\n".join([head, "|---|" + "---:|" * len(cells[0]), *others])

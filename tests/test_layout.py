@@ -22,6 +22,7 @@ ORDER = (
     ("flaxkd.gallery", "flaxkd.fidelity", "flaxkd.protocol", "flaxkd.table"),  # of an evaluation
     ("flaxkd.devices", "flaxkd.workload", "flaxkd.candidate"),
     ("flaxkd.against_torch", "flaxkd.standings"),  # of a benchmark
+    ("flaxkd.spread",),  # of an ablation
     ("flaxkd.train", "flaxkd.evaluate", "flaxkd.generate", "flaxkd.recall", "flaxkd.report", "flaxkd.bench"),
     ("convert",),
 )
