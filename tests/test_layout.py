@@ -24,7 +24,7 @@ ORDER = (
     ("flaxkd.against_torch", "flaxkd.standings"),  # of a benchmark
     ("flaxkd.spread",),  # of an ablation
     ("flaxkd.train", "flaxkd.evaluate", "flaxkd.generate", "flaxkd.recall", "flaxkd.report", "flaxkd.bench"),
-    ("convert",),
+    ("convert", "flaxkd.ablation"),  # the latter runs the commands of training and evaluation many times
 )
 ALONE = ("flaxkd.models", "flaxkd.data", "configs")  # import nothing of ours but themselves
 
