@@ -136,14 +136,15 @@ def train_all(runs: list[Run]) -> None:
     """Trains what is not finished, one after the other, with a bar over the steps of all runs."""
     steps = [reached(run) for run in runs]
     total = sum(run.config.steps for run in runs)
-    with tqdm(total=total, initial=sum(steps), unit="step", smoothing=0, dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=sum(steps), unit="step", dynamic_ncols=True) as bar:
         for i, run in enumerate(runs):
             if finished(run):
                 continue
 
             def tick(i=i, run=run) -> None:
-                bar.update(reached(run) - steps[i])
                 steps[i] = reached(run)
+                bar.n = sum(steps)
+                bar.refresh()  # for its clock: there is no new step for as long as a run compiles
 
             bar.set_description(f"run {i + 1} of {len(runs)}, {run.workdir.name}")
             train(run, tick)
@@ -164,6 +165,7 @@ def train(run: Run, tick: Callable[[], None]) -> None:
                     process.wait(POLL)
                 tick()
         except BaseException:  # what stops this command stops the training, which saves first
+            tqdm.write(f"stopping; {run.workdir.name} saves after its current step")
             process.terminate()
             process.wait()
             raise
