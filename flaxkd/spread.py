@@ -86,9 +86,13 @@ def write(out: Path, result: dict) -> list[Path]:
 def markdown(result: dict) -> str:
     """A table for each student, a row a variant; what the columns and the variants are; the settings."""
     settings, variants = result["settings"], result["variants"]
-    over = "mean ± standard deviation over seeds" if settings["seeds"] > 1 else "one seed"
-    blocks = ["# Ablation", f"{settings['steps']:,} steps of {settings['batch size']} images; {over}. Bold: "
-              "the best mean, where its mean ± standard deviation overlaps with no other's."]  # fmt: skip
+    seeds = "one seed, so that nothing is said of the spread"
+    if settings["seeds"] > 1:
+        seeds = (
+            f"mean ± standard deviation over {settings['seeds']} seeds. Bold: the best mean, where its mean ± "
+            "standard deviation overlaps with no other's"
+        )
+    blocks = ["# Ablation", f"{settings['steps']:,} steps of {settings['batch size']} images; {seeds}."]
     titles = [title for title, _, _ in COLUMNS.values()]
     for student, found in result["students"].items():
         bold = {
