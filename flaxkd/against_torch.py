@@ -67,9 +67,11 @@ def device() -> str:
 def _networks(subject: Subject) -> Networks:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
+    from transformers.utils import logging as of_transformers
 
     logging.disable_progress_bar()  # of loading; there is one of the benchmark
-    pipeline = StableDiffusionPipeline.from_pretrained(subject.source).to(device())
+    of_transformers.disable_progress_bar()
+    pipeline = StableDiffusionPipeline.from_pretrained(subject.source, low_cpu_mem_usage=False).to(device())
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder):

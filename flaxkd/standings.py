@@ -65,7 +65,7 @@ def times(rows: list[dict]) -> str:
                 table.number(row[work]["seconds"], 3),
                 table.number(row[work]["images_per_second"], 2),
             ]
-    return table.lines(["model", *(row["model"] for row in rows)], cells)
+    return table.aligned(["model", *(row["model"] for row in rows)], cells)
 
 
 def costs(rows: list[dict]) -> str:
@@ -91,7 +91,7 @@ def costs(rows: list[dict]) -> str:
         "The least that a training step needs is the teacher's forward pass and three of the student's."
     )
     return "\n\n".join(
-        ["## Size and cost", table.lines(["model", *(row["model"] for row in rows)], cells), text]
+        ["## Size and cost", table.aligned(["model", *(row["model"] for row in rows)], cells), text]
     )
 
 
@@ -109,7 +109,7 @@ def ratios(rows: list[dict]) -> str:
     return "\n\n".join(
         [
             "## Their time divided by flaxkd's",
-            table.lines(["model", *(r["model"] for r in others)], cells),
+            table.aligned(["model", *(r["model"] for r in others)], cells),
             text,
         ]
     )
