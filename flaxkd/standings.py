@@ -88,6 +88,7 @@ def costs(rows: list[dict]) -> str:
         cells[-1] += [f"{row['train'].get('of_peak', 0):.1%}"] * peak
     text = (
         "FLOPs and memory (arguments, results and temporaries of one device) are XLA's, of the compiled program. "
+        "It counts what is in a loop once, such as the long attentions of a CPU. "
         "The least that a training step needs is the teacher's forward pass and three of the student's."
     )
     return "\n\n".join(
