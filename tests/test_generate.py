@@ -170,7 +170,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(("wrong", "message"), REFUSED)
 def test_refuses_before_any_compute(pipeline, monkeypatch, wrong, message):
     monkeypatch.setattr("flaxkd.sampling.text_to_image", lambda **_: pytest.fail("it draws"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
