@@ -112,9 +112,9 @@ def test_every_key_is_read():
 def test_every_key_that_is_read_exists():
     known = leaves(load("default"))
     known = {*known, *(key.rpartition(".")[0] for key in known), "blank.to_dict", "to_dict"}
-    takes_it = [
-        path for path in (ROOT / "flaxkd").glob("*.py") if {"config.seed", "config.data"} & chains(path)
-    ]
+    known |= {"copy_and_resolve_references"}
+    signs = {"config.seed", "config.data", "config.learning_rate"}
+    takes_it = [path for path in (ROOT / "flaxkd").glob("*.py") if signs & chains(path)]
     assert {"train", "step", "distill", "latents"} <= {path.stem for path in takes_it}
     for path in takes_it:
         read = {chain.partition(".")[2] for chain in chains(path) if chain.startswith("config.")}
