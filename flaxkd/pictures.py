@@ -112,10 +112,17 @@ def curves(workdir: Path) -> None:
         axis.grid(alpha=0.25)
         if len(names) > 1 and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    scratch = Path(workdir) / ".curves.png"
+    save_figure(figure, Path(workdir) / "curves.png")
+
+
+def save_figure(figure, path: Path) -> None:
+    """A figure of matplotlib's pyplot as a PNG, whole or not at all, and closed."""
+    import matplotlib.pyplot as plt
+
+    scratch = path.with_name(f".{path.name}")
     figure.savefig(scratch, dpi=110)
     plt.close(figure)
-    scratch.rename(Path(workdir) / "curves.png")
+    scratch.rename(path)
 
 
 def save(image: Image.Image, path: Path) -> None:

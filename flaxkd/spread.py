@@ -184,7 +184,4 @@ def picture(result: dict, path: Path) -> None:
         axis.set_axisbelow(True)
     for axis in free:
         axis.remove()
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, dpi=110)
-    plt.close(figure)
-    scratch.rename(path)
+    pictures.save_figure(figure, path)

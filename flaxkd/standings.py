@@ -152,7 +152,4 @@ def picture(result: dict, path: Path) -> None:
         figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(who), fontsize=8
         )
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, dpi=110)
-    plt.close(figure)
-    scratch.rename(path)
+    pictures.save_figure(figure, path)
