@@ -30,6 +30,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.prediction_type = placeholder(str)
     # Min-SNR weighting of loss_noise, 5.0 in its paper; None: as both originals
     config.snr_gamma = placeholder(float)
+    # "min_snr" draws timesteps in proportion to those weights, for all terms, in place of weighting loss_noise
+    config.timestep_sampling = "uniform"
     # standard deviation of a constant added to the noise per channel (0.1 is usual)
     config.noise_offset = 0.0
     # share of captions replaced by ""; 0.1 for training with guidance from scratch

@@ -30,6 +30,7 @@ def get_config(arg=None):
     )
     config.optimizer = dict(name="adamw", b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-2)
     config.snr_gamma = 0.1  # layout and color are decided where noise prevails; what is left is easy at this size
+    config.timestep_sampling = "min_snr"
     config.caption_dropout = 0.1
     config.ema_decay = 0.999
     config.log_every = 50

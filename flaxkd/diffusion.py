@@ -82,3 +82,14 @@ def min_snr_weights(schedule: NoiseSchedule, timesteps, gamma: float) -> jax.Arr
     alphas = jnp.asarray(schedule.alphas_cumprod)[timesteps]
     snr = alphas / (1 - alphas)
     return jnp.minimum(snr, gamma) / (snr + 1 if schedule.prediction_type == "v_prediction" else snr)
+
+
+def draw_timesteps(key, schedule: NoiseSchedule, count: int, gamma: float | None = None) -> jax.Array:
+    """Timesteps int32[count]: each as likely as any other, or in proportion to its Min-SNR weight of gamma.
+
+    Drawn so, the loss is the weighted one up to a factor, and no example is computed to count for little."""
+    steps = len(schedule.alphas_cumprod)
+    if gamma is None:
+        return jax.random.randint(key, (count,), 0, steps)
+    weights = min_snr_weights(schedule, jnp.arange(steps), gamma)
+    return jax.random.choice(key, steps, (count,), p=weights / jnp.sum(weights)).astype(jnp.int32)

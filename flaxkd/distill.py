@@ -88,7 +88,8 @@ class Inputs(NamedTuple):
 
 
 def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: float, empty_ids: np.ndarray,
-            caption_dropout: float, noise_offset: float, snr_gamma: float | None) -> Inputs:  # fmt: skip
+            caption_dropout: float, noise_offset: float, snr_gamma: float | None,
+            timestep_sampling: str = "uniform") -> Inputs:  # fmt: skip
     """Draws latents, noise, timesteps and which captions are dropped for {"moments", "input_ids"}."""
     moments, input_ids = batch["moments"], batch["input_ids"]
     b = moments.shape[0]
@@ -98,17 +99,17 @@ def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: fl
     noise = jax.random.normal(key_noise, shape)
     if noise_offset:  # a shift of whole channels, so that very dark and very bright pictures can be learnt
         noise += noise_offset * jax.random.normal(key_offset, (b, 1, 1, latents.shape[-1]))
-    timesteps = jax.random.randint(key_timesteps, (b,), 0, len(schedule.alphas_cumprod))
+    weighted = timestep_sampling == "uniform" and snr_gamma is not None
+    timesteps = diffusion.draw_timesteps(key_timesteps, schedule, b, None if weighted else snr_gamma)
     if caption_dropout:
         dropped = jax.random.bernoulli(key_dropout, caption_dropout, (b, 1))
         input_ids = jnp.where(dropped, jnp.asarray(empty_ids), input_ids)
-    ones = jnp.ones(b, jnp.float32)
     return Inputs(
         diffusion.add_noise(schedule, latents, noise, timesteps),
         timesteps,
         input_ids,
         diffusion.target(schedule, latents, noise, timesteps),
-        ones if snr_gamma is None else diffusion.min_snr_weights(schedule, timesteps, snr_gamma),
+        diffusion.min_snr_weights(schedule, timesteps, snr_gamma) if weighted else jnp.ones(b, jnp.float32),
     )
 
 
@@ -121,6 +122,14 @@ def task(config, source, dtype, tokenizer) -> Task:
     if unknown or "unet" not in config.train:
         raise ValueError(
             f"train = {tuple(config.train)}: the parts are 'unet' and, with it, 'text_encoder'; or 'vae'"
+        )
+    if config.timestep_sampling not in ("uniform", "min_snr"):
+        raise ValueError(
+            f"timestep_sampling = {config.timestep_sampling!r} is neither 'uniform' nor 'min_snr'"
+        )
+    if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
+        raise ValueError(
+            "timestep_sampling = 'min_snr' draws by the weights of snr_gamma: give it, 5.0 is usual"
         )
     teacher_config = pretrained.read_config(source, "unet")
     teacher_module, teacher_params = pretrained.load(source, "unet")
@@ -162,6 +171,7 @@ def task(config, source, dtype, tokenizer) -> Task:
             caption_dropout=config.caption_dropout,
             noise_offset=config.noise_offset,
             snr_gamma=config.snr_gamma,
+            timestep_sampling=config.timestep_sampling,
         )
 
     def loss(params, frozen, inputs: Inputs):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -98,7 +97,7 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
     """The setup, and the settings {name: value} that go with the result. Raises ValueError for what does not fit."""
     mesh = sharding.local_mesh()
     sharding.check_batch(mesh, args.batch_size, 1)
-    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = sharding.compute_dtype(args.dtype)
     latents, resolution = candidate.sizes(models[0], args.resolution)
     samplers = {"fidelity": args.sampler or "dpmsolver++"} if args.fidelity else {}
     samplers |= {"protocol": args.sampler or protocol.SAMPLER} if args.prompts else {}

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from flaxkd import export, pretrained, samplers, sampling
+from flaxkd import export, pretrained, samplers, sampling, sharding
 
 Picture = Image.Image | str | os.PathLike
 
@@ -48,7 +47,7 @@ class Pipeline:
         not, with its newest checkpoint. dtype: of parameters and compute; None is bfloat16 on an accelerator and
         float32 on a CPU. Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model,
         or if it draws with more than a caption (SDXL, inpainting)."""
-        dtype = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+        dtype = sharding.compute_dtype(dtype)
         folder, trained, name = locate(model)
         configs = {part: pretrained.read_config(folder, part) for part in pretrained.MODELS} | trained
         _check(folder, configs)

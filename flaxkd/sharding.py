@@ -1,10 +1,19 @@
-"""One mesh and one rule. Axes: `data` splits the batch, `fsdp` splits batch, parameters and optimizer state."""
+"""One mesh and one rule. Axes: `data` splits the batch, `fsdp` splits batch, parameters and optimizer state.
+
+And the precision of the devices that are there.
+"""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 FSDP_MIN_SIZE = 2**20  # elements; smaller tensors cost more to gather than to keep
+
+
+def compute_dtype(name: str | None = None) -> np.dtype:
+    """The dtype of that name; None: bfloat16 on an accelerator and float32 on a CPU."""
+    return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:

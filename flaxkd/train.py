@@ -52,7 +52,7 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     # -- Mesh and precision ------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
-    dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = sharding.compute_dtype(config.dtype)
     tx = optimizer(config)
 
     # -- Pictures: opened first, since a wrong folder is the likeliest mistake -----------------------------------------

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -63,7 +62,7 @@ def subject(name: str, config: ConfigDict, source: Path, *, steps: int) -> Subje
     Raises ValueError, as `distill.task` does, if there is no such student or it cannot be cut from this teacher."""
     config = config.copy_and_resolve_references()
     config.student = None if name == "teacher" else name
-    dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = sharding.compute_dtype(config.dtype)
     tokenizer = pretrained.load_tokenizer(source)
     task = distill.task(config, source, dtype, tokenizer)
     unet = task.configs["unet"]

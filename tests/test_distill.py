@@ -143,6 +143,17 @@ def test_prepare_scales_latents_and_covers_all_timesteps():
     assert (drawn.noise_weights == 1).all()
 
 
+def test_timesteps_are_weighted_by_min_snr_or_drawn_by_it():
+    weighted = inputs(snr_gamma=0.1)[0]
+    drawn = inputs(snr_gamma=0.1, timestep_sampling="min_snr")[0]
+    np.testing.assert_array_equal(weighted.timesteps, inputs()[0].timesteps)  # uniform, as without weights
+    assert (drawn.noise_weights == 1).all()
+    share = np.histogram(drawn.timesteps, 10, (0, 1000))[0] / 4096
+    by_weight = np.histogram(weighted.timesteps, 10, (0, 1000), weights=weighted.noise_weights)[0]
+    np.testing.assert_allclose(share, by_weight / by_weight.sum(), atol=0.03)
+    assert share[9] > 10 * share[2]
+
+
 def test_caption_dropout_puts_the_empty_caption_in_a_share_of_rows():
     ids = np.asarray(inputs(caption_dropout=0.25)[0].input_ids)
     empty = (ids == [1, 2, 2]).all(1)

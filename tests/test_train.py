@@ -263,6 +263,8 @@ def test_every_recipe_has_a_workdir_of_its_own():
         ("teacher", "nobody/nothing", "Without network"),
         ("data.source", "nowhere", "no data set 'nowhere'"),
         ("learning_rate.schedule", "cosine", "optax.schedules"),
+        ("timestep_sampling", "snr", "neither 'uniform' nor 'min_snr'"),
+        ("timestep_sampling", "min_snr", "snr_gamma: give it"),
     ],
 )
 def test_errors_come_before_any_compute(home, tiny_pipeline, tmp_path, key, value, message):
