@@ -84,6 +84,7 @@ def test_docstring_has_the_command(name):
     text = module(name).__doc__
     assert f"python -m flaxkd.train --config configs/{name}.py" in text
     for key in re.findall(r"--config\.([a-z_.]+)=", text):
+        key = next((group for group in OPEN if key.startswith(f"{group}.")), key)
         assert key in leaves(load("default")), f"{name} advises --config.{key}"
 
 
