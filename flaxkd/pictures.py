@@ -34,6 +34,7 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     for i, (title, images) in enumerate(columns.items()):
         left = MARGIN + label + i * (width + GAP)
+        title = end_of(draw, title, width, font)
         draw.text((left + width / 2, MARGIN + 8), title, INK, font, anchor="mm")
         for j, image in enumerate(images):
             tile = Image.fromarray(image).resize(
@@ -59,6 +60,14 @@ def wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font) -> str:
         else:
             lines.append(word)
     return "\n".join(lines)
+
+
+def end_of(draw: ImageDraw.ImageDraw, text: str, width: int, font) -> str:
+    """As much of the end of a text as fits into `width` pixels: of a path, that is what tells it from others."""
+    cut = text
+    while draw.textlength(cut, font) > width and len(cut) > 2:
+        cut = f"…{cut[2:]}"
+    return cut
 
 
 def curves(workdir: Path) -> None:
