@@ -3,104 +3,18 @@
 Every run is a process of its own, since a kill needs one.
 """
 
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from conftest import SCHEDULER, VAE
+from conftest import EVERY, STEPS, finish, records, state, wait_for
 from PIL import Image
 
 from configs import tiny
-from flaxkd import blank, train
-
-ROOT = Path(__file__).parent.parent
-STEPS = 40
-EVERY = 10
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder of 64 coloured squares with captions, and a cache of its own."""
-    folder = tmp_path_factory.mktemp("home")
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(0)
-    with (pictures / "metadata.jsonl").open("w") as file:
-        for i in range(160):
-            Image.fromarray(np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)).save(
-                pictures / f"{i}.png"
-            )
-            file.write(json.dumps({"file_name": f"{i}.png", "text": f"apple number {i}"}) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def command(home, tiny_pipeline):
-    """(workdir, **keys) -> a started process of flaxkd.train, which distils unless the keys say otherwise."""
-
-    def start(workdir, **keys):
-        keys = {
-            "teacher": tiny_pipeline,
-            "data.source": home / "pictures",
-            "data.resolution": 32,
-            "batch_size": 4,
-            "steps": STEPS,
-            "learning_rate.decay_steps": STEPS,
-            "ema_decay": 0.99,
-            "log_every": 1,
-            "validation.every": EVERY,
-            "validation.examples": 4,
-            "checkpoint.every": EVERY,
-            "sample.every": 1000,
-            "sample.steps": 2,
-            "sample.prompts": "('red apple','green apple')",
-            "compilation_cache": "",  # that of the environment, which all processes of these tests share
-        } | keys
-        arguments = [f"--config.{name}={value}" for name, value in keys.items()]
-        environment = os.environ | {"FLAXKD_CACHE": str(home / "cache"), "XLA_FLAGS": ""}
-        return subprocess.Popen(
-            [sys.executable, "-m", "flaxkd.train", "--config=configs/tiny.py", f"--workdir={workdir}", *arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def plain(home) -> dict:
-    """Keys of a run that trains a UNet of two blocks on its own: all of the loop, little to compile."""
-    unet = dict(
-        sample_size=8,
-        block_out_channels=[8, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=["DownBlock2D"] * 2,
-        mid_block_type=None,
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        cross_attention_dim=8,
-        attention_head_dim=2,
-    )
-    vae = VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
-    text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    text |= dict(max_position_embeddings=16, projection_dim=8)
-    architecture = dict(
-        unet=unet,
-        vae=vae,
-        text_encoder=text,
-        scheduler=SCHEDULER | {"_class_name": "PNDMScheduler"},
-        vocab_size=520,
-    )
-    folder = blank.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)
-    return {"teacher": folder, "student": ""}
+from flaxkd import train
 
 
 @pytest.fixture(scope="module")
@@ -108,25 +22,6 @@ def finished_plain(command, plain, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "plain"
     finish(command(workdir, **plain))
     return workdir
-
-
-def finish(process, code=0, timeout=600) -> str:
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == code, f"exit status {process.returncode}\n{out}\n{err}"
-    return out + err
-
-
-def wait_for(path: Path, process, timeout=600) -> None:
-    end = time.time() + timeout
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < end, f"{path} did not appear"
-        time.sleep(0.002)
-
-
-def state(workdir: Path, step: int = STEPS):
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
 
 
 def assert_same_bits(a, b):
@@ -141,10 +36,6 @@ def assert_same_bits(a, b):
 def finished(command, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "straight"
     return workdir, finish(command(workdir))
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_what_it_says(finished):
