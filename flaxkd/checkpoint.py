@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from flaxkd import hosts
 from flaxkd.step import State
 
 # Keys of a config that change what a run shows, not what it computes: they may differ when it resumes.
@@ -19,22 +20,37 @@ FREE = ("checkpoint", "log_every", "sample", "validation", "workdir", "cpu_devic
 def claim(workdir: Path, config: dict) -> None:
     """Makes `workdir` this run's own: writes config.json, or checks that the one there is the same run's.
 
-    Raises ValueError naming the keys that differ, for a workdir that belongs to another configuration."""
+    Of several processes, the first writes it and all check. Raises ValueError naming the keys that differ, for a
+    workdir that belongs to another configuration, and for one that is not the same folder for all processes."""
     path = workdir / "config.json"
     config = json.loads(json.dumps(config))
-    if path.is_file():
-        before = json.loads(path.read_text())
-        differ = [k for k in sorted({*before, *config} - {*FREE}) if before.get(k) != config.get(k)]
-        if differ:
-            lines = "".join(f"\n  {k}: {before.get(k)!r} there, {config.get(k)!r} here" for k in differ)
-            raise ValueError(
-                f"{workdir} holds a run of another configuration:{lines}\n"
-                "Choose another --workdir, or delete that one to begin anew."
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(config, indent=2) + "\n")
-    scratch.rename(path)
+    _compare(path, config)
+    if hosts.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(config, indent=2) + "\n")
+        scratch.rename(path)
+    hosts.wait("claimed")
+    if not path.is_file():
+        raise ValueError(
+            f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: give all a --workdir on a "
+            "file system that their hosts share"
+        )
+    _compare(path, config)
+
+
+def _compare(path: Path, config: dict) -> None:
+    """Raises ValueError if `path` is there and has another configuration."""
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text())
+    differ = [k for k in sorted({*before, *config} - {*FREE}) if before.get(k) != config.get(k)]
+    if differ:
+        lines = "".join(f"\n  {k}: {before.get(k)!r} there, {config.get(k)!r} here" for k in differ)
+        raise ValueError(
+            f"{path.parent} holds a run of another configuration:{lines}\n"
+            "Choose another --workdir, or delete that one to begin anew."
+        )
 
 
 def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
@@ -61,17 +77,24 @@ def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tu
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like._asdict(), shardings._asdict()
     )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-    errors = []
+    errors, found = [], None
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            restored = manager.restore(step, args=args)
+            found = manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a file cut short
             errors.append(f"{step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             logging.warning("checkpoint %s cannot be read, taking the one before", errors[-1])
             continue
+        break
+    if not hosts.same(-1 if found is None else step):
+        raise ValueError(
+            f"process {jax.process_index()} can read another checkpoint of {manager.directory} than the others: "
+            f"{step}. Move the newest one away, which is broken for some. {' '.join(errors)}"
+        )
+    if found is not None:
         for broken in [s for s in manager.all_steps() if s > step]:
             manager.delete(broken)  # or the run could not save this step again
-        return State(**restored.state), restored.data
+        return State(**found.state), found.data
     if errors:
         folder = manager.directory
         raise ValueError(f"no checkpoint in {folder} can be read:\n  " + "\n  ".join(errors))

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from flaxkd import (
     candidate,
@@ -24,6 +23,7 @@ from flaxkd import (
     diffusion,
     fidelity,
     gallery,
+    hosts,
     pictures,
     protocol,
     sampling,
@@ -53,8 +53,6 @@ def run(args: argparse.Namespace) -> dict:
     """Measures what is asked, writes it into `args.out`, and returns it: see `table.write`.
 
     Raises ValueError, FileNotFoundError and ModuleNotFoundError before any compute."""
-    if args.distributed:
-        jax.distributed.initialize()
     if not args.fidelity and args.prompts is None:
         raise ValueError("--no-fidelity leaves the published protocol, which needs --prompts FILE")
     models = [candidate.find(args.reference)]
@@ -224,8 +222,7 @@ def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, row
         model = candidate.load(found, setup.dtype, setup.mesh)
         paths.append(draw(setup, model, "protocol", prompts, size=size, suffix=protocol.SUFFIX, **shared))
         del model
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("drawn")
+    hosts.wait("drawn")
     if jax.process_index() > 0:
         return
     read = lambda path: gallery.read(path, size)
@@ -253,11 +250,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=16, help="pictures at once, over the devices of a process")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
-    add(
-        "--distributed",
-        action="store_true",
-        help="one of several processes: calls jax.distributed.initialize()",
-    )
+    hosts.add_arguments(parser)
     of = parser.add_argument_group("fidelity to the teacher")
     of.add_argument("--fidelity", action=argparse.BooleanOptionalAction, default=True)
     of.add_argument(
@@ -282,7 +275,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     command.keep_compiled_programs()
-    with command.told(ValueError, FileNotFoundError, ModuleNotFoundError):
+    with hosts.together(args), command.told(ValueError, FileNotFoundError, ModuleNotFoundError):
         run(args)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flaxkd import pretrained, sharding
+from flaxkd import hosts, pretrained, sharding
 from flaxkd.data import cache, sources
 
 BATCH = 16  # images per device
@@ -32,10 +32,13 @@ def moments(vae, params, images) -> jax.Array:
     return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")
 
 
-def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, mesh, tokenizer) -> Path:
+def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, tokenizer) -> Path:
     """The cache of the pictures of a split ("train" or "validation"); made, with progress, if it is not there.
 
-    source: the pipeline folder whose autoencoder encodes, in `dtype`, on all devices of `mesh`."""
+    source: the pipeline folder whose autoencoder encodes, in `dtype`. Every process encodes its share of the files on
+    its own devices, and all wait for the last; if their FLAXKD_CACHE is not one folder, each then makes its own whole.
+    """
+    mesh = sharding.local_mesh()
     vae = pretrained.build("vae", pretrained.read_config(source, "vae"), dtype)
     data = sharding.batch(mesh)
     if config.data.resolution % vae.config.factor:
@@ -51,7 +54,7 @@ def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, me
     def encode(images: np.ndarray) -> np.ndarray:
         return np.asarray(moments(vae, params(), jax.device_put(images, data)))
 
-    return cache.ensure(
+    made = cache.ensure(
         pictures,
         sources.cache_home() / "latents",
         encode=encode,
@@ -59,4 +62,10 @@ def ensure(config, pictures: sources.Source, split: str, source: Path, dtype, me
         batch_size=BATCH * mesh.size,
         fingerprint=f"{fingerprint(source)}-{np.dtype(dtype).name}",
         flip=config.data.random_flip and split == "train",
+        progress=hosts.is_first(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        wait=lambda: hosts.wait(f"shares of {split}"),
     )
+    hosts.wait(f"latents of {split}")  # or a device would wait for a host that still encodes
+    return made

@@ -34,20 +34,32 @@ def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 class Writer:
     """Appends records {"step": int, name: float} to metrics.jsonl and to TensorBoard, and moves the bar.
 
-    On resume at `start`, records of later steps, which that run will write again, are dropped."""
+    On resume at `start`, records of later steps, which that run will write again, are dropped.
+    workdir: None for one that does nothing, as of every process but the first."""
 
-    def __init__(self, workdir: Path, start: int, steps: int):
+    def __init__(self, workdir: Path | None, start: int, steps: int):
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=1,
+            disable=workdir is None,
+        )
+        self.events = None
+        if workdir is None:
+            return
         self.path = Path(workdir) / "metrics.jsonl"
         kept = [record for record in read(workdir) if record["step"] <= start]
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
         scratch.rename(self.path)
         self.events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
-        self.bar = tqdm(
-            total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=1
-        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self.events is None:
+            return
         record = {"step": step} | {name: round_off(value) for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -65,7 +77,8 @@ class Writer:
             )
 
     def close(self) -> None:
-        self.events.close()
+        if self.events is not None:
+            self.events.close()
         self.bar.close()
 
 

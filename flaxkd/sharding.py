@@ -44,6 +44,42 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def put(tree, shardings):
+    """Arrays of numpy, the same in every process, on the devices. shardings: one for each leaf, or one for all.
+
+    Unlike jax.device_put, it does not send the whole to all processes to see whether they agree."""
+    place = lambda x, on: jax.make_array_from_callback(x.shape, on, lambda index: np.asarray(x[index]))
+    return jax.tree.map(place, tree, jax.tree.broadcast(shardings, tree))
+
+
+def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch this process's devices hold, ascending: int[n]. It has to read no others.
+
+    They need not be neighbours: a mesh follows the wires between the devices, and not the hosts that these are in."""
+    held = batch(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
+
+
+def put_rows(tree, mesh: Mesh, batch_size: int):
+    """The global batch on the devices, from the `rows` that each process has of it: numpy arrays [n, ...]."""
+    mine = rows(mesh, batch_size)
+
+    def place(x):
+        def shard(index):
+            start, stop, _ = index[0].indices(batch_size)
+            at = np.searchsorted(mine, start)
+            return x[at : at + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), batch(mesh), shard)
+
+    return jax.tree.map(place, tree)
+
+
+def whole(tree, mesh: Mesh):
+    """A tree of arrays on the devices as numpy arrays, in every process, wherever its parts are."""
+    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
+
+
 def params(mesh: Mesh, tree):
     """A sharding per leaf: the largest axis that divides goes over `fsdp`, if the tensor is large; else replicated.
 

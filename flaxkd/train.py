@@ -2,7 +2,8 @@
 
     python -m flaxkd.train --config configs/small.py [--workdir DIR] [--config.key=value ...]
 
-The only file that knows all the others. Read `run` from the top: it is the order of things.
+The only file that knows all the others. Read `run` from the top: it is the order of things. Several processes, on one
+host or many, all run it; --distributed says that there are others (see hosts.py).
 """
 
 import os
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -24,6 +24,7 @@ from flaxkd import (
     checkpoint,
     distill,
     export,
+    hosts,
     latents,
     metrics,
     pictures,
@@ -43,11 +44,12 @@ class Stopped(Exception):
 def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     """Trains until `config.steps`, and returns the last validation figures. Resumes what `workdir` holds.
 
+    Of several processes all compute, and the first one writes; `workdir` is one folder, which all of them see.
     command: what a person typed, for the report.
 
     Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError when the
     loss is no longer finite, Stopped after SIGTERM or Ctrl-C."""
-    started = time.time()
+    started, first = time.time(), hosts.is_first()
 
     # -- Mesh and precision ------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -62,7 +64,11 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     # -- Teacher -----------------------------------------------------------------------------------------------------
     if config.blank is not None:
         captions = [picture["caption"] for picture in data["train"]]
-        source = blank.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
+        write = lambda: blank.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
+        if first:
+            write()
+        hosts.wait("blank")
+        source = write()  # of what is there, the name
     else:
         source = pretrained.resolve(config.teacher)
     tokenizer = pretrained.load_tokenizer(source)
@@ -75,47 +81,53 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         else distill.task(config, source, dtype, tokenizer)
     )
     checkpoint.claim(workdir, config.to_dict())
-    export.plan(workdir, source.absolute(), task.configs)
-    machine = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}, {np.dtype(dtype).name}"
-    metrics.note_start(workdir, command=command, machine=machine)
-    say(config, source, task, machine)
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind
+    machine = f"{mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}, {dtype.name}"
+    if first:
+        export.plan(workdir, source.absolute(), task.configs)
+        metrics.note_start(workdir, command=command, machine=machine)
+        say(config, source, task, machine)
 
-    # -- Data --------------------------------------------------------------------------------------------------------
+    # -- Data: of a batch, each process reads what its devices hold ---------------------------------------------------
+    rows = sharding.rows(mesh, config.batch_size)
     if of_pixels:
-        batches = loader.images(data["train"], config.batch_size, config.seed)
+        batches = loader.images(data["train"], config.batch_size, config.seed, rows=rows)
         examples = range(min(config.validation.examples, len(data["validation"])))
         validation = {"images": np.stack([data["validation"][i]["image"] for i in examples])}
     else:
-        caches = [latents.ensure(config, data[s], s, source, dtype, mesh, tokenizer) for s in splits]
+        caches = [latents.ensure(config, data[s], s, source, dtype, tokenizer) for s in splits]
         variants = config.data.variants
-        batches = loader.batches(caches[0], config.batch_size, config.seed, variants=variants)
+        batches = loader.batches(caches[0], config.batch_size, config.seed, variants=variants, rows=rows)
         validation = loader.examples(caches[1], config.validation.examples)
         validation = {name: validation[name] for name in ("moments", "input_ids")}
-    put = lambda batch: jax.device_put(batch, sharding.batch(mesh))
-    validation = put({name: x[: len(x) // mesh.size * mesh.size] for name, x in validation.items()})
+    validation = {name: x[: len(x) // mesh.size * mesh.size] for name, x in validation.items()}
+    validation = sharding.put(validation, sharding.batch(mesh))
 
     # -- State: the newest checkpoint, or the beginning --------------------------------------------------------------
     state = jax.eval_shape(lambda params: init_state(params, tx, bool(config.ema_decay)), task.params)
     shardings = sharding.params(mesh, state)
     manager = checkpoint.manager(workdir, config.checkpoint.keep)
     restored = checkpoint.restore(manager, state, shardings)
-    first = jax.device_put(task.params, shardings.params)
+    as_cut = sharding.put(task.params, shardings.params)
     if restored is None:
         begin = jax.jit(lambda p: init_state(p, tx, bool(config.ema_decay)), out_shardings=shardings)
-        state = begin(first)
+        state = begin(as_cut)
     else:
         state, position = restored
         batches.set_state(position)
-        print(f"resuming at step {int(state.step):,} of {config.steps:,}", flush=True)
-    frozen = jax.device_put(task.frozen, sharding.params(mesh, task.frozen))
+        if first:
+            print(f"resuming at step {int(state.step):,} of {config.steps:,}", flush=True)
+    frozen = sharding.put(task.frozen, sharding.params(mesh, task.frozen))
     train_step, evaluate = make_step(task, config, tx, mesh, state)
-    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+    key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
 
     # -- What is shown -----------------------------------------------------------------------------------------------
     start = int(state.step)
-    writer = metrics.Writer(workdir, start, config.steps)
-    draw = drawer(config, source, task, frozen, dtype, mesh, tokenizer, first)
-    del first  # drawn by now; at full size it is gigabytes of the device
+    writer = metrics.Writer(workdir if first else None, start, config.steps)
+    draw = drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut)
+    del as_cut  # drawn by now; at full size it is gigabytes of the device
 
     def validate(step: int) -> dict[str, float]:
         values = evaluate(state.ema or state.params, frozen, validation)
@@ -126,6 +138,8 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     def draw_samples(step: int) -> None:
         sheet = workdir / "samples" / f"{step:08}.png"  # all are kept, for the report
         draw(state.ema or state.params, sheet)
+        if not first:
+            return
         if sheet.exists():
             pictures.save(Image.open(sheet), workdir / "samples.png")
         pictures.curves(workdir)
@@ -158,24 +172,29 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         flush()
         checkpoint.save(manager, state, batches.get_state())
 
-    figures = {}
+    figures, stopping = {}, False
     with stop_signals() as stop:
         if start == 0:
             figures = validate(0)
             draw_samples(0)
         for step in range(start + 1, config.steps + 1):
-            state, values = train_step(state, frozen, put(next(batches)), key)
+            state, values = train_step(
+                state, frozen, sharding.put_rows(next(batches), mesh, config.batch_size), key
+            )
             pending.append((step, values))
             writer.bar.update()
-            if step % config.log_every == 0 or step == config.steps:
+            meeting = step % config.log_every == 0 or step == config.steps
+            if meeting:
                 flush()
+            if meeting or jax.process_count() == 1:  # several stop where they wait for each other anyway
+                stopping = hosts.any_of(stop.asked)
             if step % config.validation.every == 0 or step == config.steps:
                 flush()
                 figures = validate(step)
                 last_log[0] = time.time()
-            if step % config.checkpoint.every == 0 or step == config.steps or stop:
+            if step % config.checkpoint.every == 0 or step == config.steps or stopping:
                 save()
-            if stop:
+            if stopping:
                 manager.wait_until_finished()
                 writer.close()
                 raise Stopped(f"stopped at step {step}; the same command goes on from there")
@@ -187,11 +206,15 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     writer.close()
 
     # -- Export ------------------------------------------------------------------------------------------------------
-    params = jax.device_get(state.ema or state.params)
+    params = sharding.whole(state.ema or state.params, mesh)
     if of_pixels:
         task.configs["vae"]["scaling_factor"] = autoencode.scaling_factor(
             source, params["vae"], validation["images"]
         )
+    manager.close()
+    if not first:
+        return figures
+    if of_pixels:
         export.plan(workdir, source.absolute(), task.configs)
     out = export.write(
         workdir,
@@ -201,22 +224,22 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         averaged=bool(state.ema),
         dtype=np.float16,
     )
-    manager.close()
     conclude(config, workdir, out, figures, time.time() - started)
     return figures
 
 
-def drawer(config, source, task, frozen, dtype, mesh, tokenizer, first) -> Callable:
+def drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut) -> Callable:
     """(params, path) -> None: draws the validation prompts with the network as it is, beside what it is compared with.
+
+    All processes compute, since the parameters may lie on the devices of all; the first one writes.
 
     With a student the columns are the teacher, the student as cut and the student now; else the network now."""
     if tuple(config.train) == ("vae",):
         return lambda params, path: None
-    replicated = sharding.replicated(mesh)
     vae, vae_params = pretrained.load(source, "vae", dtype)
     unet = pretrained.build("unet", task.configs["unet"], dtype)
     text_encoder = pretrained.build("text_encoder", pretrained.read_config(source, "text_encoder"), dtype)
-    vae_params = jax.device_put(vae_params, replicated)
+    vae_params = sharding.put(vae_params, sharding.replicated(mesh))
     prompts = list(config.sample.prompts)
     plan = sampling.plan(
         config.sample.sampler, pretrained.read_config(source, "scheduler"), config.sample.steps
@@ -231,38 +254,37 @@ def drawer(config, source, task, frozen, dtype, mesh, tokenizer, first) -> Calla
         drawn = sampling.text_to_image(
             module, vae, text_encoder, params, ids, empty, noise, plan, config.sample.guidance
         )
-        return np.asarray(jnp.round(drawn * 255)).astype(np.uint8)
+        return np.round(sharding.whole(drawn, mesh) * 255).astype(np.uint8)
 
     before = {}
     if config.student:
         teacher = pretrained.build("unet", pretrained.read_config(source, "unet"), dtype)
-        text = frozen.get("text_encoder", first.get("text_encoder"))
+        text = frozen.get("text_encoder", as_cut.get("text_encoder"))
         before["teacher"] = images(teacher, frozen["teacher"], text)
-        before["student as cut"] = images(unet, first["unet"], text)
+        before["student as cut"] = images(unet, as_cut["unet"], text)
     now = "student after distillation" if config.student else "model"
 
     def draw(params, path: Path) -> None:
         text = params.get("text_encoder", frozen.get("text_encoder"))
-        pictures.grid(before | {now: images(unet, params["unet"], text)}, prompts, path)
+        columns = before | {now: images(unet, params["unet"], text)}
+        if hosts.is_first():
+            pictures.grid(columns, prompts, path)
 
     return draw
 
 
 class stop_signals:
-    """Within it, SIGTERM and Ctrl-C set a flag that the loop reads between steps; a second Ctrl-C interrupts."""
+    """Within it, SIGTERM and Ctrl-C set `asked`, which the loop reads between steps; a second Ctrl-C interrupts."""
 
     def __init__(self):
         self.asked = False
-
-    def __bool__(self) -> bool:
-        return self.asked
 
     def __enter__(self):
         def ask(number, frame):
             if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.asked = True
-            print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+            print(f"\n{signal.Signals(number).name}: saving, then leaving", file=sys.stderr, flush=True)
 
         self.before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -321,12 +343,14 @@ def main(_=None) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     typed = shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]])
-    try:
-        with told(ValueError, FileNotFoundError, FloatingPointError):
+    status = 0
+    with hosts.together(FLAGS), told(ValueError, FileNotFoundError, FloatingPointError):
+        try:
             run(config, workdir, command=typed)
-    except Stopped as stopped:
-        print(stopped, flush=True)
-        sys.exit(143)
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            status = 143
+    sys.exit(status)
 
 
 if __name__ == "__main__":
@@ -335,6 +359,7 @@ if __name__ == "__main__":
 
     config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/small.py", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run; default runs/NAME or runs/NAME-ARGUMENT")
+    hosts.define_flags()
     flags.mark_flag_as_required("config")
     FLAGS = flags.FLAGS
     app.run(main)

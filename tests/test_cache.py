@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -168,13 +170,35 @@ def test_the_position_is_restored(tmp_path, flip):
 def test_the_global_batch_does_not_depend_on_the_number_of_processes(tmp_path):
     folder = ensure(numbered(20), tmp_path, flip=True)
     whole = loader.batches(folder, 8, seed=0)
-    parts = [loader.batches(folder, 8, seed=0, process_index=i, process_count=4) for i in range(4)]
+    rows = [[0, 4], [1, 5], [2, 6], [3, 7]]  # as a mesh may deal them out, which need not be in order
+    parts = [loader.batches(folder, 8, seed=0, rows=own) for own in rows]
     for _ in range(6):
-        rows = [next(part) for part in parts]
-        for name, want in next(whole).items():
-            np.testing.assert_array_equal(np.concatenate([row[name] for row in rows]), want)
-    with pytest.raises(ValueError, match="batch of 8 cannot be split evenly over 3 processes"):
-        loader.batches(folder, 8, seed=0, process_index=0, process_count=3)
+        batch = next(whole)
+        for own, part in zip(rows, parts, strict=True):
+            for name, found in next(part).items():
+                np.testing.assert_array_equal(found, batch[name][own])
+    assert {json.dumps(part.get_state()) for part in parts} == {json.dumps(whole.get_state())}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_processes_share_the_encoding_out_and_need_no_common_folder(tmp_path, shared):
+    calls, all_are_there = [0, 0], threading.Barrier(2)
+
+    def build(i):
+        def counted(images):
+            calls[i] += 1
+            return encode(images)
+
+        folder = tmp_path / ("both" if shared else str(i))
+        options = dict(shard_size=4, encode=counted, flip=True, process_index=i, process_count=2)
+        return ensure(numbered(12), folder, wait=lambda: all_are_there.wait(60), **options)
+
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(build, range(2)))
+    batches = [next(loader.batches(folder, 6, seed=0)) for folder in folders]
+    for name in batches[0]:
+        np.testing.assert_array_equal(batches[0][name], batches[1][name])
+    assert calls == ([3, 3] if shared else [6, 6])  # of six files
 
 
 def test_mirrored_pictures_are_drawn_half_the_time(tmp_path):

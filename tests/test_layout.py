@@ -13,7 +13,7 @@ FOLDERS = ("flaxkd", "configs", "convert", "tests")
 ORDER = (
     ("flaxkd.models",),  # networks: they know nothing of files, losses or data
     ("flaxkd.data",),  # pictures to batches: the encoder and the tokenizer are given to it as functions
-    ("flaxkd.keys", "flaxkd.diffusion", "flaxkd.sharding", "flaxkd.metrics", "flaxkd.command"),
+    ("flaxkd.keys", "flaxkd.diffusion", "flaxkd.sharding", "flaxkd.hosts", "flaxkd.metrics", "flaxkd.command"),
     ("flaxkd.samplers",),
     ("flaxkd.pretrained", "flaxkd.students", "flaxkd.sampling", "flaxkd.step", "flaxkd.pictures"),
     ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents"),

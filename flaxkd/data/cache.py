@@ -7,7 +7,8 @@ A cache is a folder `<fingerprint>` with
     cache.json                            sizes and fingerprints, written last: it says the cache is whole
 
 Every file is written under a temporary name and renamed when whole. A build that is killed goes on at the
-shard where it stopped, and processes that build the same cache at once write the same files.
+shard where it stopped, and processes that build the same cache at once write the same files. Processes that
+know of each other share the work out, by shards.
 """
 
 import hashlib
@@ -38,12 +39,17 @@ def ensure(
     flip: bool = False,
     progress: bool = True,
     shard_size: int = SHARD,
+    process_index: int = 0,
+    process_count: int = 1,
+    wait: Callable[[], None] = lambda: None,
 ) -> Path:
     """Returns the cache of a source, a folder inside `folder`; computes it if it is not there.
 
     source: see sources.Source. encode: uint8[b, r, r, 3] -> VAE moments float32[b, h, w, 2c], always called
     with b = batch_size. tokenize: captions -> int32[b, l]. fingerprint: of the encoder and the tokenizer.
-    flip: keep the mirrored pictures too. shard_size: records a file.
+    flip: keep the mirrored pictures too. shard_size: records a file. process_index, process_count: every process
+    makes its share of the files and calls `wait`, which returns when all have called it, once; then it makes what is
+    still not there, which is nothing if all see the same folder.
     Raises ValueError if the source is empty or a moment is not finite in float16.
     """
     if len(source) == 0:
@@ -51,20 +57,29 @@ def ensure(
     inputs = {"format": FORMAT, "source": source.fingerprint, "encoder": fingerprint, "flip": flip}
     cache = Path(folder) / hashlib.sha256(json.dumps([inputs, shard_size]).encode()).hexdigest()[:20]
     if (cache / "cache.json").exists():
+        wait()
         return cache
     cache.mkdir(parents=True, exist_ok=True)
     kinds = ("moments", "flipped") if flip else ("moments",)
     shards = -(-len(source) // shard_size)
-    with tqdm(total=len(source) * len(kinds), desc="encoding", unit=" pictures", disable=not progress) as bar:
-        for kind in kinds:
-            for shard in range(shards):
-                indices = range(shard * shard_size, min((shard + 1) * shard_size, len(source)))
+    files = [(kind, shard) for kind in kinds for shard in range(shards)]
+
+    def make(files: list[tuple[str, int]], desc: str) -> None:
+        sizes = [min(shard_size, len(source) - shard * shard_size) for _, shard in files]
+        with tqdm(total=sum(sizes), desc=desc, unit=" pictures", disable=not progress) as bar:
+            for (kind, shard), size in zip(files, sizes, strict=True):
                 file = cache / shard_name(kind, shard, shards)
                 if file.exists():  # from a build that was killed, or of a process beside this one
-                    bar.update(len(indices))
+                    bar.update(size)
                     continue
+                indices = range(shard * shard_size, shard * shard_size + size)
                 batches = _encoded(source, indices, encode, tokenize, batch_size, kind == "flipped")
                 _rename(file, lambda path, batches=batches: _write(path, batches, bar))
+
+    make(files[process_index::process_count], "encoding")
+    wait()
+    if missing := [f for f in files if not (cache / shard_name(*f, shards)).exists()]:
+        make(missing, "encoding what others have elsewhere")
     about = {**inputs, "size": len(source), "shards": shards, "shard_size": shard_size}
     _rename(cache / "cache.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
     return cache

@@ -1,6 +1,7 @@
 """Batches of a latent cache, by Grain: shuffled, endless, deterministic, with a position to save."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import grain
@@ -15,8 +16,7 @@ def batches(
     seed: int,
     *,
     variants: str | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Endless iterator of {"moments": float32[b, h, w, 2c], "input_ids": int32[b, l]}.
 
@@ -24,17 +24,14 @@ def batches(
     reach into the next epoch. If the cache has mirrored pictures, one of the two is drawn each time. If
     variants (a regular expression) is given, so is one of those whose captions differ only in what it matches.
 
-    batch_size is the global one: process i of n gets rows [i b, (i + 1) b) of it, b = batch_size / n, so that
-    the global batch is the same for any number of processes. The position is `get_state()`, a dict that JSON
-    can hold, and `set_state(state)`. Raises ValueError if the batch cannot be split evenly.
+    batch_size is the global one, of which a process reads its own `rows` (None: all), in their order: the global
+    batch is the same for any number of processes. The position is `get_state()`, a dict that JSON can hold and
+    that is the same for any rows, and `set_state(state)`.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"the batch of {batch_size} cannot be split evenly over {process_count} processes")
     about = caches.read_about(cache)
     size, flip = about["size"], about["flip"]
     records = _records(cache, about, "moments")
     mirrored = _records(cache, about, "flipped") if flip else None
-    rows = batch_size // process_count
     families = np.arange(size)[:, None] if variants is None else _families(records, variants)
 
     def choose(family: int, rng: np.random.Generator) -> int:
@@ -42,7 +39,7 @@ def batches(
         return index + size * int(flip and rng.integers(2))  # mirrored pictures count from `size` on
 
     def load(indices: np.ndarray) -> dict:
-        mine = indices[process_index * rows : (process_index + 1) * rows].tolist()
+        mine = _own(indices, rows).tolist()
         return _stack([records[i] if i < size else mirrored[i - size] for i in mine])
 
     # Numbers are shuffled, not pictures: each process sees the whole batch's, and reads only its own rows.
@@ -51,11 +48,11 @@ def batches(
     return iter(order.batch(batch_size).map(load).to_iter_dataset(options))
 
 
-def images(source, batch_size: int, seed: int) -> grain.DatasetIterator:
+def images(source, batch_size: int, seed: int, *, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
     """The same for the pictures of a source: {"images": uint8[b, r, r, 3]}, for training an autoencoder."""
 
     def load(indices: np.ndarray) -> dict:
-        return {"images": np.stack([source[int(i)]["image"] for i in indices])}
+        return {"images": np.stack([source[int(i)]["image"] for i in _own(indices, rows)])}
 
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
@@ -71,6 +68,10 @@ def examples(cache: Path, n: int) -> dict:
     records = _records(cache, about, "moments")
     found = [records[i] for i in range(min(n, about["size"]))]
     return {**_stack(found), "captions": [caches.unpack(record)["caption"] for record in found]}
+
+
+def _own(indices: np.ndarray, rows: Sequence[int] | None) -> np.ndarray:
+    return indices if rows is None else indices[np.asarray(rows)]
 
 
 def _records(cache: Path, about: dict, kind: str) -> grain.sources.ArrayRecordDataSource:
