@@ -60,7 +60,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # The data.
     config.data = ConfigDict()
-    config.data.source = "openmoji"  # or a folder of images with metadata.jsonl (file_name, text)
+    # or a folder of images with metadata.jsonl (file_name, text), or one that `python -m flaxkd.cache` made
+    config.data.source = "openmoji"
     config.data.resolution = 64  # pixels; 512 for SD 1.x and 2.1-base, 768 for 2.1
     # a pattern; of captions that differ in it alone, an epoch draws one
     config.data.variants = placeholder(str)

@@ -97,8 +97,8 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         validation = {"images": np.stack([data["validation"][i]["image"] for i in examples])}
     else:
         caches = [latents.ensure(config, data[s], s, source, dtype, tokenizer) for s in splits]
-        variants = config.data.variants
-        batches = loader.batches(caches[0], config.batch_size, config.seed, variants=variants, rows=rows)
+        options = {"variants": config.data.variants, "flip": config.data.random_flip, "rows": rows}
+        batches = loader.batches(caches[0], config.batch_size, config.seed, **options)
         validation = loader.examples(caches[1], config.validation.examples)
         validation = {name: validation[name] for name in ("moments", "input_ids")}
     validation = {name: x[: len(x) // mesh.size * mesh.size] for name, x in validation.items()}

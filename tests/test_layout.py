@@ -23,7 +23,8 @@ ORDER = (
     ("flaxkd.devices", "flaxkd.workload", "flaxkd.candidate"),
     ("flaxkd.against_torch", "flaxkd.standings"),  # of a benchmark
     ("flaxkd.spread",),  # of an ablation
-    ("flaxkd.train", "flaxkd.evaluate", "flaxkd.generate", "flaxkd.recall", "flaxkd.report", "flaxkd.bench"),
+    ("flaxkd.train", "flaxkd.cache", "flaxkd.evaluate", "flaxkd.generate"),  # commands
+    ("flaxkd.recall", "flaxkd.report", "flaxkd.bench"),
     ("convert", "flaxkd.ablation"),  # the latter runs the commands of training and evaluation many times
 )
 ALONE = ("flaxkd.models", "flaxkd.data", "configs")  # import nothing of ours but themselves

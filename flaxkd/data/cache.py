@@ -1,6 +1,6 @@
 """VAE moments and token ids of a source, computed once and kept as ArrayRecord: the train step never encodes.
 
-A cache is a folder `<fingerprint>` with
+A cache is a folder with
 
     moments-00000-of-00001.array_record   records of `pack`, in the order of the source
     flipped-00000-of-00001.array_record   the same of the mirrored pictures, only if asked for
@@ -9,12 +9,18 @@ A cache is a folder `<fingerprint>` with
 Every file is written under a temporary name and renamed when whole. A build that is killed goes on at the
 shard where it stopped, and processes that build the same cache at once write the same files. Processes that
 know of each other share the work out, by shards.
+
+`ensure` makes one on the way to a training. build.py makes two, train and validation, of a set of any size.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +28,19 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tqdm import tqdm
 
 FORMAT = 1  # to be raised when the records change
 SHARD = 8192  # records a file; 64 KiB each at 512 pixels
+# One record a group: random access reads no more than it wants. To a compressor moments are mostly noise: zstd would
+# save a fifth of the disk, and take a third of the time of reading.
+OPTIONS = "group_size:1,uncompressed"
+PLAN = "plan.json"  # in a folder that build.py fills
+
+
+class DiskFull(OSError):
+    """There is no space left where a cache is written. What was unfinished has been removed."""
 
 
 def ensure(
@@ -74,14 +89,18 @@ def ensure(
                     continue
                 indices = range(shard * shard_size, shard * shard_size + size)
                 batches = _encoded(source, indices, encode, tokenize, batch_size, kind == "flipped")
-                _rename(file, lambda path, batches=batches: _write(path, batches, bar))
+                with writer(file) as write:
+                    for examples in batches:
+                        for example in examples:
+                            write(pack(*example))
+                        bar.update(len(examples))
 
     make(files[process_index::process_count], "encoding")
     wait()
     if missing := [f for f in files if not (cache / shard_name(*f, shards)).exists()]:
         make(missing, "encoding what others have elsewhere")
     about = {**inputs, "size": len(source), "shards": shards, "shard_size": shard_size}
-    _rename(cache / "cache.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+    write_json(cache / "cache.json", about)
     return cache
 
 
@@ -92,7 +111,7 @@ def shard_name(kind: str, shard: int, shards: int) -> str:
 
 def read_about(cache: Path) -> dict:
     """cache.json as a dict. FileNotFoundError if the folder is not a complete cache."""
-    file = Path(cache) / "cache.json"
+    file = epath.Path(cache) / "cache.json"
     if not file.is_file():
         raise FileNotFoundError(f"{cache} is not a complete cache: it has no cache.json; build it again")
     return json.loads(file.read_text())
@@ -105,19 +124,91 @@ def pack(moments: np.ndarray, input_ids: np.ndarray, caption: str) -> bytes:
     return b"".join(part.tobytes() for part in parts) + caption.encode()
 
 
+def view(record: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """(moments float16[h, w, 2c], input_ids int32[l]) of a record of `pack`, without a copy."""
+    *shape, length = np.frombuffer(record, "<i4", 4).tolist()
+    size = math.prod(shape)
+    moments = np.frombuffer(record, "<f2", size, 16).reshape(shape)
+    return moments, np.frombuffer(record, "<i4", length, 16 + 2 * size)
+
+
 def unpack(record: bytes) -> dict:
     """{"moments": float32[h, w, 2c], "input_ids": int32[l], "caption": str} of a record of `pack`."""
-    *shape, length = np.frombuffer(record, "<i4", 4).tolist()
-    ids_at = 16 + 2 * math.prod(shape)
+    moments, input_ids = view(record)
     return {
-        "moments": np.frombuffer(record, "<f2", math.prod(shape), 16).reshape(shape).astype(np.float32),
-        "input_ids": np.frombuffer(record, "<i4", length, ids_at).astype(np.int32),
-        "caption": record[ids_at + 4 * length :].decode(),
+        "moments": moments.astype(np.float32),
+        "input_ids": input_ids.astype(np.int32),
+        "caption": record[16 + moments.nbytes + input_ids.nbytes :].decode(),
     }
 
 
-def _encoded(source, indices: range, encode, tokenize, batch_size: int, mirrored: bool) -> Iterator[tuple]:
-    """(moments, input_ids, captions) batch by batch; the next batch is read while one is encoded."""
+def filled(images: np.ndarray, batch_size: int) -> np.ndarray:
+    """The pictures uint8[n, r, r, 3], n <= batch_size, and the last again until there are batch_size of them.
+
+    So that an encoder compiles for one shape only."""
+    return np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
+
+
+def halved(moments, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first n of moments [b, h, w, 2c] as float16, and the numbers of those that float16 cannot hold."""
+    with np.errstate(over="ignore"):
+        moments = np.asarray(moments)[:n].astype(np.float16)
+    return moments, np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
+
+
+@contextlib.contextmanager
+def whole(file: os.PathLike) -> Iterator[Path]:
+    """A path on this machine to write to. After the block its content is `file`; if the block fails, nothing is.
+
+    file: may be `gs://`, where it is copied to. Raises DiskFull in place of any error that says no more than that."""
+    file = epath.Path(file)
+    work = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    with contextlib.ExitStack() as stack:
+        remote = "://" in os.fspath(file)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flaxkd-")) if remote else None
+        local = Path(folder, file.name) if remote else Path(work)
+        try:
+            yield local
+            if remote:
+                with local.open("rb") as here, work.open("wb") as there:
+                    shutil.copyfileobj(here, there, 2**20)
+            work.replace(file)
+        except (OSError, RuntimeError) as error:
+            # ArrayRecord raises a RuntimeError, with the system's words in it.
+            if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+                raise
+            where = f"{file.parent} or {folder}" if remote else file.parent
+            raise DiskFull(
+                f"no space is left in {where} to write {file.name}. What is finished is kept, the unfinished file is "
+                "removed: make room, and run the same command again, which goes on from there"
+            ) from error
+        finally:
+            if work.exists():
+                work.unlink()
+
+
+@contextlib.contextmanager
+def writer(file: os.PathLike) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends a record to the shard `file`, which is there after the block: see `whole`."""
+    with whole(file) as path:
+        records = ArrayRecordWriter(str(path), OPTIONS)
+        try:
+            yield records.write
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                records.close()
+            raise
+        records.close()  # it writes in the background: an error may show only here
+
+
+def write_json(file: os.PathLike, content: dict) -> None:
+    """Writes a file of JSON, whole or not at all."""
+    with whole(file) as path:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _encoded(source, indices: range, encode, tokenize, batch_size: int, mirrored: bool) -> Iterator[list]:
+    """Lists of (moments, input_ids, caption), batch by batch; the next batch is read while one is encoded."""
     starts = range(indices.start, indices.stop, batch_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -132,32 +223,9 @@ def _encoded(source, indices: range, encode, tokenize, batch_size: int, mirrored
                 following = read(start + batch_size)
             images = np.stack([example["image"] for example in examples])
             images = images[:, :, ::-1] if mirrored else images
-            count = len(images)  # the last batch is filled up, so that `encode` compiles for one shape only
-            images = np.concatenate([images, np.repeat(images[-1:], batch_size - count, axis=0)])
-            with np.errstate(over="ignore"):
-                moments = np.asarray(encode(images))[:count].astype(np.float16)
-            bad = np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
+            moments, bad = halved(encode(filled(images, batch_size)), len(images))
             if bad.size:
                 where = f"picture {start + int(bad[0])}, {examples[bad[0]]['caption']!r}"
                 raise ValueError(f"{where}: its moments are not finite in float16; check the VAE's weights")
             captions = [example["caption"] for example in examples]
-            yield moments, np.asarray(tokenize(captions), np.int32), captions
-
-
-def _write(path: Path, batches: Iterator[tuple], bar: tqdm) -> None:
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: random access reads no more
-    for moments, input_ids, captions in batches:
-        for example in zip(moments, input_ids, captions, strict=True):
-            writer.write(pack(*example))
-        bar.update(len(captions))
-    writer.close()
-
-
-def _rename(file: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary name beside `file`, then renames: `file` is whole or absent."""
-    work = file.with_name(f".{uuid.uuid4().hex}")
-    try:
-        write(work)
-        os.replace(work, file)
-    finally:
-        work.unlink(missing_ok=True)
+            yield list(zip(moments, np.asarray(tokenize(captions), np.int32), captions, strict=True))

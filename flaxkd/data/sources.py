@@ -1,4 +1,5 @@
-"""A data set as a sequence of pictures with captions: the OpenMoji drawings, or a folder of one's own.
+"""A data set as a sequence of pictures with captions: the OpenMoji drawings, or a folder of one's own. Or what
+`python -m flaxkd.cache` has made of a large one, which has latents in place of pictures.
 
 An image folder has a file metadata.jsonl with one JSON object a line, `file_name` (relative to the folder)
 and `text` (the caption), as in Hugging Face's imagefolder. Pictures become squares as in diffusers' training
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageOps
 
-from flaxkd.data import openmoji
+from flaxkd.data import cache, openmoji
 
 METADATA = "metadata.jsonl"
 
@@ -26,11 +28,13 @@ class Source:
     """A sequence of {"image": uint8[resolution, resolution, 3], "caption": str}.
 
     fingerprint: equal if and only if the pictures, the captions and the resolution are the same.
+    cache: of moments that were made before, if there is one; then there are no pictures, and `load` says so.
     """
 
     size: int
     load: Callable[[int], dict]
     fingerprint: str
+    cache: os.PathLike | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -53,7 +57,7 @@ def default_data_dir() -> Path:
 
 
 def open_source(name: str, split: str, data_dir: str | Path | None = None, resolution: int = 64) -> Source:
-    """Opens "openmoji" (made on first use) or the image folder `name`.
+    """Opens "openmoji" (made on first use), the image folder `name`, or a folder of `python -m flaxkd.cache`.
 
     split: "train" or "validation", by a hash of the caption. data_dir: of TFDS, `default_data_dir()` if None.
     resolution: pixels a side. Raises FileNotFoundError or ValueError that names the line at fault.
@@ -62,6 +66,8 @@ def open_source(name: str, split: str, data_dir: str | Path | None = None, resol
         raise ValueError(f"split is {split!r}, must be 'train' or 'validation'")
     if name == openmoji.OpenMoji.name:
         return _openmoji(split, Path(data_dir) if data_dir else default_data_dir(), resolution)
+    if (made := epath.Path(name).expanduser() / cache.PLAN).is_file():
+        return _made_before(made.parent, split)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no data set {name!r}: give 'openmoji' or a folder with {METADATA}")
@@ -79,6 +85,21 @@ def square(image: Image.Image, resolution: int) -> np.ndarray:
         left, top = round((width - resolution) / 2), round((height - resolution) / 2)
         image = image.crop((left, top, left + resolution, top + resolution))
     return np.asarray(image)
+
+
+def _made_before(folder: epath.Path, split: str) -> Source:
+    if not (folder / split / "cache.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not finished: run its `python -m flaxkd.cache` again, which goes on"
+        )
+    about = cache.read_about(folder / split)
+
+    def load(index: int) -> dict:
+        raise ValueError(
+            f"{folder} has latents and no pictures, which this needs: give the pictures themselves"
+        )
+
+    return Source(about["size"], load, about["source"], folder / split)
 
 
 def _openmoji(split: str, data_dir: Path, resolution: int) -> Source:

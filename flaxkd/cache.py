@@ -1,0 +1,174 @@
+"""Turns a large image set into a cache of latents and token ids that a training reads in place of pictures.
+
+    python -m flaxkd.cache --source laion/ --teacher OWNER/NAME --out cache/ [--min-aesthetic 6.5] [--flip]
+    python -m flaxkd.train --config configs/small.py:sd15 --config.data.source=cache/
+    python -m flaxkd.cache --bench cache/
+
+The source is a folder of img2dataset's tars, Parquet or a data set of Hugging Face with the pictures inside, a folder
+of pictures, or the name of a data set of TFDS. What cannot be read or has no caption is left out and listed. The same
+command goes on where it stopped, on any number of hosts: see docs/laion_art.md.
+"""
+
+import argparse
+import sys
+import time
+
+import jax
+import numpy as np
+from etils import epath
+
+from flaxkd import command, hosts, latents, pretrained, sharding
+from flaxkd.data import build, inputs, loader, openmoji
+from flaxkd.data.selection import Recipe
+
+CONSUMED = 270  # images/s that a v5e-8 is estimated to take from a cache in Segmind's recipe
+
+
+def run(args: argparse.Namespace) -> dict | None:
+    """Makes the parts of the cache that are this process's. Returns {"train", "validation": pictures; "filtered",
+    "skipped": {reason: pictures}} when all parts are there, else None.
+
+    Raises like `inputs.open_parts`, `pretrained.resolve` and `build.build`."""
+    parts = inputs.open_parts(args.source, split=args.split, image_column=args.image_column)
+    source = pretrained.resolve(args.teacher)
+    tokenizer = pretrained.load_tokenizer(source)
+    mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
+    recipe = Recipe(
+        resolution=args.resolution or latents.resolution(source),
+        flip=args.flip,
+        validation=args.validation,
+        min_aesthetic=args.min_aesthetic,
+        min_size=args.min_size,
+        caption_column=args.caption_column,
+        aesthetic_column=args.aesthetic_column,
+    )
+    latents.check_resolution(source, recipe.resolution, "--resolution")
+    if jax.process_index() == 0:
+        print(
+            f"source    {args.source}, {len(parts):,} parts\nteacher   {source}\n"
+            f"machine   {jax.process_count()} x {mesh.size} x {mesh.devices.flat[0].device_kind}, "
+            f"{np.dtype(dtype).name}\n"
+            f"pictures  {recipe.resolution} pixels, {args.batch_size * mesh.size} at once in each process",
+            flush=True,
+        )
+    made = build.build(
+        parts,
+        args.out,
+        recipe,
+        encode=latents.encoder(source, dtype, mesh),
+        tokenize=lambda captions: pretrained.tokenize(tokenizer, captions),
+        batch_size=args.batch_size * mesh.size,
+        fingerprint=latents.encoder_fingerprint(source, dtype),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=args.threads,
+    )
+    if made is None:
+        print(
+            f"\nprocess {jax.process_index()} of {jax.process_count()} is done, others are not. If one was stopped, "
+            "run the same command again"
+        )
+    else:
+        conclude(made, args, recipe)
+    return made
+
+
+def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
+    print(f"\n{args.out}: {made['train']:,} pictures to train on, {made['validation']:,} to validate")
+    for kind, note in (("filtered", ""), ("skipped", ", listed in skipped.jsonl")):
+        for reason, count in sorted(made[kind].items(), key=lambda entry: -entry[1]):
+            print(f"  {kind} {count:,}: {reason}{note}")
+    config = f"configs/small.py:sd15 --config.teacher={args.teacher}" if args.teacher else "configs/small.py"
+    print(
+        f"\nnext: a training with this teacher, e.g.\n  python -m flaxkd.train --config {config} "
+        f"--config.data.source={args.out} --config.data.resolution={recipe.resolution} "
+        f"--config.data.random_flip={recipe.flip}"
+    )
+
+
+def bench(folder: str, batch_size: int, seconds: float) -> float:
+    """Reads batches of a cache's train split as a training does, prints how fast, and returns it in images/s."""
+    batches = loader.batches(epath.Path(folder) / "train", batch_size, seed=0)
+    next(batches)  # opens files and threads
+    wall, cpu, count = time.monotonic(), time.process_time(), 0
+    while time.monotonic() - wall < seconds:
+        count += len(next(batches)["moments"])
+    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    rate = count / wall
+    print(
+        f"{folder}: {rate:,.0f} images/s in batches of {batch_size} for {wall:.1f} s, {rate / CONSUMED:.1f} times the "
+        f"{CONSUMED} that a v5e-8 takes; {1e6 * cpu / count:.0f} us of a core an image, {cpu / wall:.2f} cores in use"
+    )
+    return rate
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flaxkd.cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--source", help="folder, file, pattern such as 'gs://bucket/*.tar', or name of a data set of TFDS")
+    add(
+        "--teacher",
+        help="pipeline folder or hub id, whose autoencoder and tokenizer are used (default: the miniature)",
+    )
+    add("--out", help="folder of the cache, may be gs://")
+    add("--resolution", type=int, help="pixels (default: what the teacher was made for)")
+    add(
+        "--flip",
+        action="store_true",
+        help="keep the mirrored pictures too, for data.random_flip: twice the size",
+    )
+    add(
+        "--validation",
+        type=float,
+        default=openmoji.VALIDATION_SHARE,
+        help="share of the captions held out (default: %(default)s)",
+    )
+    add("--split", default="train", help="of the source, if it has several (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=latents.BATCH,
+        help="pictures at once on a device (default: %(default)s)",
+    )
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
+    add("--threads", type=int, help="that decode pictures (default: as many as cores)")
+    hosts.add_arguments(parser)
+    of = parser.add_argument_group("what is kept")
+    of.add_argument("--min-aesthetic", type=float, help="least aesthetic score")
+    of.add_argument(
+        "--min-size", type=int, help="least shorter side in pixels, before the source was resized"
+    )
+    of.add_argument("--caption-column", help="default: .txt, caption, text or prompt")
+    of.add_argument("--aesthetic-column", help="default: aesthetic or aesthetic_score")
+    of.add_argument("--image-column", help="of tables; default: image, jpg, jpeg, png, webp or img")
+    of = parser.add_argument_group("how fast is it read?")
+    of.add_argument(
+        "--bench", metavar="DIR", help="read a finished cache in batches of 256, and nothing else"
+    )
+    of.add_argument("--seconds", type=float, default=20, help="of the measurement (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if not args.bench and not (args.source and args.out):
+        parser.error("give --source and --out, or --bench DIR")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    command.keep_compiled_programs()
+    with hosts.together(args), command.told(ValueError, OSError, ImportError):
+        try:
+            bench(args.bench, 256, args.seconds) if args.bench else run(args)
+        except ImportError as error:
+            if "gcsfs" not in str(error):
+                raise
+            raise ImportError("gs:// paths need gcsfs: pip install -e '.[data]'") from error
+        except KeyboardInterrupt:
+            sys.exit("\nstopped; the same command goes on from there")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The command that makes a cache of a large image set, with a real autoencoder, and what a training takes it for."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from test_build import CAPTIONS, N, listed, tars
+
+from flaxkd import cache, latents, pretrained, sharding
+from flaxkd.data import loader, sources
+
+TRAINING = ConfigDict(dict(data=dict(resolution=32, random_flip=False)))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_pipeline):
+    """The cache of a folder of tars, one of them no tar, and the folder."""
+    folder = tmp_path_factory.mktemp("made")
+    tars(folder / "tars")
+    (folder / "tars" / "00003.tar").write_bytes(b"no tar")
+    out = folder / "cache"
+    arguments = ["--source", folder / "tars", "--teacher", tiny_pipeline, "--out", out, "--validation", 0.2]
+    cache.main(list(map(str, arguments)))
+    return out
+
+
+def opened(folder, split, source, config=TRAINING):
+    """The cache as `train.run` comes to it."""
+    mesh, dtype = sharding.make_mesh(-1, 1), sharding.compute_dtype()
+    pictures = sources.open_source(str(folder), split, resolution=config.data.resolution)
+    return latents.ensure(config, pictures, split, source, dtype, mesh, pretrained.load_tokenizer(source))
+
+
+def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLAXKD_CACHE", str(tmp_path))
+    folder = listed(tmp_path / "pictures")
+    found, own = {}, {}
+    for split in ("train", "validation"):
+        assert opened(made, split, tiny_pipeline) == made / split
+        for entry, where in ((found, made), (own, folder)):
+            batch = loader.examples(opened(where, split, tiny_pipeline), N)
+            entry |= dict(
+                zip(batch["captions"], zip(batch["moments"], batch["input_ids"], strict=True), strict=True)
+            )
+    assert set(found) == set(own) == set(CAPTIONS)
+    for caption in CAPTIONS:
+        np.testing.assert_allclose(found[caption][0], own[caption][0], atol=0.02, rtol=0.01)
+        np.testing.assert_array_equal(found[caption][1], own[caption][1])
+    batch = next(loader.batches(opened(made, "train", tiny_pipeline), 8, seed=0, flip=False))
+    assert batch["moments"].shape == (8, 8, 8, 8) and batch["input_ids"].shape == (8, 16)
+
+
+def test_what_does_not_fit_a_training_is_refused(made, tiny_pipeline):
+    for key, value, message in [
+        ("resolution", 64, "has pictures of 32 pixels, data.resolution is 64"),
+        ("random_flip", True, r"has no mirrored pictures.*`python -m flaxkd.cache --flip`"),
+    ]:
+        config = TRAINING.copy_and_resolve_references()
+        config.data[key] = value
+        with pytest.raises(ValueError, match=message):
+            opened(made, "train", tiny_pipeline, config)
+    with pytest.raises(ValueError, match="was made with another autoencoder or tokenizer"):
+        opened(made, "train", pretrained.EMBEDDED)
+    with pytest.raises(ValueError, match="has latents and no pictures"):
+        sources.open_source(str(made), "train")[0]
+
+
+def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
+    arguments = ["--source", str(made.parent / "tars"), "--teacher", str(tiny_pipeline), "--out", str(made)]
+    arguments += ["--validation", "0.2"]
+    cache.main(arguments)  # all is there
+    said = capsys.readouterr()
+    assert "4 parts" in said.out and "20 pictures to train on, 4 to validate" in said.out
+    assert (
+        "skipped 1: broken from here on, listed in skipped.jsonl" in said.out
+        and f"data.source={made}" in said.out
+    )
+    assert "encoding: 100%" in said.err and "4/4" in said.err
+    for other, message in [
+        (["--flip"], "flip was False, is True"),
+        (["--resolution", "30"], "--resolution = 30 pixels is no multiple of 4"),
+        (["--source", "gone/"], "there is no gone/"),
+        (["--source", str(tmp_path)], "has no pictures, tars or tables"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            cache.main([*arguments, *other])
+    with pytest.raises(SystemExit):
+        cache.main(["--source", "x"])
+    assert "give --source and --out, or --bench DIR" in capsys.readouterr().err
+    cache.main(["--bench", str(made), "--seconds", "0.1"])
+    assert "images/s in batches of 256" in capsys.readouterr().out
