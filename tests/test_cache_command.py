@@ -25,9 +25,8 @@ def made(tmp_path_factory, tiny_pipeline):
 
 def opened(folder, split, source, config=TRAINING):
     """The cache as `train.run` comes to it."""
-    mesh, dtype = sharding.make_mesh(-1, 1), sharding.compute_dtype()
     pictures = sources.open_source(str(folder), split, resolution=config.data.resolution)
-    return latents.ensure(config, pictures, split, source, dtype, mesh, pretrained.load_tokenizer(source))
+    return latents.ensure(config, pictures, split, source, sharding.compute_dtype(), pretrained.load_tokenizer(source))
 
 
 def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeypatch):
