@@ -25,7 +25,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.weight.output = 1.0
     config.weight.feature = 1.0
     config.pairing = "segmind"  # features compared: "segmind" (9 or 6 pairs) or "bksdm" (8 or 6)
-    config.normalize_features = False  # divide each pair by the teacher's mean square (LAPTOP-Diff)
+    # divide each pair by the teacher's mean square (LAPTOP-Diff); neither original does, and docs/ablation.md says why
+    config.normalize_features = True
     # "epsilon" or "v_prediction"; None: as the teacher's scheduler says
     config.prediction_type = placeholder(str)
     # Min-SNR weighting of loss_noise, 5.0 in its paper; None: as both originals

@@ -40,6 +40,7 @@ def segmind(config: ConfigDict, steps: int) -> ConfigDict:
     )
     config.weight.output = 0.5
     config.weight.feature = 0.5
+    config.normalize_features = False
     return photographs(config)
 
 
@@ -47,6 +48,7 @@ def bksdm(config: ConfigDict) -> ConfigDict:
     """BK-SDM (Kim et al. 2023, arXiv:2305.15798): Stable Diffusion 1.4, 512 px, weights 1/1/1, 50K steps of 256."""
     config.teacher = "CompVis/stable-diffusion-v1-4"
     config.pairing = "bksdm"
+    config.normalize_features = False
     config.steps = 50_000
     config.batch_size = 256  # 64 x 4 accumulation steps
     config.learning_rate = dict(schedule="constant_schedule", value=5e-5)

@@ -36,7 +36,6 @@ def check(config) -> None:
         "ema_decay": bool(config.ema_decay),
         "accumulate": config.accumulate != 1,
         "remat": config.remat,
-        "normalize_features": config.normalize_features,
         "snr_gamma": config.snr_gamma is not None,
         "noise_offset": bool(config.noise_offset),
         "caption_dropout": bool(config.caption_dropout),
@@ -184,7 +183,12 @@ def loss(subject: Subject, networks: Networks, compiled: bool = False) -> Callab
         with torch.no_grad():
             wanted = teacher(noisy_latents, timesteps, encoder_hidden_states=states).sample
         found["loss_output"] = mse(noise_pred, wanted)
-        found["loss_feature"] = sum(mse(seen["student"][s], seen["teacher"][t]) for s, t in pairs)
+        terms = ((seen["student"][s], seen["teacher"][t]) for s, t in pairs)
+        if subject.config.normalize_features:  # which distill-sd has not
+            terms = (mse(a, b) / b.float().square().mean() for a, b in terms)
+        else:
+            terms = (mse(a, b) for a, b in terms)
+        found["loss_feature"] = sum(terms)
         total = (
             weight.noise * found["loss_noise"]
             + weight.output * found["loss_output"]

@@ -129,6 +129,7 @@ def test_small_is_two_runs():
     assert (embedded.data.resolution, sd15.data.resolution) == (64, 512)
     assert (sd15.weight.noise, sd15.weight.output, sd15.weight.feature) == (1.0, 0.5, 0.5)
     assert embedded.student == sd15.student == "sd_small" and sd15.pairing == "segmind"
+    assert embedded.normalize_features and not sd15.normalize_features  # distill-sd sums as they are
     recipe = importlib.import_module("configs.recipes").segmind.__doc__
     assert "1e-5" in recipe and "1e-4" in recipe  # both published learning rates
     assert sd15.learning_rate.peak_value == 1e-5
@@ -138,7 +139,8 @@ def test_small_is_two_runs():
 def test_bksdm_recipes(name):
     config = load(name)
     assert (config.weight.noise, config.weight.output, config.weight.feature) == (1.0, 1.0, 1.0)
-    assert config.pairing == "bksdm" and config.batch_size == 256 and config.steps == 50_000
+    assert config.pairing == "bksdm" and not config.normalize_features
+    assert config.batch_size == 256 and config.steps == 50_000
     assert step.learning_rate(config)(0) == step.learning_rate(config)(config.steps) == 5e-5
 
 
