@@ -77,10 +77,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sample.prompts = (
         "red apple",
         "grinning face",
-        "flag: Japan",
         "blue heart",
-        "dog face",
-        "police car light",
+        "flag: France",
+        "woman firefighter",
+        "cat face",
     )
     config.sample.sampler = "dpmsolver++"  # or "ddim", "pndm", "euler"
     config.sample.steps = 25

@@ -262,7 +262,7 @@ def drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut) -> Call
         text = frozen.get("text_encoder", as_cut.get("text_encoder"))
         before["teacher"] = images(teacher, frozen["teacher"], text)
         before["student as cut"] = images(unet, as_cut["unet"], text)
-    now = "student after distillation" if config.student else "model"
+    now = "student, distilled" if config.student else "model"
 
     def draw(params, path: Path) -> None:
         text = params.get("text_encoder", frozen.get("text_encoder"))
