@@ -1,5 +1,7 @@
-"""What accelerators can do at most, as their makers publish it: the measure of how well one is used."""
+"""What accelerators can do at most, as their makers publish it, and how much of it others have got out of them."""
 
+import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -34,3 +36,59 @@ def peak(device: jax.Device) -> Device | None:
     """The row of a device, or None if it is in none: a CPU's peak depends on more than its name."""
     kind = device.device_kind
     return next((row for name, row in PEAKS.items() if name.lower() in kind.lower()), None)
+
+
+class Kind(NamedTuple):
+    """A device that a run can be planned for. `utilisation` is a share of its peak, of which `source` tells."""
+
+    platform: str
+    device_kind: str  # a row of PEAKS
+    utilisation: float
+    source: str
+
+
+MLPERF = "MLPerf Training v4.1, Stable Diffusion 2, 512 px, cached latents"
+GUESS = "no figure is published for training Stable Diffusion on it: a guess between those of other TPUs"
+KINDS = {
+    "v4": Kind("tpu", "TPU v4", 0.40, GUESS),
+    "v5e": Kind("tpu", "TPU v5e", 0.40, GUESS),
+    "v5p": Kind("tpu", "TPU v5", 0.44, f"{MLPERF}: v5p-16, MaxDiffusion, 86.4 images/s a chip"),
+    "v6e": Kind("tpu", "TPU v6e", 0.30, GUESS),
+    "a100-40": Kind("gpu", "A100", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached latents"),
+    "a100-80": Kind("gpu", "A100 80GB", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached"),
+    "h100": Kind("gpu", "H100", 0.33, f"{MLPERF}: 8 H100, NeMo, 137.4 images/s a GPU"),
+}
+KINDS["a100"] = KINDS["a100-80"]
+
+
+class Target(NamedTuple):
+    """A machine that is not here: `v5e:4x8` is 32 chips, `a100-80x8` is 8 GPUs."""
+
+    name: str
+    kind: str  # a row of KINDS
+    topology: str  # as the compiler names it
+    count: int
+
+    @property
+    def platform(self) -> str:
+        return KINDS[self.kind].platform
+
+    @property
+    def peak(self) -> Device:
+        return PEAKS[KINDS[self.kind].device_kind]
+
+
+def target(name: str) -> Target:
+    """The machine of that name. Raises ValueError, with examples, for one that is not known."""
+    tpu = re.fullmatch(r"(v\d[ep]?):(\d+(?:x\d+){1,2})", name)
+    gpu = re.fullmatch(r"([a-z]+100(?:-\d+)?)(?:x(\d+))?", name)
+    kind = (tpu or gpu)[1] if tpu or gpu else None
+    if kind not in KINDS or (KINDS[kind].platform == "tpu") != bool(tpu):
+        raise ValueError(
+            f"unknown device {name!r}: TPUs are KIND:TOPOLOGY (v5e:4x8, v5p:2x2x1, v6e:2x2, v4:2x2x1), GPUs "
+            f"KINDxCOUNT (a100-40x8, a100-80x8, h100x8); the kinds are {', '.join(KINDS)}"
+        )
+    if tpu:
+        return Target(name, kind, name, math.prod(map(int, tpu[2].split("x"))))
+    count = int(gpu[2] or 1)
+    return Target(name, kind, f"1x1x{count}", count)

@@ -113,8 +113,10 @@ def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: fl
     )
 
 
-def task(config, source, dtype, tokenizer) -> Task:
+def task(config, source, dtype, tokenizer, load=pretrained.load) -> Task:
     """The task that a configuration describes. source: the teacher's pipeline folder; dtype: of the compute.
+
+    load(source, part) -> (module, params): where the weights come from, which may be tracers (see plan.py).
 
     Without `config.student` the teacher's own UNet is trained on the noise alone. `config.train` names the parts
     that learn: ("unet",) or ("unet", "text_encoder")."""
@@ -132,8 +134,8 @@ def task(config, source, dtype, tokenizer) -> Task:
             "timestep_sampling = 'min_snr' draws by the weights of snr_gamma: give it, 5.0 is usual"
         )
     teacher_config = pretrained.read_config(source, "unet")
-    teacher_module, teacher_params = pretrained.load(source, "unet")
-    text_encoder, text_params = pretrained.load(source, "text_encoder")
+    teacher_module, teacher_params = load(source, "unet")
+    text_encoder, text_params = load(source, "text_encoder")
     unet_config = teacher_config
     if config.student:
         student = students.get(config.student)

@@ -16,9 +16,11 @@ def compute_dtype(name: str | None = None) -> np.dtype:
     return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh of all devices; -1 for `data` takes what `fsdp` leaves. Raises ValueError if it does not come out."""
-    devices = jax.device_count()
+def make_mesh(data: int, fsdp: int, on: list | None = None) -> Mesh:
+    """A mesh of all devices, or of those of `on`; -1 for `data` takes what `fsdp` leaves.
+
+    Raises ValueError if it does not come out."""
+    devices = jax.device_count() if on is None else len(on)
     rows = devices // fsdp if data == -1 else data
     if rows < 1 or fsdp < 1 or rows * fsdp != devices:
         raise ValueError(
@@ -26,7 +28,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             "(data=-1 takes what fsdp leaves)"
         )
     # jax.make_mesh would default to explicit axis types, under which Flax's Dense raises with fsdp.
-    return jax.make_mesh((rows, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((rows, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=on)
 
 
 def local_mesh() -> Mesh:

@@ -17,14 +17,14 @@ ORDER = (
     ("flaxkd.samplers",),
     ("flaxkd.pretrained", "flaxkd.students", "flaxkd.sampling", "flaxkd.step", "flaxkd.pictures"),
     ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents"),
-    ("flaxkd.distill", "flaxkd.autoencode", "flaxkd.export"),
+    ("flaxkd.distill", "flaxkd.autoencode", "flaxkd.export", "flaxkd.architectures", "flaxkd.devices"),
     ("flaxkd.pipeline",),
     ("flaxkd.gallery", "flaxkd.fidelity", "flaxkd.protocol", "flaxkd.table"),  # of an evaluation
-    ("flaxkd.devices", "flaxkd.workload", "flaxkd.candidate"),
+    ("flaxkd.workload", "flaxkd.candidate", "flaxkd.ahead"),
     ("flaxkd.against_torch", "flaxkd.standings"),  # of a benchmark
     ("flaxkd.spread",),  # of an ablation
     ("flaxkd.train", "flaxkd.cache", "flaxkd.evaluate", "flaxkd.generate"),  # commands
-    ("flaxkd.recall", "flaxkd.report", "flaxkd.bench"),
+    ("flaxkd.recall", "flaxkd.report", "flaxkd.bench", "flaxkd.plan"),
     ("convert", "flaxkd.ablation"),  # the latter runs the commands of training and evaluation many times
 )
 ALONE = ("flaxkd.models", "flaxkd.data", "configs")  # import nothing of ours but themselves

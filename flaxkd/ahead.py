@@ -1,0 +1,186 @@
+"""The very training step, compiled for devices that are not here: what it holds, computes and sends there.
+
+TPU programs compile with libtpu, those of a GPU with JAX's CUDA plugin, on any machine and without either device.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from flaxkd import architectures, devices, distill, pretrained, sharding, step
+from flaxkd.data import sources
+
+
+class Lowered(NamedTuple):
+    """A training step before its compilation, and the bytes of what goes into it, on one device."""
+
+    program: jax.stages.Lowered
+    held: dict[str, int]  # "parameters", "optimizer", "average", "teacher", "batch"
+    unet_configs: dict[str, dict]  # "student" (or the teacher itself), and "teacher" if there is a student
+
+
+class Compiled(NamedTuple):
+    """What a compiled step needs, on one device. All in bytes but `flops` (of one step; custom calls count none)."""
+
+    needed: int  # arguments, results and temporaries at their peak; of a program that did not fit, what it asked for
+    temporary: int | None
+    flops: float | None
+    collectives: dict[str, tuple[int, int]]  # kind: (how many, bytes of their results)
+    seconds: float  # that compiling took
+
+    @property
+    def fits(self) -> bool:
+        return self.temporary is not None
+
+
+def topology(target: devices.Target) -> list:
+    """The devices of a machine that is not here. Raises ValueError if what compiles for it is not installed."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud where it is, for minutes
+    try:
+        if target.platform == "tpu":
+            return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
+        description = (Path(__file__).parent / "assets" / "targets" / f"{target.kind}.txt").read_text()
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology=target.topology, target_config=description
+        ).devices
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"cannot compile for {target.name}: {str(error).splitlines()[0]}\n"
+            'what compiles for it comes with: pip install "flaxkd[plan]"'
+        ) from error
+
+
+def source_of(config, scratch: Path) -> Path:
+    """The teacher's pipeline folder; of a published one that is not at hand, a folder without weights."""
+    known = architectures.find(config.teacher)
+    return architectures.write(known, scratch) if known else pretrained.resolve(config.teacher)
+
+
+def lower(config, target: devices.Target) -> Lowered:
+    """The training step of a configuration for the devices of `target`, without a byte of any weight.
+
+    Raises ValueError for a configuration that `flaxkd.train` would refuse there."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, topology(target))
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    dtype = sharding.compute_dtype(config.dtype or "bfloat16")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = source_of(config, Path(scratch))
+        task = _task(config, source, dtype, pretrained.load_tokenizer(source))
+        text = pretrained.read_config(source, "text_encoder")
+        unet_configs = {"student" if config.student else "teacher": task.configs["unet"]}
+        unet_configs |= {"teacher": pretrained.read_config(source, "unet")}
+        factor = pretrained.build("vae", pretrained.read_config(source, "vae")).config.factor
+    tx = step.optimizer(config)
+    state = jax.eval_shape(lambda params: step.init_state(params, tx, bool(config.ema_decay)), task.params)
+    size, channels = config.data.resolution // factor, task.configs["unet"]["in_channels"]
+    of = jax.ShapeDtypeStruct
+    batch = {
+        "moments": of((config.batch_size, size, size, 2 * channels), np.float32),
+        "input_ids": of((config.batch_size, text["max_position_embeddings"]), np.int32),
+    }
+    train_step, _ = step.make_step(task, config, tx, mesh, state)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shardings = sharding.params(mesh, state)
+    held = {
+        "parameters": _bytes(state.params, shardings.params),
+        "optimizer": _bytes(state.opt_state, shardings.opt_state),
+        "average": _bytes(state.ema, shardings.ema),
+        "teacher": _bytes(task.frozen, sharding.params(mesh, task.frozen)),
+        "batch": _bytes(batch, sharding.batch(mesh)),
+    }
+    program = train_step.trace(state, task.frozen, batch, key).lower()
+    return Lowered(program, held, unet_configs)
+
+
+def _task(config, source: Path, dtype, tokenizer) -> step.Task:
+    """The task with shapes in place of parameters: its weights are tracers, which end as shapes."""
+    made = []
+
+    def weights(trees):
+        load = lambda folder, part: (
+            pretrained.build(part, pretrained.read_config(folder, part)),
+            trees[part],
+        )
+        made.append(distill.task(config, source, dtype, tokenizer, load))
+        return made[-1].params, made[-1].frozen
+
+    parts = ("unet", "text_encoder")
+    modules = {part: pretrained.build(part, pretrained.read_config(source, part)) for part in parts}
+    trees = {part: pretrained.shapes(module, part) for part, module in modules.items()}
+    params, frozen = jax.eval_shape(weights, trees)
+    return made[-1]._replace(params=params, frozen=frozen)
+
+
+def _bytes(tree, shardings) -> int:
+    """Of a tree of shapes, on the device that holds most."""
+    size = lambda x, on: int(np.prod(on.shard_shape(x.shape), dtype=int)) * x.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, jax.tree.broadcast(shardings, tree))))
+
+
+def compiled(lowered: Lowered, target: devices.Target) -> Compiled:
+    """Compiles, or takes what an earlier compilation of the very same program for the same devices said."""
+    text = lowered.program.as_text()
+    key = hashlib.sha256(json.dumps([text, target.name, target.topology, jax.__version__]).encode())
+    kept = sources.cache_home() / "plan" / f"{key.hexdigest()[:24]}.json"
+    if kept.is_file():
+        return Compiled(**json.loads(kept.read_text()))
+    begin = time.perf_counter()
+    try:
+        made = lowered.program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (needed := asked(str(error))) is None:
+            raise
+        result = Compiled(needed, None, None, {}, time.perf_counter() - begin)
+    else:
+        memory, cost = made.memory_analysis(), made.cost_analysis() or {}
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+        sent = collectives(made.as_text())
+        seconds = time.perf_counter() - begin
+        result = Compiled(needed, memory.temp_size_in_bytes, cost.get("flops"), sent, seconds)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a full disk costs the next plan its time, and nothing else
+        kept.write_text(json.dumps(result._asdict()))
+    return result
+
+
+def asked(message: str) -> int | None:
+    """Bytes that a TPU program wanted, from the message that says that it does not fit; None for other messages."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
+         "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """{kind: (how many, bytes of their results on one device)} of a compiled program's text.
+
+    Those in a loop count once. An operation in two halves, `-start` and `-done`, counts with the second."""
+    found: dict[str, tuple[int, int]] = {}
+    line = re.compile(rf"= (\([^)]*\)|\S+) ({'|'.join(KINDS)})(-start|-done)?\(")
+    for shapes, kind, half in line.findall(re.sub(r"\{[^{}]*\}|/\*[^*]*\*/", "", hlo)):
+        if half == "-start":
+            continue
+        size = sum(
+            SIZES.get(dtype, 4) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=int))
+            for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
+        )
+        count, total = found.get(kind, (0, 0))
+        found[kind] = count + 1, total + size
+    return found
+

@@ -1,0 +1,231 @@
+"""Will it fit, how fast may it be, and what does it cost? Of a training step, for machines that nobody has rented yet.
+
+    python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:4x8 --device a100-80x8
+    python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:2x2 --config.batch_size=32 --largest
+
+Compiles the very step that `flaxkd.train` would run, for the TPU topology or the GPUs named, on this machine's CPU: minutes
+at full size, and kept, so that asking again costs nothing. Bytes are the compiler's own; the speed is an estimate, from
+the least FLOPs of the step and the share of a device's peak that others have published. --largest looks for the
+largest batch per device that fits, and for what would make twice that fit. Needs `pip install "flaxkd[plan]"`.
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flaxkd import ahead, devices, students
+from flaxkd.command import told
+
+GIB = 2**30
+SPARE = 0.93  # of a GPU's memory: the rest is its context, cuDNN's and NCCL's own. A TPU's compiler knows by itself
+ATTEMPTS = 5  # compilations of a search
+KNOBS = {
+    "remat": lambda config, devices: config.update(remat=True),
+    "fsdp": lambda config, devices: config.mesh.update(data=1, fsdp=devices),
+    "remat and fsdp": lambda config, devices: (
+        config.update(remat=True),
+        config.mesh.update(data=1, fsdp=devices),
+    ),
+}
+
+
+def row(config, target: devices.Target) -> dict:
+    """What the configuration's training step needs on one device of `target`, and how fast it may be: see COLUMNS.
+
+    Raises ValueError for a configuration that cannot run there, or if nothing here compiles for it."""
+    with told_while(f"{target.name}, {config.batch_size // target.count} images a device: tracing"):
+        lowered = ahead.lower(config, target)
+    with told_while(f"{target.name}, {config.batch_size // target.count} images a device: compiling"):
+        compiled = ahead.compiled(lowered, target)
+    memory = target.peak.memory
+    fits = compiled.fits and (target.platform == "tpu" or compiled.needed <= SPARE * memory)
+    flops = image_flops(lowered.unet_configs, config.data.resolution)
+    kind = devices.KINDS[target.kind]
+    rate = target.count * target.peak.flops_per_second * kind.utilisation / flops
+    hours = config.steps * config.batch_size / rate / 3600
+    return {
+        "device": target.name,
+        "devices": target.count,
+        "student": config.student,
+        "resolution": config.data.resolution,
+        "mesh": f"{config.mesh.data} x {config.mesh.fsdp}",
+        "remat": config.remat,
+        "batch_size": config.batch_size,
+        "per_device": config.batch_size // target.count,
+        "held": lowered.held,
+        "temporary": compiled.temporary,
+        "needed": compiled.needed,
+        "memory": memory,
+        "fits": bool(fits),
+        "step_flops": compiled.flops,
+        "image_flops": flops,
+        "collectives": compiled.collectives,
+        "images_per_second": rate,
+        "hours": hours,
+        "device_hours": hours * target.count,
+        "utilisation": kind.utilisation,
+        "source": kind.source,
+        "compile_seconds": compiled.seconds,
+    }
+
+
+def image_flops(unet_configs: dict[str, dict], resolution: int) -> float:
+    """The least FLOPs of training with one image: the teacher forward, the student forward and twice that back."""
+    size = lambda unet: unet | {"sample_size": resolution // 8}
+    forward = {name: students.cost(size(unet))[1] for name, unet in unet_configs.items()}
+    return 3 * forward.get("student", forward["teacher"]) + forward["teacher"] * ("student" in forward)
+
+
+def per_device(config, target: devices.Target, images: int):
+    """The configuration with so many images on each device, at each of its accumulation steps."""
+    config = config.copy_and_resolve_references()
+    config.batch_size = images * target.count * config.accumulate
+    return config
+
+
+def largest(config, target: devices.Target) -> list[dict]:
+    """Rows of the search for the largest batch per device that fits, the last of which is found; [] if none fits.
+
+    What a step needs grows by the same amount with every image: two compilations tell where the memory ends."""
+    images = max(config.batch_size // (target.count * config.accumulate), 1)
+    seen: dict[int, dict] = {}
+    for _ in range(ATTEMPTS):
+        seen[images] = row(per_device(config, target, images), target)
+        fitting = [n for n, r in seen.items() if r["fits"]]
+        failing = [n for n, r in seen.items() if not r["fits"]]
+        low, high = max(fitting, default=0), min(failing, default=None)
+        if high is not None and high - low <= max(1, low // 16):
+            break
+        images = predicted(seen, target)
+        if high is not None:
+            images = min(images, high - 1)
+        images = max(images, low + 1) if high is None or low + 1 < high else low
+        if images in seen:
+            break
+    return [seen[n] for n in sorted(fitting)]
+
+
+def predicted(seen: dict[int, dict], target: devices.Target) -> int:
+    """The number of images at which the memory ends, by a line through what has been compiled."""
+    room = target.peak.memory * (SPARE if target.platform == "gpu" else 0.98)
+    points = sorted((n, r["needed"]) for n, r in seen.items())
+    if len(points) == 1:
+        held = seen[points[0][0]]["held"]
+        points.insert(0, (0, sum(held.values()) + held["parameters"]))  # and the gradients
+    (a, at_a), (b, at_b) = points[-2:]
+    slope = max((at_b - at_a) / (b - a), 1)
+    return max(int(b + (room - at_b) / slope), 1)
+
+
+def next_size(config, target: devices.Target, images: int) -> list[dict]:
+    """Rows for twice as many images a device, as they are and with each of KNOBS that is not turned already."""
+    rows = []
+    for name, turn in KNOBS.items():
+        changed = per_device(config, target, 2 * images)
+        turn(changed, target.count)
+        before = (config.remat, config.mesh.fsdp)
+        after = (changed.remat, changed.mesh.fsdp)
+        if any(x == y for x, y in zip(before, after, strict=True)) and before == after:
+            continue
+        rows.append(row(changed, target) | {"knob": name})
+    return rows
+
+
+def size(count: float) -> str:
+    return "–" if count is None else f"{count / GIB:.2f}"
+
+
+COLUMNS = {
+    "device": lambda r: r["device"],
+    "student": lambda r: r["student"] or "none",
+    "px": lambda r: str(r["resolution"]),
+    "images a device": lambda r: str(r["per_device"]),
+    "remat": lambda r: "yes" if r["remat"] else "no",
+    "mesh": lambda r: r["mesh"],
+    "parameters": lambda r: size(r["held"]["parameters"]),
+    "optimizer, average": lambda r: size(r["held"]["optimizer"] + r["held"]["average"]),
+    "teacher": lambda r: size(r["held"]["teacher"]),
+    "batch": lambda r: size(r["held"]["batch"]),
+    "temporaries": lambda r: size(r["temporary"]),
+    "needed": lambda r: size(r["needed"]),
+    "there is": lambda r: size(r["memory"]),
+    "fits": lambda r: "yes" if r["fits"] else "no",
+    "TFLOP an image": lambda r: f"{r['image_flops'] / 1e12:.2f}",
+    "collectives": lambda r: (
+        ", ".join(f"{n} {kind} {size(b)}" for kind, (n, b) in r["collectives"].items()) or "–"
+    ),
+    "images/s": lambda r: f"{r['images_per_second']:,.0f}",
+    "hours": lambda r: f"{r['hours']:,.1f}",
+    "device-hours": lambda r: f"{r['device_hours']:,.0f}",
+}
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table, and below it where its figures come from."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 6 + "---:|" * (len(COLUMNS) - 6)]
+    lines += ["| " + " | ".join(cell(r) for cell in COLUMNS.values()) + " |" for r in rows]
+    lines += ["", "Sizes are GiB on one device, by the compiler; `needed` of what does not fit is what it asked for."]
+    lines += ["images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"]
+    lines += ["the utilisation that others have published, of the bfloat16 peak:", ""]
+    sources = {r["device"].split(":")[0]: f"{r['utilisation']:.0%} ({r['source']})" for r in rows}
+    return "\n".join(lines + [f"- {name}: {text}" for name, text in sources.items()]) + "\n"
+
+
+class told_while:
+    """Within it, a line says what is being done, and for how long."""
+
+    def __init__(self, what: str):
+        self.bar = tqdm(desc=what, bar_format="{desc} ({elapsed})", leave=False)
+        self.over = threading.Event()
+
+    def __enter__(self):
+        def tick():
+            while not self.over.wait(1.0):
+                self.bar.refresh()
+
+        self.thread = threading.Thread(target=tick, daemon=True)
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+        self.bar.close()
+
+
+def main(_=None) -> None:
+    config, begin = FLAGS.config, time.time()
+    rows = []
+    with told(ValueError, FileNotFoundError):
+        targets = [devices.target(name) for name in FLAGS.device]
+        for target in targets:
+            if not FLAGS.largest:
+                rows.append(row(config, target))
+                continue
+            found = largest(config, target)
+            rows += found
+            if found:
+                rows += next_size(config, target, found[-1]["per_device"] // config.accumulate)
+    out = Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "plan.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (out / "plan.md").write_text(markdown(rows))
+    print(markdown(rows))
+    print(f"wrote {out / 'plan.json'}\nwrote {out / 'plan.md'}   ({time.time() - begin:.0f} s)")
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no accelerator, and a training may hold the one that is there
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/small.py:sd15")
+    flags.DEFINE_multi_string("device", None, "TPU topology (v5e:4x8) or GPUs (a100-80x8); may be given repeatedly")
+    flags.DEFINE_bool("largest", False, "Also look for the largest batch per device that fits")
+    flags.DEFINE_string("out", "plan", "Folder of the result")
+    flags.mark_flags_as_required(["config", "device"])
+    FLAGS = flags.FLAGS
+    app.run(main)
