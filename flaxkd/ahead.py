@@ -26,7 +26,9 @@ class Lowered(NamedTuple):
 
     program: jax.stages.Lowered
     held: dict[str, int]  # "parameters", "optimizer", "average", "teacher", "batch"
-    unet_configs: dict[str, dict]  # "student" (or the teacher itself), and "teacher" if there is a student
+    teacher: dict  # its unet/config.json
+    student: dict | None  # its own; None if the teacher itself is trained
+    sample_size: int  # rows and columns of the latents
 
 
 class Compiled(NamedTuple):
@@ -49,7 +51,7 @@ def topology(target: devices.Target) -> list:
     try:
         if target.platform == "tpu":
             return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
-        description = (Path(__file__).parent / "assets" / "targets" / f"{target.kind}.txt").read_text()
+        description = devices.GPUS[target.kind].description(target.peak.memory)
         return topologies.get_topology_desc(
             platform="cuda", topology_name="", topology=target.topology, target_config=description
         ).devices
@@ -77,8 +79,7 @@ def lower(config, target: devices.Target) -> Lowered:
         source = source_of(config, Path(scratch))
         task = _task(config, source, dtype, pretrained.load_tokenizer(source))
         text = pretrained.read_config(source, "text_encoder")
-        unet_configs = {"student" if config.student else "teacher": task.configs["unet"]}
-        unet_configs |= {"teacher": pretrained.read_config(source, "unet")}
+        teacher = pretrained.read_config(source, "unet")
         factor = pretrained.build("vae", pretrained.read_config(source, "vae")).config.factor
     tx = step.optimizer(config)
     state = jax.eval_shape(lambda params: step.init_state(params, tx, bool(config.ema_decay)), task.params)
@@ -99,7 +100,7 @@ def lower(config, target: devices.Target) -> Lowered:
         "batch": _bytes(batch, sharding.batch(mesh)),
     }
     program = train_step.trace(state, task.frozen, batch, key).lower()
-    return Lowered(program, held, unet_configs)
+    return Lowered(program, held, teacher, task.configs["unet"] if config.student else None, size)
 
 
 def _task(config, source: Path, dtype, tokenizer) -> step.Task:
@@ -144,7 +145,9 @@ def compiled(lowered: Lowered, target: devices.Target) -> Compiled:
     else:
         memory, cost = made.memory_analysis(), made.cost_analysis() or {}
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+        needed += (
+            memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+        )
         sent = collectives(made.as_text())
         seconds = time.perf_counter() - begin
         result = Compiled(needed, memory.temp_size_in_bytes, cost.get("flops"), sent, seconds)
@@ -183,4 +186,3 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
         count, total = found.get(kind, (0, 0))
         found[kind] = count + 1, total + size
     return found
-

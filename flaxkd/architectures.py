@@ -98,5 +98,7 @@ def write(architecture: Architecture, out: Path) -> Path:
         (out / part).mkdir(parents=True, exist_ok=True)
         (out / part / name).write_text(json.dumps(getattr(architecture, part), indent=2) + "\n")
     length = architecture.text_encoder["max_position_embeddings"]
-    blank.train_tokenizer(["a picture"], 520, length, out / "tokenizer")  # which words it knows is of no account
+    blank.train_tokenizer(
+        ["a picture"], 520, length, out / "tokenizer"
+    )  # which words it knows is of no account
     return out

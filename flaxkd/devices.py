@@ -54,11 +54,14 @@ KINDS = {
     "v5e": Kind("tpu", "TPU v5e", 0.40, GUESS),
     "v5p": Kind("tpu", "TPU v5", 0.44, f"{MLPERF}: v5p-16, MaxDiffusion, 86.4 images/s a chip"),
     "v6e": Kind("tpu", "TPU v6e", 0.30, GUESS),
-    "a100-40": Kind("gpu", "A100", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached latents"),
-    "a100-80": Kind("gpu", "A100 80GB", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached"),
+    "a100-40": Kind(
+        "gpu", "A100", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached latents"
+    ),
+    "a100-80": Kind(
+        "gpu", "A100 80GB", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached"
+    ),
     "h100": Kind("gpu", "H100", 0.33, f"{MLPERF}: 8 H100, NeMo, 137.4 images/s a GPU"),
 }
-KINDS["a100"] = KINDS["a100-80"]
 
 
 class Target(NamedTuple):
@@ -83,6 +86,7 @@ def target(name: str) -> Target:
     tpu = re.fullmatch(r"(v\d[ep]?):(\d+(?:x\d+){1,2})", name)
     gpu = re.fullmatch(r"([a-z]+100(?:-\d+)?)(?:x(\d+))?", name)
     kind = (tpu or gpu)[1] if tpu or gpu else None
+    kind = "a100-80" if kind == "a100" else kind
     if kind not in KINDS or (KINDS[kind].platform == "tpu") != bool(tpu):
         raise ValueError(
             f"unknown device {name!r}: TPUs are KIND:TOPOLOGY (v5e:4x8, v5p:2x2x1, v6e:2x2, v4:2x2x1), GPUs "
@@ -92,3 +96,42 @@ def target(name: str) -> Target:
         return Target(name, kind, name, math.prod(map(int, tpu[2].split("x"))))
     count = int(gpu[2] or 1)
     return Target(name, kind, f"1x1x{count}", count)
+
+
+class Gpu(NamedTuple):
+    """What XLA's compiler asks of an NVIDIA GPU; sizes in bytes. Tuning guides of Ampere and Hopper, data sheets."""
+
+    title: str
+    capability: int  # its major version
+    cores: int
+    units: int  # of float32, in a core
+    clock: float  # GHz
+    bandwidth: float  # bytes/s of its memory
+    cache: int  # level 2
+    shared: int  # memory of a core
+
+    def description(self, memory: int) -> str:
+        """As text of the protocol buffer stream_executor.GpuTargetConfigProto."""
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: {self.shared}
+  shared_memory_per_block_optin: {self.shared - 1024}
+  core_count: {self.cores}  fpus_per_core: {self.units}  clock_rate_ghz: {self.clock}
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  memory_bandwidth: {int(self.bandwidth)}  l2_cache_size: {self.cache}  device_memory_size: {memory}
+  cuda_compute_capability {{ major: {self.capability} minor: 0 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{self.title}"
+"""
+
+
+GPUS = {
+    "a100-40": Gpu("NVIDIA A100-SXM4-40GB", 8, 108, 64, 1.41, 1.555e12, 40 * 2**20, 164 * 2**10),
+    "a100-80": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 2.039e12, 40 * 2**20, 164 * 2**10),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 1.98, 3.352e12, 50 * 2**20, 228 * 2**10),
+}

@@ -3,13 +3,14 @@
     python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:4x8 --device a100-80x8
     python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:2x2 --config.batch_size=32 --largest
 
-Compiles the very step that `flaxkd.train` would run, for the TPU topology or the GPUs named, on this machine's CPU: minutes
-at full size, and kept, so that asking again costs nothing. Bytes are the compiler's own; the speed is an estimate, from
-the least FLOPs of the step and the share of a device's peak that others have published. --largest looks for the
-largest batch per device that fits, and for what would make twice that fit. Needs `pip install "flaxkd[plan]"`.
+Compiles the very step that `flaxkd.train` would run, for the TPU topology or the GPUs named, on this machine's CPU:
+minutes at full size, and kept, so that asking again costs nothing. Bytes are the compiler's own; the speed is an
+estimate, from the least FLOPs of the step and the share of a device's peak that others have published. --largest looks
+for the largest batch per device that fits, and for what would make twice that fit. Needs `pip install "flaxkd[plan]"`.
 """
 
 import json
+import math
 import os
 import threading
 import time
@@ -21,16 +22,10 @@ from flaxkd import ahead, devices, students
 from flaxkd.command import told
 
 GIB = 2**30
-SPARE = 0.93  # of a GPU's memory: the rest is its context, cuDNN's and NCCL's own. A TPU's compiler knows by itself
+SPARE = 0.93  # of a GPU's memory: the rest is for its context, cuDNN and NCCL
+USABLE = 0.984  # of a TPU's: libtpu says 15.75 of a v5e's 16 GiB. Whether a step fits, its compiler decides
 ATTEMPTS = 5  # compilations of a search
-KNOBS = {
-    "remat": lambda config, devices: config.update(remat=True),
-    "fsdp": lambda config, devices: config.mesh.update(data=1, fsdp=devices),
-    "remat and fsdp": lambda config, devices: (
-        config.update(remat=True),
-        config.mesh.update(data=1, fsdp=devices),
-    ),
-}
+KNOBS = ({"remat": True}, {"fsdp": True}, {"remat": True, "fsdp": True})
 
 
 def row(config, target: devices.Target) -> dict:
@@ -43,7 +38,7 @@ def row(config, target: devices.Target) -> dict:
         compiled = ahead.compiled(lowered, target)
     memory = target.peak.memory
     fits = compiled.fits and (target.platform == "tpu" or compiled.needed <= SPARE * memory)
-    flops = image_flops(lowered.unet_configs, config.data.resolution)
+    flops = image_flops(lowered, config.remat)
     kind = devices.KINDS[target.kind]
     rate = target.count * target.peak.flops_per_second * kind.utilisation / flops
     hours = config.steps * config.batch_size / rate / 3600
@@ -52,7 +47,7 @@ def row(config, target: devices.Target) -> dict:
         "devices": target.count,
         "student": config.student,
         "resolution": config.data.resolution,
-        "mesh": f"{config.mesh.data} x {config.mesh.fsdp}",
+        "mesh": shape_of(config.mesh, target),
         "remat": config.remat,
         "batch_size": config.batch_size,
         "per_device": config.batch_size // target.count,
@@ -73,11 +68,14 @@ def row(config, target: devices.Target) -> dict:
     }
 
 
-def image_flops(unet_configs: dict[str, dict], resolution: int) -> float:
-    """The least FLOPs of training with one image: the teacher forward, the student forward and twice that back."""
-    size = lambda unet: unet | {"sample_size": resolution // 8}
-    forward = {name: students.cost(size(unet))[1] for name, unet in unet_configs.items()}
-    return 3 * forward.get("student", forward["teacher"]) + forward["teacher"] * ("student" in forward)
+def image_flops(lowered: ahead.Lowered, remat: bool) -> float:
+    """The least FLOPs of training with one image: the teacher forward, the student forward and twice that back.
+
+    Rematerialisation goes forward in the student once more."""
+    passes = {"teacher": 1, "student": 3 + remat} if lowered.student else {"teacher": 3 + remat}
+    unets = {"teacher": lowered.teacher, "student": lowered.student}
+    cost = lambda unet: students.cost(unet | {"sample_size": lowered.sample_size})[1]
+    return sum(count * cost(unets[name]) for name, count in passes.items())
 
 
 def per_device(config, target: devices.Target, images: int):
@@ -93,46 +91,46 @@ def largest(config, target: devices.Target) -> list[dict]:
     What a step needs grows by the same amount with every image: two compilations tell where the memory ends."""
     images = max(config.batch_size // (target.count * config.accumulate), 1)
     seen: dict[int, dict] = {}
-    for _ in range(ATTEMPTS):
+    fitting, low = [], 0
+    while images > low and len(seen) < ATTEMPTS:
         seen[images] = row(per_device(config, target, images), target)
-        fitting = [n for n, r in seen.items() if r["fits"]]
-        failing = [n for n, r in seen.items() if not r["fits"]]
-        low, high = max(fitting, default=0), min(failing, default=None)
-        if high is not None and high - low <= max(1, low // 16):
-            break
-        images = predicted(seen, target)
-        if high is not None:
-            images = min(images, high - 1)
-        images = max(images, low + 1) if high is None or low + 1 < high else low
-        if images in seen:
-            break
-    return [seen[n] for n in sorted(fitting)]
+        fitting = sorted(n for n, r in seen.items() if r["fits"])
+        low = max(fitting, default=0)
+        too_many = min((n for n, r in seen.items() if not r["fits"]), default=math.inf)
+        images = min(predicted(seen, target), too_many - 1)
+    return [seen[n] for n in fitting]
 
 
 def predicted(seen: dict[int, dict], target: devices.Target) -> int:
     """The number of images at which the memory ends, by a line through what has been compiled."""
-    room = target.peak.memory * (SPARE if target.platform == "gpu" else 0.98)
+    room = target.peak.memory * (SPARE if target.platform == "gpu" else USABLE)
     points = sorted((n, r["needed"]) for n, r in seen.items())
     if len(points) == 1:
         held = seen[points[0][0]]["held"]
         points.insert(0, (0, sum(held.values()) + held["parameters"]))  # and the gradients
     (a, at_a), (b, at_b) = points[-2:]
     slope = max((at_b - at_a) / (b - a), 1)
-    return max(int(b + (room - at_b) / slope), 1)
+    return int(b + (room - at_b) / slope)
 
 
 def next_size(config, target: devices.Target, images: int) -> list[dict]:
-    """Rows for twice as many images a device, as they are and with each of KNOBS that is not turned already."""
+    """Rows for twice as many images on a device, one for each way of KNOBS to save memory that is not in use yet.
+
+    "fsdp" shards parameters, optimizer state and teacher over all devices."""
     rows = []
-    for name, turn in KNOBS.items():
+    for knobs in KNOBS:
         changed = per_device(config, target, 2 * images)
-        turn(changed, target.count)
-        before = (config.remat, config.mesh.fsdp)
-        after = (changed.remat, changed.mesh.fsdp)
-        if any(x == y for x, y in zip(before, after, strict=True)) and before == after:
-            continue
-        rows.append(row(changed, target) | {"knob": name})
+        changed.remat = config.remat or knobs.get("remat", False)
+        if knobs.get("fsdp"):
+            changed.mesh.data, changed.mesh.fsdp = 1, target.count
+        in_use = [(c["remat"], c["mesh"]) for c in rows] + [(config.remat, shape_of(config.mesh, target))]
+        if (changed.remat, shape_of(changed.mesh, target)) not in in_use:
+            rows.append(row(changed, target))
     return rows
+
+
+def shape_of(mesh, target: devices.Target) -> str:
+    return f"{target.count // mesh.fsdp if mesh.data == -1 else mesh.data} x {mesh.fsdp}"
 
 
 def size(count: float) -> str:
@@ -145,7 +143,7 @@ COLUMNS = {
     "px": lambda r: str(r["resolution"]),
     "images a device": lambda r: str(r["per_device"]),
     "remat": lambda r: "yes" if r["remat"] else "no",
-    "mesh": lambda r: r["mesh"],
+    "data x fsdp": lambda r: r["mesh"],
     "parameters": lambda r: size(r["held"]["parameters"]),
     "optimizer, average": lambda r: size(r["held"]["optimizer"] + r["held"]["average"]),
     "teacher": lambda r: size(r["held"]["teacher"]),
@@ -168,8 +166,13 @@ def markdown(rows: list[dict]) -> str:
     """The rows as a table, and below it where its figures come from."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 6 + "---:|" * (len(COLUMNS) - 6)]
     lines += ["| " + " | ".join(cell(r) for cell in COLUMNS.values()) + " |" for r in rows]
-    lines += ["", "Sizes are GiB on one device, by the compiler; `needed` of what does not fit is what it asked for."]
-    lines += ["images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"]
+    lines += [
+        "",
+        "Sizes are GiB on one device, by the compiler; `needed` of what does not fit is what it asked for.",
+    ]
+    lines += [
+        "images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"
+    ]
     lines += ["the utilisation that others have published, of the bfloat16 peak:", ""]
     sources = {r["device"].split(":")[0]: f"{r['utilisation']:.0%} ({r['source']})" for r in rows}
     return "\n".join(lines + [f"- {name}: {text}" for name, text in sources.items()]) + "\n"
@@ -218,12 +221,16 @@ def main(_=None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no accelerator, and a training may hold the one that is there
+    os.environ["JAX_PLATFORMS"] = (
+        "cpu"  # a plan needs no accelerator, and a training may hold the one that is there
+    )
     from absl import app, flags
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/small.py:sd15")
-    flags.DEFINE_multi_string("device", None, "TPU topology (v5e:4x8) or GPUs (a100-80x8); may be given repeatedly")
+    flags.DEFINE_multi_string(
+        "device", None, "TPU topology (v5e:4x8) or GPUs (a100-80x8); may be given repeatedly"
+    )
     flags.DEFINE_bool("largest", False, "Also look for the largest batch per device that fits")
     flags.DEFINE_string("out", "plan", "Folder of the result")
     flags.mark_flags_as_required(["config", "device"])

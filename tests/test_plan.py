@@ -1,0 +1,162 @@
+"""A plan: the step is traced without weights, its text is read rightly, and the search finds where the memory ends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import small
+from flaxkd import ahead, architectures, devices, plan, pretrained, sharding, students
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "gib", "topology"),
+    [("v5e:4x8", 32, 16, "v5e:4x8"), ("v5p:2x2x1", 4, 95, "v5p:2x2x1"), ("a100-80x8", 8, 80, "1x1x8"),
+     ("a100-40", 1, 40, "1x1x1"), ("a100x2", 2, 80, "1x1x2"), ("h100x8", 8, 80, "1x1x8")],
+)  # fmt: skip
+def test_a_machine_is_told_by_its_name(name, count, gib, topology):
+    target = devices.target(name)
+    assert (target.count, target.peak.memory, target.topology) == (count, gib * 2**30, topology)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9e:2x2", "a100:2x2", "v5ex4", "rtx4090", "v5e:2"])
+def test_an_unknown_machine_is_answered_with_examples(name):
+    with pytest.raises(ValueError, match=r"v5e:4x8.*a100-80x8"):
+        devices.target(name)
+
+
+def count(part: str, config: dict) -> int:
+    return sum(x.size for x in jax.tree.leaves(pretrained.shapes(pretrained.build(part, config), part)))
+
+
+def test_the_published_architectures_have_their_published_sizes():
+    parts = ("unet", "text_encoder", "vae")
+    sizes = {
+        name: tuple(count(part, getattr(row, part)) for part in parts)
+        for name, row in architectures.ARCHITECTURES.items()
+    }
+    assert sizes == {
+        "sd15": (859_520_964, 123_060_480, 83_653_863),
+        "sd21_base": (865_910_724, 340_387_840, 83_653_863),
+        "sd21": (865_910_724, 340_387_840, 83_653_863),
+    }
+    assert architectures.find("CompVis/stable-diffusion-v1-4") is architectures.ARCHITECTURES["sd15"]
+    assert architectures.find(None) is architectures.find("somebody/else") is None
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The devices of every machine are the first four of this one."""
+    monkeypatch.setattr(ahead, "topology", lambda target: jax.devices()[:4])
+    return devices.target("v5e:2x2")
+
+
+def config_of(**changes):
+    config = small.get_config("")
+    config.batch_size = 8
+    config.update(changes)
+    return config
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shapes(here, fsdp, monkeypatch):
+    monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1)
+    lowered = ahead.lower(config_of(mesh={"data": -1, "fsdp": fsdp}), here)
+    teacher = 2 * sum(
+        count(part, pretrained.read_config(pretrained.EMBEDDED, part)) for part in ("unet", "text_encoder")
+    )
+    assert lowered.held["parameters"] == pytest.approx(4 * 5_903_940 / fsdp, rel=0.01)
+    assert lowered.held["optimizer"] == pytest.approx(2 * lowered.held["parameters"], rel=1e-3)
+    assert lowered.held["teacher"] == pytest.approx(teacher / fsdp, rel=0.01)
+    assert lowered.held["average"] == 0
+    unet = pretrained.read_config(pretrained.EMBEDDED, "unet")
+    assert lowered.student == students.config(students.get("sd_small"), unet)
+    forward = {name: students.cost(c)[1] for name, c in (("t", lowered.teacher), ("s", lowered.student))}
+    assert plan.image_flops(lowered, remat=False) == forward["t"] + 3 * forward["s"]
+    assert plan.image_flops(lowered, remat=True) == forward["t"] + 4 * forward["s"]
+
+
+def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_traced(here):
+    with pytest.raises(ValueError, match="multiple of 4"):
+        ahead.lower(config_of(batch_size=6), here)
+
+
+def test_collectives_are_read_from_a_compiled_program():
+    mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
+    whole, rows = sharding.replicated(mesh), sharding.batch(mesh)
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    gradient = jax.jit(
+        jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), in_shardings=(whole, rows), out_shardings=whole
+    )
+    text = gradient.lower(of(16, 8), of(4, 16)).compile().as_text()
+    assert ahead.collectives(text) == {"all-reduce": (1, 16 * 8 * 4)}
+    gather = jax.jit(lambda x: x, in_shardings=rows, out_shardings=whole)
+    assert ahead.collectives(gather.lower(of(4, 16)).compile().as_text()) == {"all-gather": (1, 4 * 16 * 4)}
+    tpu = """
+  %ar = (f32[8,128]{1,0:T(8,128)}, bf16[4]{0:T(128)(2,1)}) all-reduce(f32[8,128] %a, bf16[4] %b), replica_groups={}
+  %ags = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %p), dimensions={0}
+  %agd = f32[8]{0} all-gather-done((f32[2]{0}, f32[8]{0}) %ags)
+    """
+    assert ahead.collectives(tpu) == {"all-reduce": (1, 8 * 128 * 4 + 8), "all-gather": (1, 32)}
+
+
+def test_a_program_that_does_not_fit_says_what_it_asked_for():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm"
+    )
+    assert ahead.asked(message) == int(20.5 * 2**30)
+    assert ahead.asked("INTERNAL: something else") is None
+
+
+def needs(fixed: float, each: float):
+    """A stand-in for a compiler: of n images on a device it says fixed + n * each GiB, and refuses above 15.75."""
+
+    def row(config, target):
+        images = config.batch_size // target.count
+        saved = 0.5 if config.remat else 1.0
+        held = {"parameters": fixed * plan.GIB / 4, "optimizer": fixed * plan.GIB / 2}
+        needed = (fixed + images * each * saved) * plan.GIB
+        return {"per_device": images, "needed": needed, "fits": needed < 15.75 * plan.GIB, "held": held,
+                "remat": config.remat, "mesh": plan.shape_of(config.mesh, target)}  # fmt: skip
+
+    return row
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "found"), [(8.0, 0.9, 8), (8.0, 0.1, 77), (2.0, 13.0, 1), (2.0, 14.0, 0)]
+)
+@pytest.mark.parametrize("start", [4, 64, 512])
+def test_the_search_ends_at_the_last_batch_that_fits(monkeypatch, fixed, each, found, start):
+    monkeypatch.setattr(plan, "row", needs(fixed, each))
+    rows = plan.largest(config_of(batch_size=start), devices.target("v5e:2x2"))
+    assert (rows[-1]["per_device"] if rows else 0) == found
+
+
+def test_what_would_make_twice_as_many_fit(monkeypatch):
+    monkeypatch.setattr(plan, "row", needs(8.0, 0.9))
+    rows = plan.next_size(config_of(), devices.target("v5e:2x2"), 8)
+    assert [(r["remat"], r["mesh"], r["per_device"], r["fits"]) for r in rows] == [
+        (True, "4 x 1", 16, True),
+        (False, "1 x 4", 16, False),
+        (True, "1 x 4", 16, True),
+    ]
+    assert len(plan.next_size(config_of(remat=True), devices.target("v5e:2x2"), 8)) == 1
+
+
+def test_a_plan_as_a_table(monkeypatch):
+    here = devices.target("v5e:2x2")
+    result = ahead.Compiled(3 * 2**30, 2**30, 1e12, {"all-reduce": (2, 2**29)}, 1.0)
+    unet = students.SD15 | {"sample_size": 8}
+    lowered = ahead.Lowered(
+        None, {"parameters": 1, "optimizer": 2, "average": 0, "teacher": 3, "batch": 4}, unet, unet, 8
+    )
+    monkeypatch.setattr(ahead, "lower", lambda config, target: lowered)
+    monkeypatch.setattr(ahead, "compiled", lambda lowered, target: result)
+    row = plan.row(config_of(), here)
+    rate = 4 * 197e12 * 0.40 / row["image_flops"]
+    assert row["images_per_second"] == pytest.approx(rate)
+    assert row["device_hours"] == pytest.approx(4 * 300 * 8 / rate / 3600)
+    text = plan.markdown([row, row | {"fits": False, "temporary": None}])
+    assert "| v5e:2x2 | sd_small | 64 | 2 | no | 4 x 1 |" in text and "2 all-reduce 0.50" in text
+    assert "estimates" in text and "40% (no figure is published" in text
+    assert np.all([line.count("|") == text.splitlines()[0].count("|") for line in text.splitlines()[:4]])
