@@ -47,12 +47,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer = ConfigDict(dict(name="adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2))
     config.learning_rate = ConfigDict(dict(schedule="constant_schedule", value=5e-5))
     config.max_grad_norm = 1.0  # global norm, both originals; None: no clipping
+    # A step whose loss or gradient is not finite, or whose loss is `spike` times what is usual (None: however large),
+    # changes nothing and is counted; after so many in a row the run stops. May be changed when it resumes.
+    config.bad_steps = ConfigDict(dict(spike=20.0, in_a_row=10))
     # moving average of the weights, e.g. 0.9999; BK-SDM found no difference
     config.ema_decay = placeholder(float)
 
     # The machine.
     config.dtype = placeholder(str)  # of the compute; None: "bfloat16" on accelerators, "float32" on CPU
     config.remat = False  # recompute each block in the backward pass: less memory, a third more compute
+    # of long self-attention: "plain", "blocked", "splash" (TPU) or "cudnn" (GPU); None: what pays on the device
+    config.attention = placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all that are left
     # A CPU counts as so many devices. 2 on 2 cores trains 1.2 to 1.6 times faster, but XLA's collectives may then wait
     # for each other forever (seen once in an hour; NPROC=6 in the environment helps).
@@ -85,5 +90,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sample.sampler = "dpmsolver++"  # or "ddim", "pndm", "euler"
     config.sample.steps = 25
     config.sample.guidance = 4.0  # classifier-free guidance; 7.5 is usual for SD 1.x
-    config.checkpoint = ConfigDict(dict(every=500, keep=3))
+    config.checkpoint = ConfigDict(dict(every=500, keep=3))  # the newest 3, and
+    config.checkpoint.keep_every = placeholder(int)  # those of multiples of so many steps, for good; None: of none
     return config

@@ -77,7 +77,7 @@ def lower(config, target: devices.Target) -> Lowered:
     dtype = sharding.compute_dtype(config.dtype or "bfloat16")
     with tempfile.TemporaryDirectory() as scratch:
         source = source_of(config, Path(scratch))
-        task = _task(config, source, dtype, pretrained.load_tokenizer(source))
+        task = _task(config, source, dtype, pretrained.load_tokenizer(source), mesh)
         text = pretrained.read_config(source, "text_encoder")
         teacher = pretrained.read_config(source, "unet")
         factor = pretrained.build("vae", pretrained.read_config(source, "vae")).config.factor
@@ -103,7 +103,7 @@ def lower(config, target: devices.Target) -> Lowered:
     return Lowered(program, held, teacher, task.configs["unet"] if config.student else None, size)
 
 
-def _task(config, source: Path, dtype, tokenizer) -> step.Task:
+def _task(config, source: Path, dtype, tokenizer, mesh) -> step.Task:
     """The task with shapes in place of parameters: its weights are tracers, which end as shapes."""
     made = []
 
@@ -112,7 +112,7 @@ def _task(config, source: Path, dtype, tokenizer) -> step.Task:
             pretrained.build(part, pretrained.read_config(folder, part)),
             trees[part],
         )
-        made.append(distill.task(config, source, dtype, tokenizer, load))
+        made.append(distill.task(config, source, dtype, tokenizer, mesh, load))
         return made[-1].params, made[-1].frozen
 
     parts = ("unet", "text_encoder")

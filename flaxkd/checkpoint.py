@@ -3,8 +3,10 @@
 The teacher is never saved. Randomness needs no state of its own: it is derived from seed and step.
 """
 
+import contextlib
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,8 +15,18 @@ import orbax.checkpoint as ocp
 from flaxkd import hosts
 from flaxkd.step import State
 
-# Keys of a config that change what a run shows, not what it computes: they may differ when it resumes.
-FREE = ("checkpoint", "log_every", "sample", "validation", "workdir", "cpu_devices", "compilation_cache")
+# Keys of a config that may differ when a run resumes: they change what it shows, not what it computes. And bad_steps,
+# since whoever finds a run stopped by its own caution must be able to go on with more or less of it.
+FREE = (
+    "checkpoint",
+    "log_every",
+    "sample",
+    "validation",
+    "workdir",
+    "cpu_devices",
+    "compilation_cache",
+    "bad_steps",
+)
 
 
 def claim(workdir: Path, config: dict) -> None:
@@ -53,19 +65,48 @@ def _compare(path: Path, config: dict) -> None:
         )
 
 
-def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+def manager(workdir: Path, keep: int, keep_every: int | None = None) -> ocp.CheckpointManager:
+    """Keeps the newest `keep` checkpoints, and for good those of every `keep_every`-th step."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True
+    )
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
 def save(manager: ocp.CheckpointManager, state: State, data_position: dict) -> None:
-    """Begins to save; training may go on meanwhile. data_position: of the batch that comes next, any json."""
+    """Begins to save; training may go on meanwhile. data_position: of the batch that comes next, any json.
+
+    Raises OSError, as `wait` does, if this one or the one before cannot be written."""
     step = int(state.step)
     if step not in manager.all_steps():
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data_position)
         )
-        manager.save(step, args=args)
+        with _written(manager):
+            manager.save(step, args=args)
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Until all is saved. Raises OSError, saying what is left, if it cannot be written: a disk may be full."""
+    with _written(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _written(manager: ocp.CheckpointManager):
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # Orbax and TensorStore raise many kinds for a full disk, from a thread of their own
+        free = shutil.disk_usage(manager.directory).free / 2**30
+        whole = [step for step in manager.all_steps() if (manager.directory / str(step)).is_dir()]
+        raise OSError(
+            f"a checkpoint cannot be written to {manager.directory}, which has {free:.1f} GiB free: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
+            f"The newest whole one is {f'that of step {max(whole)}' if whole else 'none'}. Make room, or lower "
+            "checkpoint.keep; the same command goes on from there."
+        ) from error
 
 
 def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tuple[State, dict] | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxkd import blank, diffusion, pretrained, students
+from flaxkd.models.attention import DotProductAttention
 from flaxkd.models.layers import FEATURES, features
 from flaxkd.models.vae import sample_latents
 from flaxkd.step import Task
@@ -113,9 +114,10 @@ def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: fl
     )
 
 
-def task(config, source, dtype, tokenizer, load=pretrained.load) -> Task:
+def task(config, source, dtype, tokenizer, mesh=None, load=pretrained.load) -> Task:
     """The task that a configuration describes. source: the teacher's pipeline folder; dtype: of the compute.
 
+    mesh: the devices that it will run on, for the kernels that are theirs; None: any, without.
     load(source, part) -> (module, params): where the weights come from, which may be tracers (see plan.py).
 
     Without `config.student` the teacher's own UNet is trained on the noise alone. `config.train` names the parts
@@ -140,7 +142,8 @@ def task(config, source, dtype, tokenizer, load=pretrained.load) -> Task:
     if config.student:
         student = students.get(config.student)
         unet_config = students.config(student, teacher_config)
-    unet = pretrained.build("unet", unet_config, dtype, remat=config.remat)
+    attend = DotProductAttention(mesh, config.attention)
+    unet = pretrained.build("unet", unet_config, dtype, remat=config.remat, attend=attend)
     shapes = pretrained.shapes(unet, "unet")
 
     params, frozen, pairs = {"unet": teacher_params}, {}, ()
@@ -148,7 +151,7 @@ def task(config, source, dtype, tokenizer, load=pretrained.load) -> Task:
         pairs = students.feature_pairs(student, config.pairing)
         params = {"unet": students.take(student, teacher_params, shapes)}
         frozen["teacher"] = teacher_params
-        teacher_module = teacher_module.clone(dtype=dtype)
+        teacher_module = teacher_module.clone(dtype=dtype, attend=attend)
     if config.init == "random":
         params["unet"] = blank.initial(shapes, config.seed, blank.ZERO)
     elif config.init != "teacher":

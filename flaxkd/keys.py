@@ -16,6 +16,7 @@ These are the only transposes of weights in flaxkd. Reading files is the busines
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -50,7 +51,7 @@ def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
     what: the name of the module in the error message. Returns a nested dict with the structure of `like`,
     whose leaves are views of the tensors in their own dtypes. Names that older libraries wrote, and newer
     ones, are understood (`_current`). Raises one ValueError that lists all missing, unexpected and mis-shaped
-    tensors."""
+    tensors, and those that are no floating-point numbers, as quantised ones are."""
     expected = {}
     for path, leaf in flatten_dict(like).items():
         key, axes = _key(path, len(leaf.shape))
@@ -71,8 +72,18 @@ def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
         for key, array in found.items()
         if array.shape != expected[key]
     ]
-    if missing or unexpected or misshaped:
-        kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+    integers = [
+        f"{key} is {array.dtype}"
+        for key, array in found.items()
+        if not jnp.issubdtype(array.dtype, jnp.floating)
+    ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "mis-shaped": misshaped,
+        "no floating point": integers,
+    }
+    if any(kinds.values()):
         lines = "".join(_lines(kind, names) for kind, names in kinds.items() if names)
         raise ValueError(f"the tensors of {what} are not those that its config.json describes:{lines}")
     return unflatten_dict(dict(to_flax(key, array) for key, array in found.items()))

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,11 @@ class Writer:
             self.bar.set_postfix(
                 {n.replace("images_per_second", "images/s"): f"{record[n]:.3g}" for n in shown}
             )
+
+    def say(self, line: str) -> None:
+        """Above the bar."""
+        if self.events is not None:
+            tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         if self.events is not None:

@@ -30,13 +30,26 @@ class Task(NamedTuple):
     configs: dict[str, dict]
 
 
+class Health(NamedTuple):
+    """Of the steps so far. usual: float32[], their loss on average; the others int32[], numbers of steps."""
+
+    usual: jax.Array  # over the good ones, the last MEMORY of them or so
+    good: jax.Array
+    skipped: jax.Array
+    in_a_row: jax.Array  # skipped, up to the last step
+
+
+MEMORY = 100  # steps
+
+
 class State(NamedTuple):
-    """What a checkpoint holds. step: int32[], updates done. ema: like params, or empty if there is no average."""
+    """What a checkpoint holds. step: int32[], steps done. ema: like params, or empty if there is no average."""
 
     step: jax.Array
     params: dict
     opt_state: Any
     ema: dict
+    health: Health
 
 
 def learning_rate(config) -> Callable:
@@ -79,16 +92,30 @@ def optimizer(config) -> optax.GradientTransformation:
 def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> State:
     """The state before the first step. Its parameters are copies: the step donates them, the caller's stay."""
     params = jax.tree.map(jnp.copy, params)
-    return State(
-        jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(jnp.copy, params) if ema else {}
-    )
+    average = jax.tree.map(jnp.copy, params) if ema else {}
+    health = Health(jnp.zeros((), jnp.float32), *jnp.zeros((3,), jnp.int32))
+    return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, health)
+
+
+def judge(health: Health, loss, grad_norm, spike: float | None) -> tuple[jax.Array, Health]:
+    """(bool[], health after it): is a step of this loss and gradient norm to be taken, or skipped?
+
+    Not if one of them is not finite, nor if the loss is `spike` times what is usual after MEMORY good steps."""
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if spike is not None:
+        good &= (health.good < MEMORY) | (loss <= spike * health.usual)
+    share = 1 / jnp.minimum(health.good + 1, MEMORY)
+    usual = jnp.where(good, health.usual + share * (loss - health.usual), health.usual)
+    in_a_row = jnp.where(good, 0, health.in_a_row + 1)
+    return good, Health(usual, health.good + good, health.skipped + ~good, in_a_row)
 
 
 def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Callable]:
     """(train_step, evaluate), both compiled once.
 
-    train_step(state, frozen, batch, key) -> (state, metrics): one update; `state` is donated. All randomness is
-    fold_in(key, step), and the key an argument, so that another seed is not another program to compile.
+    train_step(state, frozen, batch, key) -> (state, metrics): one update, or none if `judge` says so; `state` is
+    donated. All randomness is fold_in(key, step), and the key an argument, so that another seed is not another program
+    to compile.
     evaluate(params, frozen, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call.
     """
     schedule = learning_rate(config)
@@ -121,8 +148,13 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
         if ema:  # the average of few weights is short, or it would remember the start
             decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)
-        metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
-        return State(state.step + 1, params, opt_state, ema), metrics
+        grad_norm = optax.tree.norm(grads)
+        good, health = judge(state.health, metrics["loss"], grad_norm, config.bad_steps.spike)
+        made, before = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, before)
+        metrics |= {"learning_rate": schedule(state.step), "grad_norm": grad_norm}
+        metrics |= {"skipped": health.skipped, "skipped_in_a_row": health.in_a_row}
+        return State(state.step + 1, *kept, health), metrics
 
     def evaluate(params, frozen, batch):
         return task.loss(params, frozen, task.prepare(jax.random.key(0), batch))[1]

@@ -47,8 +47,9 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     Of several processes all compute, and the first one writes; `workdir` is one folder, which all of them see.
     command: what a person typed, for the report.
 
-    Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError when the
-    loss is no longer finite, Stopped after SIGTERM or Ctrl-C."""
+    Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError when
+    config.bad_steps.in_a_row steps had to be skipped, OSError when nothing can be written, Stopped after SIGTERM or
+    Ctrl-C."""
     started, first = time.time(), hosts.is_first()
 
     # -- Mesh and precision ------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     task = (
         autoencode.task(config, source, dtype)
         if of_pixels
-        else distill.task(config, source, dtype, tokenizer)
+        else distill.task(config, source, dtype, tokenizer, mesh)
     )
     checkpoint.claim(workdir, config.to_dict())
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -107,7 +108,7 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     # -- State: the newest checkpoint, or the beginning --------------------------------------------------------------
     state = jax.eval_shape(lambda params: init_state(params, tx, bool(config.ema_decay)), task.params)
     shardings = sharding.params(mesh, state)
-    manager = checkpoint.manager(workdir, config.checkpoint.keep)
+    manager = checkpoint.manager(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     restored = checkpoint.restore(manager, state, shardings)
     as_cut = sharding.put(task.params, shardings.params)
     if restored is None:
@@ -154,16 +155,25 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
             return
         values = jax.device_get([m for _, m in pending])
         for (step, _), m in zip(pending, values, strict=True):
-            if not np.isfinite(m["loss"]):
+            if m["skipped_in_a_row"]:
+                what = f"step {step}: loss {m['loss']}, gradient norm {m['grad_norm']}: skipped"
+                writer.say(f"{what}, {m['skipped']} so far")
+            if m["skipped_in_a_row"] >= config.bad_steps.in_a_row:
+                checkpoint.wait(manager)
                 saved = manager.latest_step()
                 raise FloatingPointError(
-                    f"the loss of step {step} is {m['loss']}. The last good checkpoint is "
+                    f"the loss of step {step} is {m['loss']} and its gradient norm {m['grad_norm']}, where a loss of "
+                    f"{float(state.health.usual):.3g} is usual; the last {m['skipped_in_a_row']} steps were skipped. "
+                    f"The last good checkpoint is "
                     f"{f'{manager.directory}/{saved}' if saved is not None else 'none yet'}. Lower the learning rate "
-                    "or max_grad_norm, or use float32, in a new workdir."
+                    "or max_grad_norm, or use float32, in a new workdir; or raise bad_steps, and go on from there."
                 )
         step, now = pending[-1][0], time.time()
         rate = (step - last_log[1]) * config.batch_size / max(now - last_log[0], 1e-9)
-        mean = {name: float(np.mean([m[name] for m in values])) for name in values[0]}
+        taken = [m for m in values if not m["skipped_in_a_row"]] or values
+        mean = {name: float(np.mean([m[name] for m in taken])) for name in values[0] if "skipped" not in name}
+        if skipped := int(values[-1]["skipped"]):
+            mean["skipped"] = skipped
         writer.write(step, mean | {"images_per_second": rate})
         pending.clear()
         last_log[:] = [time.time(), step]
@@ -195,13 +205,13 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
             if step % config.checkpoint.every == 0 or step == config.steps or stopping:
                 save()
             if stopping:
-                manager.wait_until_finished()
+                checkpoint.wait(manager)
                 writer.close()
                 raise Stopped(f"stopped at step {step}; the same command goes on from there")
             if step % config.sample.every == 0 and step != config.steps:
                 draw_samples(step)
                 last_log[0] = time.time()
-    manager.wait_until_finished()
+    checkpoint.wait(manager)
     draw_samples(config.steps)
     writer.close()
 
@@ -344,7 +354,7 @@ def main(_=None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     typed = shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]])
     status = 0
-    with hosts.together(FLAGS), told(ValueError, FileNotFoundError, FloatingPointError):
+    with hosts.together(FLAGS), told(ValueError, OSError, FloatingPointError):
         try:
             run(config, workdir, command=typed)
         except Stopped as stopped:

@@ -64,7 +64,8 @@ def subject(name: str, config: ConfigDict, source: Path, *, steps: int) -> Subje
     config.student = None if name == "teacher" else name
     dtype = sharding.compute_dtype(config.dtype)
     tokenizer = pretrained.load_tokenizer(source)
-    task = distill.task(config, source, dtype, tokenizer)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    task = distill.task(config, source, dtype, tokenizer, mesh)
     unet = task.configs["unet"]
     size = unet["sample_size"]
     rng = np.random.default_rng(1)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+os.environ.setdefault("FLAXKD_TEST_DEVICES", "4")  # 8: all meshes of test_unet_step.py, in minutes
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={os.environ['FLAXKD_TEST_DEVICES']}"
+)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is what tests cost
 os.environ.setdefault("NPROC", "16")  # XLA's threads: collectives of 4 devices can starve each other on 2
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "flaxkd" / "jax-tests"))
@@ -252,3 +255,11 @@ def state(workdir: Path, step: int = STEPS):
 
 def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_bits(a, b):
+    import jax
+
+    pairs = zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
+    different = [jax.tree_util.keystr(path) for (path, x), y in pairs if not np.array_equal(x, y)]
+    assert not different, f"{len(different)} leaves differ: {different[:5]}"

@@ -1,11 +1,15 @@
 """The forms of attention agree, in value and gradient, with each other and with PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxkd.models import layers
+from flaxkd import sharding
+from flaxkd.models import attention
+from flaxkd.models.attention import DotProductAttention, choose
 
 
 def inputs(n: int, m: int, heads: int = 2, c: int = 8, dtype=np.float32):
@@ -22,7 +26,7 @@ def value_and_gradients(attention, query, key, value, dy):
 def test_attention_is_that_of_torch(n, m):
     torch = pytest.importorskip("torch")
     arrays = inputs(n, m)
-    ours = jax.jit(lambda *x: value_and_gradients(layers.dot_product_attention, *x))(*arrays)
+    ours = jax.jit(lambda *x: value_and_gradients(attention.dot_product_attention, *x))(*arrays)
     query, key, value, dy = (torch.from_numpy(np.array(x)).transpose(1, 2).requires_grad_() for x in arrays)
     y = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     y.backward(dy.detach())
@@ -33,7 +37,7 @@ def test_attention_is_that_of_torch(n, m):
 
 def test_long_attention_takes_one_head_at_a_time_on_a_cpu_alone():
     program = lambda n, platform: (
-        jax.jit(layers.dot_product_attention)
+        jax.jit(attention.dot_product_attention)
         .trace(*inputs(n, 512)[:3])
         .lower(lowering_platforms=(platform,))
         .as_text()
@@ -43,10 +47,92 @@ def test_long_attention_takes_one_head_at_a_time_on_a_cpu_alone():
 
 
 def test_both_forms_in_half_precision():
-    arrays = [jnp.swapaxes(x, 1, 2) for x in inputs(64, 64, dtype=jnp.bfloat16)]
-    forms = [value_and_gradients(form, *arrays) for form in (layers._attend, layers._head_by_head)]
-    exact = value_and_gradients(layers._attend, *(x.astype(jnp.float32) for x in arrays))
+    arrays = inputs(64, 64, dtype=jnp.bfloat16)
+    forms = [value_and_gradients(form, *arrays) for form in (attention.plain, attention.blocked)]
+    exact = value_and_gradients(attention.plain, *(x.astype(jnp.float32) for x in arrays))
     for a, b, true in zip(*forms, exact, strict=True):
         assert a.dtype == b.dtype == jnp.bfloat16
         scale = jnp.abs(true).max()
         assert jnp.abs(a - true).max() < 0.05 * scale and jnp.abs(b - true).max() < 0.05 * scale
+
+
+def close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+
+def test_the_kernel_of_tpus_is_plain_attention_in_value_and_gradient():
+    arrays = inputs(256, 128)
+    kernel = functools.partial(attention.splash, interpret=True)
+    close(value_and_gradients(kernel, *arrays), value_and_gradients(attention.plain, *arrays))
+
+
+class Elsewhere(DotProductAttention):
+    """As if the mesh's devices were of another platform."""
+
+    platform = "gpu"
+
+
+def test_a_kernel_is_told_which_examples_a_device_holds(monkeypatch):
+    """In the place of a kernel that cannot run here is one that can, which is plain attention as XLA has it."""
+    seen = []
+
+    def kernel(query, key, value):
+        seen.append(query.shape)
+        return jax.nn.dot_product_attention(query, key, value)
+
+    monkeypatch.setitem(attention.FORMS, "cudnn", kernel)
+    monkeypatch.setitem(attention.LONG, "gpu", 32 * 32)
+    attend = Elsewhere(sharding.make_mesh(2, 2), "cudnn")
+    arrays = [jnp.concatenate([x, x[:1]]) for x in inputs(32, 32)]
+    ours = jax.jit(lambda *x: value_and_gradients(attend, *x))(*arrays)
+    close(ours, value_and_gradients(attention.plain, *arrays))
+    assert set(seen) == {(1, 32, 2, 8)}
+    attend(*(x[:, :16] for x in arrays[:3]))  # too short for it
+    assert set(seen) == {(1, 32, 2, 8)}
+
+
+def test_cudnn_gets_the_layout_and_the_factor_of_plain_attention(monkeypatch):
+    xla = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, implementation: xla(*x))
+    arrays = inputs(16, 16)
+    close(value_and_gradients(attention.cudnn, *arrays), value_and_gradients(attention.plain, *arrays))
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "n", "m", "c", "form"),
+    [  # the levels of Stable Diffusion 1.x at 512 pixels, and its text
+        ("tpu", "bfloat16", 4096, 4096, 40, "splash"),
+        ("tpu", "bfloat16", 1024, 1024, 80, "splash"),
+        ("tpu", "bfloat16", 256, 256, 160, "plain"),
+        ("tpu", "bfloat16", 4096, 77, 40, "plain"),
+        ("tpu", "bfloat16", 60 * 60, 60 * 60, 40, "plain"),  # 480 pixels: no multiple of 128
+        ("gpu", "bfloat16", 4096, 4096, 40, "cudnn"),
+        ("gpu", "float32", 4096, 4096, 40, "plain"),
+        ("gpu", "bfloat16", 2304, 2304, 160, "plain"),  # 1,536 pixels: heads too wide before Hopper
+        ("cpu", "float32", 1024, 1024, 8, "blocked"),
+        ("cpu", "float32", 256, 256, 8, "plain"),
+    ],
+)
+def test_the_form_that_pays(platform, dtype, n, m, c, form):
+    assert choose(platform, dtype, n, m, c) == form
+
+
+def test_a_form_can_be_asked_for():
+    arrays = inputs(512, 512)[:3]
+    program = lambda form: jax.jit(DotProductAttention(form=form)).trace(*arrays).lower().as_text()
+    assert "stablehlo.while" in program("blocked") and "stablehlo.while" not in program("plain")
+    mesh = sharding.make_mesh(-1, 1)
+    with pytest.raises(ValueError, match=r"unknown.*plain, blocked, splash, cudnn"):
+        DotProductAttention(mesh, "flash")
+    with pytest.raises(ValueError, match="'splash' is a kernel for tpu, and these devices are cpu"):
+        DotProductAttention(mesh, "splash")
+
+
+@pytest.mark.parametrize("form", ["plain", "blocked"])
+def test_upcast_takes_the_products_in_float32(form):
+    arrays = [8 * x.astype(jnp.bfloat16) for x in inputs(64, 64)[:3]]
+    exact = attention.plain(*(x.astype(jnp.float32) for x in arrays))
+    error = lambda upcast: float(jnp.abs(attention.FORMS[form](*arrays, upcast) - exact).max())
+    assert error(True) < error(False)

@@ -160,6 +160,8 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "max_grad_norm": 2.0,
         "ema_decay": 0.99,
         "dtype": "bfloat16",
+        "attention": "plain",
+        "checkpoint.keep_every": 10_000,
         "data.variants": r"\d$",
     }
     nones = {key for key, value in leaves(load("default")).items() if value is None} - {"blank"}

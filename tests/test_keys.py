@@ -111,6 +111,13 @@ def test_one_error_lists_missing_unexpected_and_misshaped():
     assert "mis-shaped (1):\n    a.weight is [5, 4], must be [5, 3]" in text
 
 
+def test_a_quantised_tensor_is_refused():
+    like = {"a": {"kernel": hollow((3, 5)), "bias": hollow((5,))}}
+    tensors = {"a.weight": np.zeros((5, 3), np.int8), "a.bias": np.zeros(5, np.float64)}
+    with pytest.raises(ValueError, match=r"no floating point \(1\):\n    a.weight is int8"):
+        keys.from_tensors(tensors, like, "unet")
+
+
 def test_a_long_list_is_cut_with_its_number():
     like = {f"layers.{i}": {"bias": hollow((1,))} for i in range(100)}
     with pytest.raises(ValueError, match=r"missing \(100\)(.|\n)*and 80 more"):

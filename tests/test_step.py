@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from configs import default
 from flaxkd import sharding
-from flaxkd.step import Task, init_state, learning_rate, make_step, optimizer
+from flaxkd.step import MEMORY, Health, Task, init_state, judge, learning_rate, make_step, optimizer
 
 
 def config(**changes):
@@ -100,6 +100,45 @@ def test_randomness_follows_seed_and_step():
 
     assert losses(0) == losses(0)
     assert len(set(losses(0)) | set(losses(1))) == 6
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # the square of the last is no float32
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(accumulate, bad):
+    task, c = linear_task(), config(accumulate=accumulate, ema_decay=0.9, optimizer=dict(name="adamw"))
+    tx = optimizer(c)
+    state = init_state(task.params, tx, True)
+    step, _ = make_step(task, c, tx, mesh(), state)
+    x = np.random.default_rng(1).standard_normal((c.batch_size, 4)).astype(np.float32)
+    poisoned = x.copy()
+    poisoned[-1, 0] = bad
+    history, skipped = [jax.device_get(state)], []
+    for batch in (x, poisoned, poisoned, x):
+        state, metrics = step(state, task.frozen, {"x": batch}, jax.random.key(0))
+        history.append(jax.device_get(state))
+        skipped.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+    assert skipped == [(0, 0), (1, 1), (2, 2), (2, 0)]
+    same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+    _, one, two, three, four = (s._replace(step=0, health=0) for s in history)
+    assert same(one, two) and same(two, three) and not same(three, four)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(four))
+    assert int(state.step) == 4 and int(state.health.good) == 2
+
+
+def test_a_loss_far_above_the_usual_is_a_bad_step():
+    health = Health(jnp.zeros(()), *jnp.zeros((3,), jnp.int32))
+    for i in range(MEMORY):  # at first, nothing is usual
+        good, health = judge(health, jnp.float32(100.0 if i == 0 else 1.0), jnp.float32(1.0), 20.0)
+        assert good
+    assert float(health.usual) == pytest.approx((100 + MEMORY - 1) / MEMORY, rel=1e-5)
+    taken = lambda loss, spike: bool(judge(health, jnp.float32(loss), jnp.float32(1.0), spike)[0])
+    assert taken(39.0, 20.0) and not taken(41.0, 20.0) and taken(41.0, None)
+    assert not taken(np.nan, None) and not taken(np.nan, 20.0)
+    assert not judge(health, jnp.float32(1.0), jnp.float32(np.inf), None)[0]
+    _, after = judge(health, jnp.float32(41.0), jnp.float32(1.0), 20.0)
+    assert after.usual == health.usual and (int(after.skipped), int(after.in_a_row)) == (1, 1)
+    _, later = judge(after, jnp.float32(0.99), jnp.float32(1.0), 20.0)
+    assert float(later.usual) == pytest.approx(1.98, rel=1e-5) and int(later.in_a_row) == 0
 
 
 @pytest.mark.parametrize("accumulate", [2, 8])

@@ -10,7 +10,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import EVERY, STEPS, finish, records, state, wait_for
+from conftest import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
 from PIL import Image
 
 from configs import tiny
@@ -22,14 +22,6 @@ def finished_plain(command, plain, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "plain"
     finish(command(workdir, **plain))
     return workdir
-
-
-def assert_same_bits(a, b):
-    import jax
-
-    pairs = zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
-    different = [jax.tree_util.keystr(path) for (path, x), y in pairs if not np.array_equal(x, y)]
-    assert not different, f"{len(different)} leaves differ: {different[:5]}"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +63,7 @@ def test_a_run_leaves_what_it_says(finished):
 
 def test_the_teacher_is_not_in_the_checkpoint(finished):
     saved = state(finished[0])
-    assert set(saved) == {"step", "params", "opt_state", "ema"}
+    assert set(saved) == {"step", "params", "opt_state", "ema", "health"}
     assert set(saved["params"]) == set(saved["ema"]) == {"unet"}
     assert "mid_block" not in saved["params"]["unet"]  # of sd_tiny's teacher alone
 
@@ -135,9 +127,14 @@ def test_a_workdir_of_another_run_is_refused(finished, command):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(plain, command, tmp_path):
-    keys = plain | {"learning_rate.peak_value": 1e30, "learning_rate.warmup_steps": 0}
+    keys = plain | {
+        "learning_rate.peak_value": 1e30,
+        "learning_rate.warmup_steps": 0,
+        "bad_steps.in_a_row": 3,
+    }
     output = finish(command(tmp_path / "nan", **keys), 1)
     assert "the loss of step" in output and "last good checkpoint" in output and "Traceback" not in output
+    assert "skipped, 1 so far" in output and "the last 3 steps were skipped" in output
 
 
 def test_every_recipe_has_a_workdir_of_its_own():

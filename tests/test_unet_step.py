@@ -10,6 +10,9 @@ from configs import default
 from flaxkd import distill, pretrained, sampling, sharding
 from flaxkd.step import init_state, make_step, optimizer
 
+# (devices, fsdp). A UNet takes a minute for each to compile: FLAXKD_TEST_DEVICES=8 asks for all of 8 devices.
+MESHES = [(4, 2)] if jax.device_count() < 8 else [(8, 1), (8, 2), (8, 4), (8, 8)]
+
 
 def config(**changes):
     c = default.get_config()
@@ -46,7 +49,7 @@ def run(tiny_pipeline):
                 axis_types=(AxisType.Auto,) * 2,
             )
             tokenizer = pretrained.load_tokenizer(tiny_pipeline)
-            task = distill.task(c, tiny_pipeline, jnp.float32, tokenizer)
+            task = distill.task(c, tiny_pipeline, jnp.float32, tokenizer, mesh)
             tx = optimizer(c)
             state = init_state(jax.tree.map(jnp.array, task.params), tx, True)
             state = jax.device_put(state, sharding.params(mesh, state))
@@ -63,14 +66,15 @@ def run(tiny_pipeline):
     return run
 
 
-def test_four_devices_equal_one_on_a_unet(run, monkeypatch):
+@pytest.mark.parametrize(("devices", "fsdp"), MESHES)
+def test_every_mesh_equals_one_device_on_a_unet(run, monkeypatch, devices, fsdp):
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 64)
-    one, four = run(1, 1), run(4, 2)
-    for a, b in zip(one[1], four[1], strict=True):
+    one, many = run(1, 1), run(devices, fsdp)
+    for a, b in zip(one[1], many[1], strict=True):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
-    for a, b in zip(jax.tree.leaves(one[0].params), jax.tree.leaves(four[0].params), strict=True):
+    for a, b in zip(jax.tree.leaves(one[0].params), jax.tree.leaves(many[0].params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)  # Adam divides by gradients that may be near zero
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flaxkd.models.layers import LayerNorm, dot_product_attention, emit, read_config
+from flaxkd.models.attention import dot_product_attention
+from flaxkd.models.layers import LayerNorm, emit, read_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,13 @@ module has (`down_blocks.0.resnets.1`): see `features`.
 """
 
 import dataclasses
-import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+
+from flaxkd.models.attention import DotProductAttention, dot_product_attention
 
 FEATURES = "features"
 
@@ -149,74 +149,6 @@ class Upsample2D(nn.Module):
         return emit(self, Conv(c, dtype=self.dtype, name="conv")(x))
 
 
-LONG = 512 * 512  # products of a query and a key; from here on a CPU takes one head at a time
-
-
-def dot_product_attention(query, key, value, *, upcast: bool = False, mask=None) -> jax.Array:
-    """softmax(q k^T / sqrt(c)) v with the softmax in float32; q float[b, n, heads, c], k and v [b, m, heads, c].
-
-    `upcast` also takes the products q k^T in float32 (`upcast_attention` of SD 2.1); `mask` bool[n, m], True to see."""
-    if upcast:
-        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    # Heads before tokens, and the factor on q, which is smaller than q k^T: a CPU is up to four times faster so.
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(query.shape[-1]), key, value))
-    plain = functools.partial(_attend, mask=mask)
-    if mask is None and query.shape[2] * key.shape[2] >= LONG:
-        y = jax.lax.platform_dependent(query, key, value, cpu=_head_by_head, default=plain)
-    else:
-        y = plain(query, key, value)
-    return jnp.swapaxes(y, 1, 2)
-
-
-def _attend(query, key, value, mask=None) -> jax.Array:
-    """softmax(q k^T) v of [..., n, c], [..., m, c] and [..., m, c]."""
-    logits = jnp.einsum("...nc,...mc->...nm", query, key).astype(jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(logits, axis=-1).astype(value.dtype) @ value
-
-
-def _head_by_head(query, key, value) -> jax.Array:
-    """`_attend` for [b, heads, n, c], one head of one example after the other: q k^T stays in the cache.
-
-    Measured on 2 cores, 4x1024 tokens: 8 heads of 8 take 498 ms forward and backward as `_attend`, 108 ms so; 2 heads
-    of 32 take 176 and 48 ms. Shorter ones do not gain."""
-    flat = [x.reshape(-1, 1, *x.shape[2:]) for x in (query, key, value)]  # with the 1, XLA multiplies faster
-    return jax.lax.map(lambda x: _attend_once(*x), flat).reshape(*query.shape[:3], value.shape[-1])
-
-
-@jax.custom_vjp
-def _attend_once(query, key, value) -> jax.Array:
-    """`_attend` that keeps no q k^T for the backward pass, where it is cheaper to compute it again than to fetch it.
-
-    Dao et al. 2022, arXiv:2205.14135."""
-    return _attend_once_forward(query, key, value)[0]
-
-
-def _attend_once_forward(query, key, value):
-    logits = (query @ _transpose(key)).astype(jnp.float32)
-    highest = logits.max(-1, keepdims=True)
-    weights = jnp.exp(logits - highest)
-    total = weights.sum(-1, keepdims=True)
-    y = ((weights.astype(value.dtype) @ value) / total).astype(value.dtype)
-    return y, (query, key, value, y, highest + jnp.log(total))
-
-
-def _attend_once_backward(kept, dy):
-    query, key, value, y, log_total = kept
-    weights = jnp.exp((query @ _transpose(key)).astype(jnp.float32) - log_total)
-    mean = (dy * y).astype(jnp.float32).sum(-1, keepdims=True)
-    dlogits = (weights * ((dy @ _transpose(value)).astype(jnp.float32) - mean)).astype(query.dtype)
-    return dlogits @ key, _transpose(dlogits) @ query, _transpose(weights.astype(dy.dtype)) @ dy
-
-
-def _transpose(x) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
-
-
-_attend_once.defvjp(_attend_once_forward, _attend_once_backward)
-
-
 class Attention(nn.Module):
     """Multi-head attention of `x` float[b, n, c] over `context` float[b, m, d], or over itself: float[b, n, c]."""
 
@@ -224,6 +156,7 @@ class Attention(nn.Module):
     bias: bool = False
     upcast: bool = False
     dtype: jnp.dtype = jnp.float32
+    attend: DotProductAttention = dot_product_attention
 
     @nn.compact
     def __call__(self, x, context=None):
@@ -235,5 +168,5 @@ class Attention(nn.Module):
 
         context = x if context is None else context
         query, key, value = project(x, "to_q"), project(context, "to_k"), project(context, "to_v")
-        y = dot_product_attention(query, key, value, upcast=self.upcast).reshape(x.shape)
+        y = self.attend(query, key, value, upcast=self.upcast).reshape(x.shape)
         return emit(self, nn.Dense(channels, dtype=self.dtype, name="to_out.0")(y))

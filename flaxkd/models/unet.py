@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flaxkd.models.attention import DotProductAttention, dot_product_attention
 from flaxkd.models.layers import (
     Attention,
     Conv,
@@ -233,11 +234,12 @@ class BasicTransformerBlock(nn.Module):
     heads: int
     upcast: bool
     dtype: jnp.dtype = jnp.float32
+    attend: DotProductAttention = dot_product_attention
 
     @nn.compact
     def __call__(self, x, encoder_hidden_states):
         norm = lambda name: LayerNorm(dtype=self.dtype, name=name)
-        attention = lambda name: Attention(self.heads, upcast=self.upcast, dtype=self.dtype, name=name)
+        attention = lambda name: Attention(self.heads, False, self.upcast, self.dtype, self.attend, name=name)
         x = x + attention("attn1")(norm("norm1")(x))
         x = x + attention("attn2")(norm("norm2")(x), encoder_hidden_states)
         x = x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
@@ -251,6 +253,7 @@ class Transformer2DModel(nn.Module):
     heads: int
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
+    attend: DotProductAttention = dot_product_attention
 
     @nn.compact
     def __call__(self, x, encoder_hidden_states):
@@ -268,7 +271,7 @@ class Transformer2DModel(nn.Module):
         y = project(y, "proj_in").reshape(b, h * w, c)
         for i in range(self.depth):
             block = BasicTransformerBlock(
-                self.heads, self.config.upcast_attention, self.dtype, name=f"transformer_blocks.{i}"
+                self.heads, self.config.upcast_attention, self.dtype, self.attend, name=f"transformer_blocks.{i}"
             )
             y = block(y, encoder_hidden_states)
         return emit(self, x + project(y, "proj_out").reshape(b, h, w, c))
@@ -280,6 +283,7 @@ class DownBlock(nn.Module):
     stage: Stage
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
+    attend: DotProductAttention = dot_product_attention
 
     @nn.compact
     def __call__(self, x, temb, encoder_hidden_states):
@@ -299,6 +303,7 @@ class MidBlock(nn.Module):
     stage: Stage
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
+    attend: DotProductAttention = dot_product_attention
 
     @nn.compact
     def __call__(self, x, temb, encoder_hidden_states):
@@ -315,6 +320,7 @@ class UpBlock(nn.Module):
     stage: Stage
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
+    attend: DotProductAttention = dot_product_attention
 
     @nn.compact
     def __call__(self, x, temb, encoder_hidden_states, skips, shape):
@@ -332,7 +338,7 @@ def resnet(block, i: int) -> ResnetBlock2D:
 
 
 def attention(block, i: int, depth: int) -> Transformer2DModel:
-    return Transformer2DModel(depth, block.stage.heads, block.config, block.dtype, name=f"attentions.{i}")
+    return Transformer2DModel(depth, block.stage.heads, block.config, block.dtype, block.attend, name=f"attentions.{i}")
 
 
 def layer(block, i: int, depth: int, x, temb, encoder_hidden_states):
@@ -349,11 +355,13 @@ class UNet2DCondition(nn.Module):
     Returns float[b, h, w, out_channels] in `dtype`. With `mutable=["features"]`, also what every block, layer and
     attention made (see `layers.features`). Parameters are float32 at initialisation; `dtype` is that of the compute.
     `remat` recomputes each block in the backward pass instead of keeping its inside; captured features stay exact.
+    `attend` is the arithmetic of attention, which is the same in every form that it takes.
     """
 
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    attend: DotProductAttention = dot_product_attention
 
     @nn.compact
     def __call__(self, sample, timesteps, encoder_hidden_states, text_embeds=None, time_ids=None):
@@ -375,15 +383,16 @@ class UNet2DCondition(nn.Module):
         x = Conv(width, dtype=self.dtype, name="conv_in")(sample.astype(self.dtype))
         skips = [x]
         for i, stage in enumerate(c.down):
-            x, new = down_block(stage, c, self.dtype, name=f"down_blocks.{i}")(x, temb, encoder_hidden_states)
+            block = down_block(stage, c, self.dtype, self.attend, name=f"down_blocks.{i}")
+            x, new = block(x, temb, encoder_hidden_states)
             skips += new
         if c.mid is not None:
-            x = mid_block(c.mid, c, self.dtype, name="mid_block")(x, temb, encoder_hidden_states)
+            x = mid_block(c.mid, c, self.dtype, self.attend, name="mid_block")(x, temb, encoder_hidden_states)
         for i, stage in enumerate(c.up):
             n = len(stage.depths)
             skips, taken = skips[:-n], skips[-n:]
             shape = skips[-1].shape[1:3] if stage.resample else None
-            block = up_block(stage, c, self.dtype, name=f"up_blocks.{i}")
+            block = up_block(stage, c, self.dtype, self.attend, name=f"up_blocks.{i}")
             x = block(x, temb, encoder_hidden_states, taken, shape)
 
         x = nn.silu(GroupNorm(c.norm_num_groups, c.norm_eps, dtype=self.dtype, name="conv_norm_out")(x))

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flaxkd.models.attention import dot_product_attention
 from flaxkd.models.layers import (
     Conv,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
     Upsample2D,
-    dot_product_attention,
     read_config,
 )
 
