@@ -19,6 +19,7 @@ from jax.experimental import topologies
 
 from flaxkd import architectures, devices, distill, pretrained, sharding, step
 from flaxkd.data import sources
+from flaxkd.models.attention import DotProductAttention
 
 
 class Lowered(NamedTuple):
@@ -29,6 +30,7 @@ class Lowered(NamedTuple):
     teacher: dict  # its unet/config.json
     student: dict | None  # its own; None if the teacher itself is trained
     sample_size: int  # rows and columns of the latents
+    attention: str  # the form that the longest takes, a name in models.attention.FORMS
 
 
 class Compiled(NamedTuple):
@@ -48,6 +50,7 @@ class Compiled(NamedTuple):
 def topology(target: devices.Target) -> list:
     """The devices of a machine that is not here. Raises ValueError if what compiles for it is not installed."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud where it is, for minutes
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles: another plan, or a training, may run
     try:
         if target.platform == "tpu":
             return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
@@ -56,9 +59,10 @@ def topology(target: devices.Target) -> list:
             platform="cuda", topology_name="", topology=target.topology, target_config=description
         ).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        extra = "plan" if target.platform == "tpu" else "plan-gpu"
         raise ValueError(
             f"cannot compile for {target.name}: {str(error).splitlines()[0]}\n"
-            'what compiles for it comes with: pip install "flaxkd[plan]"'
+            f'what compiles for it comes with: pip install "flaxkd[{extra}]"'
         ) from error
 
 
@@ -99,8 +103,26 @@ def lower(config, target: devices.Target) -> Lowered:
         "teacher": _bytes(task.frozen, sharding.params(mesh, task.frozen)),
         "batch": _bytes(batch, sharding.batch(mesh)),
     }
-    program = train_step.trace(state, task.frozen, batch, key).lower()
-    return Lowered(program, held, teacher, task.configs["unet"] if config.student else None, size)
+    try:
+        program = train_step.trace(state, task.frozen, batch, key).lower()
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            f"cannot compile for {target.name}: {error}. Its attention is that of cuDNN, which comes with: "
+            'pip install "flaxkd[plan-gpu]"; --config.attention=plain does without'
+        ) from error
+    student = task.configs["unet"] if config.student else None
+    return Lowered(
+        program, held, teacher, student, size, longest_attention(config, mesh, teacher, size, dtype)
+    )
+
+
+def longest_attention(config, mesh, unet: dict, size: int, dtype) -> str:
+    """The form that self-attention takes at the outermost level of a UNet."""
+    outermost = pretrained.build("unet", unet).config.down[0]
+    attend = DotProductAttention(mesh, config.attention)
+    return attend.name(attend.platform, dtype, size**2, size**2, outermost.channels // outermost.heads)
 
 
 def _task(config, source: Path, dtype, tokenizer, mesh) -> step.Task:

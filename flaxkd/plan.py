@@ -25,7 +25,8 @@ GIB = 2**30
 SPARE = 0.93  # of a GPU's memory: the rest is for its context, cuDNN and NCCL
 USABLE = 0.984  # of a TPU's: libtpu says 15.75 of a v5e's 16 GiB. Whether a step fits, its compiler decides
 ATTEMPTS = 5  # compilations of a search
-KNOBS = ({"remat": True}, {"fsdp": True}, {"remat": True, "fsdp": True})
+# What saves memory, in the order in which to try it; the attention that pays on the device is the default.
+KNOBS = ({"attention": None}, {"remat": True}, {"fsdp": True}, {"remat": True, "fsdp": True})
 
 
 def row(config, target: devices.Target) -> dict:
@@ -48,6 +49,7 @@ def row(config, target: devices.Target) -> dict:
         "student": config.student,
         "resolution": config.data.resolution,
         "mesh": shape_of(config.mesh, target),
+        "attention": lowered.attention,
         "remat": config.remat,
         "batch_size": config.batch_size,
         "per_device": config.batch_size // target.count,
@@ -117,14 +119,16 @@ def next_size(config, target: devices.Target, images: int) -> list[dict]:
     """Rows for twice as many images on a device, one for each way of KNOBS to save memory that is not in use yet.
 
     "fsdp" shards parameters, optimizer state and teacher over all devices."""
-    rows = []
+    settings = lambda c: (c.attention, c.remat, shape_of(c.mesh, target))
+    rows, tried = [], {settings(config)}
     for knobs in KNOBS:
         changed = per_device(config, target, 2 * images)
         changed.remat = config.remat or knobs.get("remat", False)
+        changed.attention = knobs.get("attention", config.attention)
         if knobs.get("fsdp"):
             changed.mesh.data, changed.mesh.fsdp = 1, target.count
-        in_use = [(c["remat"], c["mesh"]) for c in rows] + [(config.remat, shape_of(config.mesh, target))]
-        if (changed.remat, shape_of(changed.mesh, target)) not in in_use:
+        if settings(changed) not in tried:
+            tried.add(settings(changed))
             rows.append(row(changed, target))
     return rows
 
@@ -142,6 +146,7 @@ COLUMNS = {
     "student": lambda r: r["student"] or "none",
     "px": lambda r: str(r["resolution"]),
     "images a device": lambda r: str(r["per_device"]),
+    "attention": lambda r: r["attention"],
     "remat": lambda r: "yes" if r["remat"] else "no",
     "data x fsdp": lambda r: r["mesh"],
     "parameters": lambda r: size(r["held"]["parameters"]),
@@ -164,7 +169,7 @@ COLUMNS = {
 
 def markdown(rows: list[dict]) -> str:
     """The rows as a table, and below it where its figures come from."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 6 + "---:|" * (len(COLUMNS) - 6)]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 7 + "---:|" * (len(COLUMNS) - 7)]
     lines += ["| " + " | ".join(cell(r) for cell in COLUMNS.values()) + " |" for r in rows]
     lines += [
         "",

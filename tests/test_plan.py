@@ -68,12 +68,23 @@ def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shape
     assert lowered.held["parameters"] == pytest.approx(4 * 5_903_940 / fsdp, rel=0.01)
     assert lowered.held["optimizer"] == pytest.approx(2 * lowered.held["parameters"], rel=1e-3)
     assert lowered.held["teacher"] == pytest.approx(teacher / fsdp, rel=0.01)
-    assert lowered.held["average"] == 0
+    assert lowered.held["average"] == 0 and lowered.attention == "plain"  # 256 tokens
     unet = pretrained.read_config(pretrained.EMBEDDED, "unet")
     assert lowered.student == students.config(students.get("sd_small"), unet)
     forward = {name: students.cost(c)[1] for name, c in (("t", lowered.teacher), ("s", lowered.student))}
     assert plan.image_flops(lowered, remat=False) == forward["t"] + 3 * forward["s"]
     assert plan.image_flops(lowered, remat=True) == forward["t"] + 4 * forward["s"]
+
+
+def test_the_attention_of_a_program_is_the_one_that_pays_there(monkeypatch):
+    class Mesh:
+        devices = np.array([type("Device", (), {"platform": "tpu"})])
+
+    name = lambda config, unet, size: ahead.longest_attention(config, Mesh(), unet, size, jnp.bfloat16)
+    assert (
+        name(config_of(), students.SD15, 64) == "splash" and name(config_of(), students.SD15, 16) == "plain"
+    )
+    assert name(config_of(attention="blocked"), students.SD15, 64) == "blocked"
 
 
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_traced(here):
@@ -141,6 +152,10 @@ def test_what_would_make_twice_as_many_fit(monkeypatch):
         (True, "1 x 4", 16, True),
     ]
     assert len(plan.next_size(config_of(remat=True), devices.target("v5e:2x2"), 8)) == 1
+    seen = []
+    monkeypatch.setattr(plan, "row", lambda config, target: seen.append((config.attention, config.remat)))
+    plan.next_size(config_of(attention="plain"), devices.target("v5e:2x2"), 8)
+    assert seen == [(None, False), ("plain", True), ("plain", False), ("plain", True)]
 
 
 def test_a_plan_as_a_table(monkeypatch):
@@ -148,7 +163,12 @@ def test_a_plan_as_a_table(monkeypatch):
     result = ahead.Compiled(3 * 2**30, 2**30, 1e12, {"all-reduce": (2, 2**29)}, 1.0)
     unet = students.SD15 | {"sample_size": 8}
     lowered = ahead.Lowered(
-        None, {"parameters": 1, "optimizer": 2, "average": 0, "teacher": 3, "batch": 4}, unet, unet, 8
+        None,
+        {"parameters": 1, "optimizer": 2, "average": 0, "teacher": 3, "batch": 4},
+        unet,
+        unet,
+        8,
+        "plain",
     )
     monkeypatch.setattr(ahead, "lower", lambda config, target: lowered)
     monkeypatch.setattr(ahead, "compiled", lambda lowered, target: result)
@@ -157,6 +177,6 @@ def test_a_plan_as_a_table(monkeypatch):
     assert row["images_per_second"] == pytest.approx(rate)
     assert row["device_hours"] == pytest.approx(4 * 300 * 8 / rate / 3600)
     text = plan.markdown([row, row | {"fits": False, "temporary": None}])
-    assert "| v5e:2x2 | sd_small | 64 | 2 | no | 4 x 1 |" in text and "2 all-reduce 0.50" in text
+    assert "| v5e:2x2 | sd_small | 64 | 2 | plain | no | 4 x 1 |" in text and "2 all-reduce 0.50" in text
     assert "estimates" in text and "40% (no figure is published" in text
     assert np.all([line.count("|") == text.splitlines()[0].count("|") for line in text.splitlines()[:4]])
