@@ -11,11 +11,11 @@ for the largest batch per device that fits, and for what would make twice that f
 
 import json
 import math
-import os
 import threading
 import time
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 from flaxkd import ahead, devices, students
@@ -226,9 +226,8 @@ def main(_=None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = (
-        "cpu"  # a plan needs no accelerator, and a training may hold the one that is there
-    )
+    # A plan needs no accelerator, and a training may hold the one that is there.
+    jax.config.update("jax_platforms", "cpu")
     from absl import app, flags
     from ml_collections import config_flags
 

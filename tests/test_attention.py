@@ -93,6 +93,17 @@ def test_a_kernel_is_told_which_examples_a_device_holds(monkeypatch):
     assert set(seen) == {(1, 32, 2, 8)}
 
 
+def test_heads_are_taken_one_at_a_time_on_each_device(monkeypatch):
+    monkeypatch.setitem(attention.LONG, "cpu", 32 * 32)
+    attend = DotProductAttention(sharding.make_mesh(2, 2))
+    arrays = [jnp.concatenate([x, x[:1]]) for x in inputs(32, 32)]
+    arrays = [jax.device_put(x, sharding.batch(attend.mesh)) for x in arrays]
+    program = jax.jit(lambda *x: value_and_gradients(attend, *x)).lower(*arrays).compile()
+    close(program(*arrays), value_and_gradients(attention.plain, *arrays))
+    text = program.as_text()
+    assert "while" in text and "all-gather" not in text and "all-reduce" not in text
+
+
 def test_cudnn_gets_the_layout_and_the_factor_of_plain_attention(monkeypatch):
     xla = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, implementation: xla(*x))

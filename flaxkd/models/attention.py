@@ -12,11 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-LONG = {
-    "cpu": 512 * 512,
-    "tpu": 1024 * 1024,
-    "gpu": 1024 * 1024,
-}  # n m, from which on a form without q k^T pays
+LONG = {"cpu": 512**2, "tpu": 1024**2, "gpu": 1024**2}  # n m, from which on a form without q k^T pays
 TILE = 512  # tokens of a block of the TPU kernel, at most
 LANES = 128  # that a TPU's registers have: a block is a multiple
 CUDNN_CHANNELS = 128  # of a head, at most, before Hopper
@@ -38,8 +34,8 @@ def choose(platform: str, dtype, n: int, m: int, c: int) -> str:
 class DotProductAttention:
     """q float[b, n, heads, c], k and v float[b, m, heads, c] -> float[b, n, heads, c]; the softmax is in float32.
 
-    mesh: the devices, over all of which b is split: XLA cannot split a kernel by itself. None: whatever device it is
-    lowered for, and no kernel.
+    mesh: the devices, over all of which b is split: XLA can split neither a kernel nor a loop by itself. None: whatever
+    device it is lowered for, and no kernel.
     form: a name in FORMS in place of what `choose` says, where q k^T is large. None: as it says.
     Raises ValueError for a form that is unknown, or a kernel that is not for the mesh's devices.
     """
@@ -79,10 +75,11 @@ class DotProductAttention:
             forms = [functools.partial(FORMS[name], upcast=upcast) for name in (here, elsewhere)]
             return jax.lax.platform_dependent(query, key, value, cpu=forms[0], default=forms[1])
         name = self.name(self.platform, *shape)
-        if name not in KERNELS:
-            return FORMS[name](query, key, value, upcast)
+        form = FORMS[name] if name in KERNELS else functools.partial(FORMS[name], upcast=upcast)
+        if name == "plain":
+            return form(query, key, value)
         batch = PartitionSpec(self.mesh.axis_names)
-        sharded = jax.shard_map(FORMS[name], mesh=self.mesh, in_specs=batch, out_specs=batch, check_vma=False)
+        sharded = jax.shard_map(form, mesh=self.mesh, in_specs=batch, out_specs=batch, check_vma=False)
         return sharded(query, key, value)
 
 
