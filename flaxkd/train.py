@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -123,6 +124,9 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     train_step, evaluate = make_step(task, config, tx, mesh, state)
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
+    if jax.process_count() == 1:  # several would have to compile in the same order
+        like = {name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype) for name, x in validation.items()}
+        train_step = compiled_meanwhile(train_step, state, frozen, like, key)
 
     # -- What is shown -----------------------------------------------------------------------------------------------
     start = int(state.step)
@@ -281,6 +285,14 @@ def drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut) -> Call
             pictures.grid(columns, prompts, path)
 
     return draw
+
+
+def compiled_meanwhile(train_step: Callable, *like) -> Callable:
+    """The step, which compiles, or comes from the cache, while the first pictures are drawn: the sooner it begins."""
+    pool = ThreadPoolExecutor(1)
+    made = pool.submit(lambda: train_step.lower(*like).compile())
+    pool.shutdown(wait=False)
+    return lambda *arguments: made.result()(*arguments)
 
 
 class stop_signals:
