@@ -150,6 +150,10 @@ def _bytes(tree, shardings) -> int:
     return sum(jax.tree.leaves(jax.tree.map(size, tree, jax.tree.broadcast(shardings, tree))))
 
 
+# Without the GPU, XLA cannot time its Triton kernels for matrix products, and fails on some: cuBLAS's are taken.
+OPTIONS = {"tpu": {}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
+
+
 def compiled(lowered: Lowered, target: devices.Target) -> Compiled:
     """Compiles, or takes what an earlier compilation of the very same program for the same devices said."""
     text = lowered.program.as_text()
@@ -159,7 +163,7 @@ def compiled(lowered: Lowered, target: devices.Target) -> Compiled:
         return Compiled(**json.loads(kept.read_text()))
     begin = time.perf_counter()
     try:
-        made = lowered.program.compile()
+        made = lowered.program.compile(OPTIONS[target.platform])
     except jax.errors.JaxRuntimeError as error:
         if (needed := asked(str(error))) is None:
             raise
