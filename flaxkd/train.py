@@ -125,7 +125,8 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
     if jax.process_count() == 1:  # several would have to compile in the same order
-        like = {name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype) for name, x in validation.items()}
+        of = lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+        like = {name: of(x) for name, x in validation.items()}
         train_step = compiled_meanwhile(train_step, state, frozen, like, key)
 
     # -- What is shown -----------------------------------------------------------------------------------------------
