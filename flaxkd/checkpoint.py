@@ -96,17 +96,20 @@ def wait(manager: ocp.CheckpointManager) -> None:
 def _written(manager: ocp.CheckpointManager):
     try:
         yield
-    except (
-        Exception
-    ) as error:  # Orbax and TensorStore raise many kinds for a full disk, from a thread of their own
+    # Orbax and TensorStore raise many kinds for a full disk, from a thread of their own.
+    except Exception as error:
         free = shutil.disk_usage(manager.directory).free / 2**30
         whole = [step for step in manager.all_steps() if (manager.directory / str(step)).is_dir()]
         raise OSError(
             f"a checkpoint cannot be written to {manager.directory}, which has {free:.1f} GiB free: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
+            f"{_in_a_line(error)}\n"
             f"The newest whole one is {f'that of step {max(whole)}' if whole else 'none'}. Make room, or lower "
             "checkpoint.keep; the same command goes on from there."
         ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tuple[State, dict] | None:
@@ -123,7 +126,7 @@ def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tu
         try:
             found = manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a file cut short
-            errors.append(f"{step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            errors.append(f"{step}: {_in_a_line(error)}")
             logging.warning("checkpoint %s cannot be read, taking the one before", errors[-1])
             continue
         break

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxkd import distill, pretrained, sharding, step
@@ -27,6 +28,7 @@ class Subject(NamedTuple):
     source: Path  # the teacher's pipeline folder
     dtype: Any  # of the compute
     steps: int  # of the sampler
+    mesh: Mesh
     task: step.Task
     batch: dict[str, np.ndarray]  # moments float32[b, h, w, 2c], input_ids int32[b, l]
     prompts: list[str]
@@ -72,7 +74,7 @@ def subject(name: str, config: ConfigDict, source: Path, *, steps: int) -> Subje
     moments = rng.standard_normal((config.batch_size, size, size, 2 * unet["in_channels"]), np.float32)
     prompts = [f"apple {i}" for i in range(config.batch_size)]
     batch = {"moments": moments, "input_ids": pretrained.tokenize(tokenizer, prompts)}
-    return Subject(name, config, source, dtype, steps, task, batch, prompts)
+    return Subject(name, config, source, dtype, steps, mesh, task, batch, prompts)
 
 
 def prepare(subject: Subject, work: str) -> Prepared:
@@ -132,8 +134,7 @@ def _image(subject: Subject) -> tuple:
 
 def _train(subject: Subject) -> tuple:
     """One optimizer step, with a batch that is on the device."""
-    config, task = subject.config, subject.task
-    mesh, tx = sharding.make_mesh(config.mesh.data, config.mesh.fsdp), step.optimizer(config)
+    config, task, mesh, tx = subject.config, subject.task, subject.mesh, step.optimizer(subject.config)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     like = jax.eval_shape(lambda params: step.init_state(params, tx, bool(config.ema_decay)), task.params)
     shardings = sharding.params(mesh, like)

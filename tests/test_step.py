@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from configs import default
 from flaxkd import sharding
-from flaxkd.step import MEMORY, Health, Task, init_state, judge, learning_rate, make_step, optimizer
+from flaxkd.step import MEMORY, Task, init_state, judge, learning_rate, make_step, optimizer
 
 
 def config(**changes):
@@ -126,7 +126,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(accumulate, ba
 
 
 def test_a_loss_far_above_the_usual_is_a_bad_step():
-    health = Health(jnp.zeros(()), *jnp.zeros((3,), jnp.int32))
+    health = init_state({}, optax.identity(), False).health
     for i in range(MEMORY):  # at first, nothing is usual
         good, health = judge(health, jnp.float32(100.0 if i == 0 else 1.0), jnp.float32(1.0), 20.0)
         assert good
