@@ -56,10 +56,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # The machine.
     config.dtype = placeholder(str)  # of the compute; None: "bfloat16" on accelerators, "float32" on CPU
     config.remat = False  # recompute each block in the backward pass: less memory, a third more compute
-    # of long self-attention: "plain", "blocked", "splash" (TPU) or "cudnn" (GPU); None: what pays on the device
+    # of long self-attention: "plain", "once", "blocked", "splash" (TPU) or "cudnn" (GPU); None: what pays on the device
     config.attention = placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all that are left
-    # A CPU counts as so many devices. 2 on 2 cores trains 1.2 to 1.6 times faster, but XLA's collectives may then wait
+    # A CPU counts as so many devices: 2 on 2 cores may train a little faster. But XLA's collectives may then wait
     # for each other forever (seen once in an hour; NPROC=6 in the environment helps).
     config.cpu_devices = 1
     config.compilation_cache = "~/.cache/flaxkd/jax"  # of compiled programs, so that a restart begins at once

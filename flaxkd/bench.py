@@ -24,7 +24,7 @@ import jax
 from tqdm import tqdm
 
 from flaxkd import against_torch, blank, devices, pretrained, standings, students, workload
-from flaxkd.command import keep_compiled_programs, told
+from flaxkd.command import keep_compiled_programs, keep_memory, told
 from flaxkd.workload import Prepared, Subject
 
 OURS = "flaxkd"
@@ -152,6 +152,7 @@ def main(_=None) -> None:
     config = FLAGS.config
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     keep_compiled_programs()
+    keep_memory()
     rivals = {
         None: [],
         "eager": [against_torch.EAGER],

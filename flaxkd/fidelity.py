@@ -5,7 +5,6 @@ What is measured, and what 0 means: `errors` compares predictions and features o
 puts it together.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -58,7 +57,7 @@ def _stages(unet_config: dict) -> tuple:
     return config.down, config.mid, config.up, config.in_channels, config.cross_attention_dim
 
 
-@functools.partial(jax.jit, static_argnames=("modules", "pairs"))
+@sharding.jit(static_argnames=("modules", "pairs"))
 def compare(modules, params, input_ids, noisy_latents, timesteps, target, pairs) -> dict[str, jax.Array]:
     """Mean squares of each example, {name: float32[b]}: student and teacher on the same noisy latents.
 

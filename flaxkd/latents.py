@@ -41,7 +41,7 @@ def resolution(source: Path) -> int:
     return unet.sample_size * vae.factor
 
 
-@functools.partial(jax.jit, static_argnames="vae")
+@sharding.jit(static_argnames="vae")
 def moments(vae, params, images) -> jax.Array:
     """Moments float[b, h, w, 2c] of pictures uint8[b, H, W, 3], by an autoencoder."""
     return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")

@@ -35,7 +35,8 @@ def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 class Writer:
     """Appends records {"step": int, name: float} to metrics.jsonl and to TensorBoard, and moves the bar.
 
-    On resume at `start`, records of later steps, which that run will write again, are dropped.
+    A value that is not finite, for which JSON has no word, is left out. On resume at `start`, records of later steps,
+    which that run will write again, are dropped.
     workdir: None for one that does nothing, as of every process but the first."""
 
     def __init__(self, workdir: Path | None, start: int, steps: int):
@@ -61,7 +62,8 @@ class Writer:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self.events is None:
             return
-        record = {"step": step} | {name: round_off(value) for name, value in values.items()}
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        record = {"step": step} | {name: round_off(value) for name, value in finite.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in record.items():
@@ -90,5 +92,4 @@ class Writer:
 
 def round_off(value: float) -> float:
     """Seven significant digits, what float32 has."""
-    value = float(value)
-    return float(f"{value:.7g}") if math.isfinite(value) else value
+    return float(f"{value:.7g}")

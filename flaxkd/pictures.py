@@ -120,7 +120,8 @@ def curves(workdir: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         if len(names) > 1 and axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+            below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # or it hides the curves
+            axis.legend(fontsize=7, **(below if title == "feature pairs" else {}))
     save_figure(figure, Path(workdir) / "curves.png")
 
 

@@ -141,6 +141,12 @@ def size(count: float) -> str:
     return "–" if count is None else f"{count / GIB:.2f}"
 
 
+def sent(collectives: dict | None) -> str:
+    if collectives is None:
+        return "not told"
+    return ", ".join(f"{n} {kind} {size(b)}" for kind, (n, b) in collectives.items()) or "–"
+
+
 COLUMNS = {
     "device": lambda r: r["device"],
     "student": lambda r: r["student"] or "none",
@@ -158,9 +164,7 @@ COLUMNS = {
     "there is": lambda r: size(r["memory"]),
     "fits": lambda r: "yes" if r["fits"] else "no",
     "TFLOP an image": lambda r: f"{r['image_flops'] / 1e12:.2f}",
-    "collectives": lambda r: (
-        ", ".join(f"{n} {kind} {size(b)}" for kind, (n, b) in r["collectives"].items()) or "–"
-    ),
+    "collectives": lambda r: sent(r["collectives"]),
     "images/s": lambda r: f"{r['images_per_second']:,.0f}",
     "hours": lambda r: f"{r['hours']:,.1f}",
     "device-hours": lambda r: f"{r['device_hours']:,.0f}",

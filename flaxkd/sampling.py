@@ -4,13 +4,13 @@ Which sampler is a matter of the arrays in a plan (`samplers.plan`), so that tho
 one compiled program.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flaxkd import sharding
 from flaxkd.samplers import PAST, Plan, plan
 
 __all__ = ["Plan", "image_to_latents", "plan", "solve", "text_to_image"]  # who draws needs this module alone
@@ -52,7 +52,7 @@ def solve(
     return latents
 
 
-@functools.partial(jax.jit, static_argnames=("unet", "vae", "text_encoder"))
+@sharding.jit(static_argnames=("unet", "vae", "text_encoder"))
 def text_to_image(
     unet: nn.Module,
     vae: nn.Module,
@@ -97,7 +97,7 @@ def text_to_image(
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("vae",))
+@sharding.jit(static_argnames=("vae",))
 def image_to_latents(vae: nn.Module, params: dict, images: jax.Array) -> jax.Array:
     """Latents float32[b, h, w, 4] of images float32[b, H, W, 3] in [0, 1]: the mean of their posterior, scaled.
 

@@ -159,10 +159,17 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
     def evaluate(params, frozen, batch):
         return task.loss(params, frozen, task.prepare(jax.random.key(0), batch))[1]
 
+    options = sharding.compiler_options(mesh.devices.flat[0].platform)
     train = jax.jit(
         train_step,
         in_shardings=(shardings, frozen, data, everywhere),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
+        compiler_options=options,
     )
-    return train, jax.jit(evaluate, in_shardings=(shardings.params, frozen, data), out_shardings=everywhere)
+    return train, jax.jit(
+        evaluate,
+        in_shardings=(shardings.params, frozen, data),
+        out_shardings=everywhere,
+        compiler_options=options,
+    )

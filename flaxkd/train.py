@@ -33,7 +33,7 @@ from flaxkd import (
     sampling,
     sharding,
 )
-from flaxkd.command import told
+from flaxkd.command import keep_memory, told
 from flaxkd.data import loader, sources
 from flaxkd.step import init_state, make_step, optimizer
 
@@ -368,6 +368,7 @@ def main(_=None) -> None:
     typed = shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]])
     status = 0
     with hosts.together(FLAGS), told(ValueError, OSError, FloatingPointError):
+        keep_memory()
         try:
             run(config, workdir, command=typed)
         except Stopped as stopped:

@@ -112,7 +112,10 @@ def _denoise(subject: Subject) -> tuple:
     unet, params = _unet(subject)
     inputs = jax.device_put(subject.inputs)
     compiled = (
-        jax.jit(lambda params, *inputs: unet.apply({"params": params}, *inputs))
+        jax.jit(
+            lambda params, *inputs: unet.apply({"params": params}, *inputs),
+            compiler_options=sharding.compiler_options(),
+        )
         .lower(params, *inputs)
         .compile()
     )

@@ -135,6 +135,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(plain, command, tmp_path):
     output = finish(command(tmp_path / "nan", **keys), 1)
     assert "the loss of step" in output and "last good checkpoint" in output and "Traceback" not in output
     assert "skipped, 1 so far" in output and "the last 3 steps were skipped" in output
+    assert "NaN" not in (tmp_path / "nan" / "metrics.jsonl").read_text()
 
 
 def test_every_recipe_has_a_workdir_of_its_own():

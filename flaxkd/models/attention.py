@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-LONG = {"cpu": 512**2, "tpu": 1024**2, "gpu": 1024**2}  # n m, from which on a form without q k^T pays
+LONG = {"cpu": 128**2, "tpu": 1024**2, "gpu": 1024**2}  # n m, from which on a form without q k^T pays
+LARGE = 512**2  # n m, from which on q k^T of a whole batch leaves a CPU's cache
 TILE = 512  # tokens of a block of the TPU kernel, at most
 LANES = 128  # that a TPU's registers have: a block is a multiple
 CUDNN_CHANNELS = 128  # of a head, at most, before Hopper
@@ -23,7 +24,7 @@ def choose(platform: str, dtype, n: int, m: int, c: int) -> str:
     if n * m < LONG[platform]:
         return "plain"
     if platform == "cpu":
-        return "blocked"
+        return "once" if n * m < LARGE else "blocked"
     if platform == "tpu":
         return "plain" if n % LANES or m % LANES else "splash"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
@@ -76,7 +77,7 @@ class DotProductAttention:
             return jax.lax.platform_dependent(query, key, value, cpu=forms[0], default=forms[1])
         name = self.name(self.platform, *shape)
         form = FORMS[name] if name in KERNELS else functools.partial(FORMS[name], upcast=upcast)
-        if name == "plain":
+        if name in ("plain", "once"):
             return form(query, key, value)
         batch = PartitionSpec(self.mesh.axis_names)
         sharded = jax.shard_map(form, mesh=self.mesh, in_specs=batch, out_specs=batch, check_vma=False)
@@ -85,6 +86,13 @@ class DotProductAttention:
 
 def plain(query, key, value, upcast: bool = False, mask=None) -> jax.Array:
     return jnp.swapaxes(_attend(*_heads_first(query, key, value, upcast), mask), 1, 2)
+
+
+def once(query, key, value, upcast: bool = False) -> jax.Array:
+    """The whole batch together.
+
+    Measured on 2 cores, 16x256 tokens, 2 heads of 16: forward 1.3 ms and with the backward 5.3, `plain` 2.1 and 9.0."""
+    return jnp.swapaxes(_attend_once(*_heads_first(query, key, value, upcast)), 1, 2)
 
 
 def blocked(query, key, value, upcast: bool = False) -> jax.Array:
@@ -117,7 +125,7 @@ def cudnn(query, key, value) -> jax.Array:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
-FORMS = {"plain": plain, "blocked": blocked, "splash": splash, "cudnn": cudnn}
+FORMS = {"plain": plain, "once": once, "blocked": blocked, "splash": splash, "cudnn": cudnn}
 KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # forms that are written for one platform
 dot_product_attention = DotProductAttention()
 
@@ -161,7 +169,9 @@ def _attend_once_backward(kept, dy):
     weights = jnp.exp((query @ _transpose(key)).astype(jnp.float32) - log_total)
     mean = (dy * y).astype(jnp.float32).sum(-1, keepdims=True)
     dlogits = (weights * ((dy @ _transpose(value)).astype(jnp.float32) - mean)).astype(query.dtype)
-    return dlogits @ key, _transpose(dlogits) @ query, _transpose(weights.astype(dy.dtype)) @ dy
+    # A CPU takes twice as long for A^T B with the larger A = [n, m] as for (B^T A)^T.
+    dkey = _transpose(_transpose(query) @ dlogits)
+    return dlogits @ key, dkey, _transpose(_transpose(dy) @ weights.astype(dy.dtype))
 
 
 def _transpose(x) -> jax.Array:
