@@ -57,5 +57,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_memory_stays_with_the_process_from_step_to_step():
     faults = lambda how: int(subprocess.check_output([sys.executable, "-c", MEMORY, how], text=True))
     assert faults("given back") > 1000
-    # Of ten processes, one or two did not keep so small a program's, for reasons that lie in glibc.
+    # Of ten processes, one or two did not keep the memory of this program, for reasons not found.
     assert any(faults("kept") < 1000 for _ in range(6))
