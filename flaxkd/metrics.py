@@ -62,8 +62,7 @@ class Writer:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self.events is None:
             return
-        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        record = {"step": step} | {name: round_off(value) for name, value in finite.items()}
+        record = {"step": step} | {n: round_off(value) for n, value in values.items() if math.isfinite(value)}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in record.items():
@@ -92,4 +91,4 @@ class Writer:
 
 def round_off(value: float) -> float:
     """Seven significant digits, what float32 has."""
-    return float(f"{value:.7g}")
+    return float(f"{float(value):.7g}")
