@@ -31,6 +31,7 @@ class Lowered(NamedTuple):
     student: dict | None  # its own; None if the teacher itself is trained
     sample_size: int  # rows and columns of the latents
     attention: str  # the form that the longest takes, a name in models.attention.FORMS
+    compiler: str  # what will compile it, and its version
 
 
 class Compiled(NamedTuple):
@@ -76,7 +77,8 @@ def lower(config, target: devices.Target) -> Lowered:
     """The training step of a configuration for the devices of `target`, without a byte of any weight.
 
     Raises ValueError for a configuration that `flaxkd.train` would refuse there."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, topology(target))
+    there = topology(target)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, there)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     dtype = sharding.compute_dtype(config.dtype or "bfloat16")
     with tempfile.TemporaryDirectory() as scratch:
@@ -113,9 +115,9 @@ def lower(config, target: devices.Target) -> Lowered:
             'pip install "flaxkd[plan-gpu]"; --config.attention=plain does without'
         ) from error
     student = task.configs["unet"] if config.student else None
-    return Lowered(
-        program, held, teacher, student, size, longest_attention(config, mesh, teacher, size, dtype)
-    )
+    attention = longest_attention(config, mesh, teacher, size, dtype)
+    compiler = there[0].client.platform_version
+    return Lowered(program, held, teacher, student, size, attention, compiler)
 
 
 def longest_attention(config, mesh, unet: dict, size: int, dtype) -> str:
@@ -157,7 +159,8 @@ OPTIONS = {"tpu": {}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
 def compiled(lowered: Lowered, target: devices.Target) -> Compiled:
     """Compiles, or takes what an earlier compilation of the very same program for the same devices said."""
     text = lowered.program.as_text()
-    key = hashlib.sha256(json.dumps([text, target.name, target.topology, jax.__version__]).encode())
+    versions = [lowered.compiler, jax.__version__]
+    key = hashlib.sha256(json.dumps([text, target.name, target.topology, *versions]).encode())
     kept = sources.cache_home() / "plan" / f"{key.hexdigest()[:24]}.json"
     if kept.is_file():
         return Compiled(**json.loads(kept.read_text()))
@@ -188,7 +191,9 @@ def compiled(lowered: Lowered, target: devices.Target) -> Compiled:
 
 def asked(message: str) -> int | None:
     """Bytes that a TPU program wanted, from the message that says that it does not fit; None for other messages."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    # As libtpu 0.0.42 and 0.0.52 say it of arguments, results and temporaries together, and as older ones do.
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         return None
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
