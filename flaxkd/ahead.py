@@ -48,13 +48,25 @@ class Compiled(NamedTuple):
         return self.temporary is not None
 
 
+# What libtpu wants to know of the TPU that it is on, which is none.
+ELSEWHERE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # else it asks Google Cloud where it is, for minutes
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: without this and the next it complains, and goes on
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it only compiles: another plan, or a training, may run
+}
+
+
 def topology(target: devices.Target) -> list:
     """The devices of a machine that is not here. Raises ValueError if what compiles for it is not installed."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud where it is, for minutes
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles: another plan, or a training, may run
+    for name, value in ELSEWHERE.items():
+        os.environ.setdefault(name, value)
     try:
         if target.platform == "tpu":
-            return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
+            chip = devices.KINDS[target.kind].chip
+            return topologies.get_topology_desc(
+                platform="tpu", topology_name=target.topology, chip_config_name=chip
+            ).devices
         description = devices.GPUS[target.kind].description(target.peak.memory)
         return topologies.get_topology_desc(
             platform="cuda", topology_name="", topology=target.topology, target_config=description

@@ -45,12 +45,13 @@ class Kind(NamedTuple):
     device_kind: str  # a row of PEAKS
     utilisation: float
     source: str
+    chip: str = "default"  # how its compiler is told that both cores of a chip are one device
 
 
 MLPERF = "MLPerf Training v4.1, Stable Diffusion 2, 512 px, cached latents"
 GUESS = "no figure is published for training Stable Diffusion on it: a guess between those of other TPUs"
 KINDS = {
-    "v4": Kind("tpu", "TPU v4", 0.40, GUESS),
+    "v4": Kind("tpu", "TPU v4", 0.40, GUESS, "megacore"),
     "v5e": Kind("tpu", "TPU v5e", 0.40, GUESS),
     "v5p": Kind("tpu", "TPU v5", 0.44, f"{MLPERF}: v5p-16, MaxDiffusion, 86.4 images/s a chip"),
     "v6e": Kind("tpu", "TPU v6e", 0.30, GUESS),
