@@ -83,7 +83,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "red apple",
         "grinning face",
         "blue heart",
-        "flag: France",
+        "flag: Peru",
         "woman firefighter",
         "cat face",
     )

@@ -141,7 +141,7 @@ def picture(result: dict, path: Path) -> None:
             axis.bar_label(
                 drawn, [table.number(row[work]["seconds"], 3) for row in own], fontsize=7, padding=2
             )
-        axis.set_title(f"seconds per {title}" + " (whole batch)" * (work == "image"), fontsize=10)
+        axis.set_title(f"seconds per {'batch of pictures' if work == 'image' else title}", fontsize=10)
         axis.set_yticks(range(len(models)), models)
         axis.margins(x=0.18)
         axis.tick_params(labelsize=8)
