@@ -73,11 +73,11 @@ def sizes(reference: Candidate, resolution: int | None) -> tuple[tuple[int, int,
 
 def load(model: Candidate, dtype, mesh) -> Candidate:
     """The model with modules, tokenizer, and weights on every device of the mesh."""
-    pipeline = Pipeline.from_pretrained(model.model, dtype)
+    pipeline = Pipeline.from_pretrained(model.model, dtype, mesh)
     return model._replace(
         modules=pipeline.modules,
         fingerprint=gallery.fingerprint(pipeline.params),
-        params=jax.device_put(pipeline.params, sharding.replicated(mesh)),
+        params=pipeline.params,
         tokenizer=pipeline.tokenizer,
     )
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from flaxkd import export, pretrained, samplers, sampling, sharding
+from flaxkd.models.attention import DotProductAttention
 
 Picture = Image.Image | str | os.PathLike
 
@@ -31,23 +32,26 @@ class Pipeline:
     """What is needed to draw: `from_pretrained` reads it, a call draws.
 
     name: for people. modules, params: {part: module}, {part: nested dict of arrays} of unet, vae and text_encoder.
-    tokenizer: its CLIPTokenizer. scheduler_config: its scheduler_config.json."""
+    tokenizer: its CLIPTokenizer. scheduler_config: its scheduler_config.json. mesh: the devices that draw."""
 
     name: str
     modules: dict[str, Any]
     params: dict[str, dict]
     tokenizer: Any
     scheduler_config: dict
+    mesh: jax.sharding.Mesh
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike | None = None, dtype=None) -> "Pipeline":
+    def from_pretrained(cls, model: str | os.PathLike | None = None, dtype=None, mesh=None) -> "Pipeline":
         """Reads a pipeline folder of diffusers, a hub id (owner/name), or the workdir of a training.
 
         model: None is the embedded teacher. A workdir draws with what it exported (`diffusers/`), or while it has
         not, with its newest checkpoint. dtype: of parameters and compute; None is bfloat16 on an accelerator and
-        float32 on a CPU. Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model,
-        or if it draws with more than a caption (SDXL, inpainting)."""
+        float32 on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`.
+        Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it draws with
+        more than a caption (SDXL, inpainting)."""
         dtype = sharding.compute_dtype(dtype)
+        mesh = mesh or sharding.local_mesh()
         folder, trained, name = locate(model)
         configs = {part: pretrained.read_config(folder, part) for part in pretrained.MODELS} | trained
         _check(folder, configs)
@@ -63,7 +67,9 @@ class Pipeline:
                 params[part] = jax.tree.map(lambda x: np.asarray(x, dtype), restored[part])
             else:
                 modules[part], params[part] = pretrained.load(folder, part, dtype)
-        return cls(name, modules, jax.device_put(params), tokenizer, scheduler_config)
+        modules["unet"] = modules["unet"].clone(attend=DotProductAttention(mesh))
+        params = jax.device_put(params, sharding.replicated(mesh))
+        return cls(name, modules, params, tokenizer, scheduler_config, mesh)
 
     def __call__(
         self,
@@ -92,7 +98,7 @@ class Pipeline:
         the negative prompt to the prompt, 1 is none. height, width: None for those the model was trained at.
         image: picture or its path, one for all or one each, from which to begin: scaled and cropped to the size.
         strength: of its change, in (0, 1], None is 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of
-        those of the seeds. batch_size: pictures at a time. progress: a bar on stderr.
+        those of the seeds. batch_size: pictures at a time, at least one on each device. progress: a bar on stderr.
 
         Raises ValueError or FileNotFoundError before any compute, with the numbers and the remedy, and
         FloatingPointError if the model gives no numbers in its dtype."""
@@ -125,21 +131,24 @@ class Pipeline:
         input_ids = pretrained.tokenize(self.tokenizer, prompts)
         negative_ids = pretrained.tokenize(self.tokenizer, negatives)
         pictures = []
-        batch_size = min(batch_size, n)
+        batch_size = -(-min(batch_size, n) // self.mesh.size) * self.mesh.size
+        put = lambda x: jax.device_put(x, sharding.batch(self.mesh))
         for i in tqdm(range(0, n, batch_size), desc="drawing", unit="batch", disable=not progress):
             rows = np.arange(i, i + batch_size).clip(max=n - 1)  # the last batch is filled up: one program
             first, between = zip(*(_noise(seed + j, shape, plan) for j in rows), strict=True)
             drawn = sampling.text_to_image(
                 **self.modules,
                 params=self.params,
-                input_ids=input_ids[rows],
-                negative_ids=negative_ids[rows],
-                latents=np.stack(first) if latents is None else np.asarray(latents, np.float32)[rows],
+                input_ids=put(input_ids[rows]),
+                negative_ids=put(negative_ids[rows]),
+                latents=put(np.stack(first) if latents is None else np.asarray(latents, np.float32)[rows]),
                 plan=plan,
                 guidance=float(guidance_scale),  # an int would compile another program
                 image_latents=None
                 if image is None
-                else sampling.image_to_latents(vae, self.params["vae"], np.stack([image[j] for j in rows])),
+                else sampling.image_to_latents(
+                    vae, self.params["vae"], put(np.stack([image[j] for j in rows]))
+                ),
                 noise=None if plan.noise is None else np.stack(between, axis=1),
             )
             drawn = np.asarray(drawn)

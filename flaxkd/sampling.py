@@ -79,15 +79,19 @@ def text_to_image(
     ignores `negative_ids`. image_latents: float32[b, h, w, 4] of `image_to_latents`, from which a plan with a
     strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073). noise: float32[steps, b, h, w, 4] as in `solve`.
     """
-    ids = jnp.concatenate([negative_ids, input_ids])
+    # One call on a doubled batch, the two of a picture side by side: where the batch is split over devices, each then
+    # has its own, and nothing is sent.
+    pairs = lambda negative, positive: jnp.stack([negative, positive], 1).reshape(-1, *positive.shape[1:])
+    ids = pairs(negative_ids, input_ids)
     encoder_hidden_states = text_encoder.apply({"params": params["text_encoder"]}, ids)
 
     def guided(latents, timestep):
-        both = jnp.concatenate([latents, latents])  # one call on a doubled batch
+        both = pairs(latents, latents)
         noise_pred = unet.apply(
             {"params": params["unet"]}, both, jnp.full(len(both), timestep), encoder_hidden_states
         )
-        negative, positive = jnp.split(noise_pred.astype(jnp.float32), 2)
+        noise_pred = noise_pred.astype(jnp.float32).reshape(-1, 2, *latents.shape[1:])
+        negative, positive = noise_pred[:, 0], noise_pred[:, 1]
         return negative + guidance * (positive - negative)
 
     of_data, of_noise = plan.start

@@ -100,6 +100,11 @@ def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
 
 
+def fill(x: np.ndarray, each: int, mesh: Mesh) -> np.ndarray:
+    """As many rows as make `each` for every device: the first ones, or all and then the same again."""
+    return np.resize(x, (each * mesh.size, *x.shape[1:]))
+
+
 def put_rows(tree, mesh: Mesh, batch_size: int):
     """The global batch on the devices, from the `rows` that each process has of it: numpy arrays [n, ...]."""
     mine = rows(mesh, batch_size)

@@ -110,13 +110,30 @@ def judge(health: Health, loss, grad_norm, spike: float | None) -> tuple[jax.Arr
     return good, Health(usual, health.good + good, health.skipped + ~good, in_a_row)
 
 
+def mean(function: Callable, inputs, parts: int):
+    """What `function` gives for a batch, where it gives means over its examples: of `parts` of it, one after another.
+
+    inputs: a tree of [b, ...], b a multiple of `parts` times the devices. It takes the memory of one part."""
+    if parts == 1:
+        return function(inputs)
+    # Every part takes examples from all devices: the batch axis is split from within.
+    split = lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None)
+    inputs = jax.tree.map(split, inputs)
+    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    total, _ = jax.lax.scan(add, zeros, inputs)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
 def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Callable]:
     """(train_step, evaluate), both compiled once.
 
     train_step(state, frozen, batch, key) -> (state, metrics): one update, or none if `judge` says so; `state` is
     donated. All randomness is fold_in(key, step), and the key an argument, so that another seed is not another program
     to compile.
-    evaluate(params, frozen, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call.
+    evaluate(params, frozen, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call. It holds
+    no more examples at a time than a training step, so that what fits for one fits for the other.
     """
     schedule = learning_rate(config)
     shardings = sharding.params(mesh, state)
@@ -129,19 +146,7 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
 
     def train_step(state: State, frozen, batch, key):
         inputs = task.prepare(jax.random.fold_in(key, state.step), batch)
-        if config.accumulate == 1:
-            grads, metrics = gradients(state.params, frozen, inputs)
-        else:
-            # Every micro-batch takes examples from all devices: the batch axis is split from within.
-            split = lambda x: jnp.swapaxes(x.reshape(-1, config.accumulate, *x.shape[1:]), 0, 1)
-            add = lambda total, inputs: (
-                jax.tree.map(jnp.add, total, gradients(state.params, frozen, inputs)), None
-            )  # fmt: skip
-            inputs = jax.tree.map(split, inputs)
-            first = jax.eval_shape(gradients, state.params, frozen, jax.tree.map(lambda x: x[0], inputs))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-            total, _ = jax.lax.scan(add, zeros, inputs)
-            grads, metrics = jax.tree.map(lambda x: x / config.accumulate, total)
+        grads, metrics = mean(lambda x: gradients(state.params, frozen, x), inputs, config.accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -157,7 +162,11 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
         return State(state.step + 1, *kept, health), metrics
 
     def evaluate(params, frozen, batch):
-        return task.loss(params, frozen, task.prepare(jax.random.key(0), batch))[1]
+        inputs = task.prepare(jax.random.key(0), batch)
+        examples = len(jax.tree.leaves(inputs)[0]) // mesh.size  # on a device
+        fitting = config.batch_size // config.accumulate // mesh.size
+        parts = next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= fitting)
+        return mean(lambda x: task.loss(params, frozen, x)[1], inputs, parts)
 
     options = sharding.compiler_options(mesh.devices.flat[0].platform)
     train = jax.jit(

@@ -35,6 +35,7 @@ from flaxkd import (
 )
 from flaxkd.command import keep_memory, told
 from flaxkd.data import loader, sources
+from flaxkd.models.attention import DotProductAttention
 from flaxkd.step import init_state, make_step, optimizer
 
 
@@ -103,7 +104,7 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         batches = loader.batches(caches[0], config.batch_size, config.seed, **options)
         validation = loader.examples(caches[1], config.validation.examples)
         validation = {name: validation[name] for name in ("moments", "input_ids")}
-    validation = {name: x[: len(x) // mesh.size * mesh.size] for name, x in validation.items()}
+    validation = {name: sharding.fill(x, len(x) // mesh.size or 1, mesh) for name, x in validation.items()}
     validation = sharding.put(validation, sharding.batch(mesh))
 
     # -- State: the newest checkpoint, or the beginning --------------------------------------------------------------
@@ -252,7 +253,8 @@ def drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut) -> Call
     if tuple(config.train) == ("vae",):
         return lambda params, path: None
     vae, vae_params = pretrained.load(source, "vae", dtype)
-    unet = pretrained.build("unet", task.configs["unet"], dtype)
+    attend = DotProductAttention(mesh, config.attention)
+    unet = pretrained.build("unet", task.configs["unet"], dtype, attend=attend)
     text_encoder = pretrained.build("text_encoder", pretrained.read_config(source, "text_encoder"), dtype)
     vae_params = sharding.put(vae_params, sharding.replicated(mesh))
     prompts = list(config.sample.prompts)
@@ -263,17 +265,21 @@ def drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut) -> Call
     noise = np.random.default_rng(config.seed).standard_normal((len(prompts), size, size, 4), np.float32)
     ids = pretrained.tokenize(tokenizer, prompts)
     empty = pretrained.tokenize(tokenizer, [""] * len(prompts))
+    # Every device draws some, or at full size the pictures would take more memory than training.
+    each = -(-len(prompts) // mesh.size)
+    given = [sharding.fill(x, each, mesh) for x in (noise, ids, empty)]
+    noise, ids, empty = sharding.put(given, sharding.batch(mesh))
 
     def images(module, unet_params, text_params) -> np.ndarray:
         params = {"unet": unet_params, "vae": vae_params, "text_encoder": text_params}
         drawn = sampling.text_to_image(
             module, vae, text_encoder, params, ids, empty, noise, plan, config.sample.guidance
         )
-        return np.round(sharding.whole(drawn, mesh) * 255).astype(np.uint8)
+        return np.round(sharding.whole(drawn, mesh)[: len(prompts)] * 255).astype(np.uint8)
 
     before = {}
     if config.student:
-        teacher = pretrained.build("unet", pretrained.read_config(source, "unet"), dtype)
+        teacher = pretrained.build("unet", pretrained.read_config(source, "unet"), dtype, attend=attend)
         text = frozen.get("text_encoder", as_cut.get("text_encoder"))
         before["teacher"] = images(teacher, frozen["teacher"], text)
         before["student as cut"] = images(unet, as_cut["unet"], text)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxkd import distill, pretrained, sharding, step
+from flaxkd.models.attention import DotProductAttention
 from flaxkd.pipeline import Pipeline
 
 WORKS = ("denoise", "image", "train")
@@ -103,14 +104,16 @@ def facts(compiled: jax.stages.Compiled | None) -> tuple[float | None, int | Non
 
 
 def _unet(subject: Subject) -> tuple:
-    """(module, params on the device) as one draws with them."""
+    """(module, params on all devices) as one draws with them."""
     params = jax.tree.map(lambda x: np.asarray(x, subject.dtype), subject.task.params["unet"])
-    return pretrained.build("unet", subject.unet_config, subject.dtype), jax.device_put(params)
+    attend = DotProductAttention(subject.mesh)
+    unet = pretrained.build("unet", subject.unet_config, subject.dtype, attend=attend)
+    return unet, jax.device_put(params, sharding.replicated(subject.mesh))
 
 
 def _denoise(subject: Subject) -> tuple:
     unet, params = _unet(subject)
-    inputs = jax.device_put(subject.inputs)
+    inputs = jax.device_put(subject.inputs, sharding.batch(subject.mesh))
     compiled = (
         jax.jit(
             lambda params, *inputs: unet.apply({"params": params}, *inputs),
@@ -125,7 +128,7 @@ def _denoise(subject: Subject) -> tuple:
 def _image(subject: Subject) -> tuple:
     """Pictures of the prompts, from the text to the pixels, as `Pipeline` draws them."""
     unet, params = _unet(subject)
-    whole = Pipeline.from_pretrained(subject.source, subject.dtype)
+    whole = Pipeline.from_pretrained(subject.source, subject.dtype, subject.mesh)
     pipeline = dataclasses.replace(
         whole, modules=whole.modules | {"unet": unet}, params=whole.params | {"unet": params}
     )

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from convert import from_diffusers
-from flaxkd import generate
+from flaxkd import ahead, generate, sampling, sharding
 from flaxkd.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +68,24 @@ def test_a_picture_knows_what_it_was_drawn_from(drawn, tiny_pipeline):
         "height": "32",
         "model": str(tiny_pipeline),
     }
+
+
+def test_devices_share_the_pictures_and_send_each_other_nothing(pipeline, drawn, tiny_pipeline, monkeypatch):
+    one = Pipeline.from_pretrained(tiny_pipeline, mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
+    assert pipeline.mesh.size == jax.device_count() > 1
+    assert all(levels(a, b) <= 1 for a, b in zip(drawn, one(BOTH, seed=3, **FEW), strict=True))
+
+    modules = ("unet", "vae", "text_encoder")
+    program = jax.jit(sampling.text_to_image.__wrapped__, static_argnames=modules)
+
+    def sent(**arguments):
+        found.append(ahead.collectives(program.lower(**arguments).compile().as_text()))
+        return np.zeros((jax.device_count(), 32, 32, 3))
+
+    found = []
+    monkeypatch.setattr("flaxkd.sampling.text_to_image", sent)
+    pipeline(BOTH, **FEW)
+    assert found == [{}]
 
 
 def test_a_picture_depends_on_its_own_seed_alone(pipeline, drawn):

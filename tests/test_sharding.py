@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flaxkd import sharding
@@ -59,3 +61,10 @@ def test_memory_stays_with_the_process_from_step_to_step():
     assert faults("given back") > 1000
     # Of ten processes, one or two did not keep the memory of this program, for reasons not found.
     assert any(faults("kept") < 1000 for _ in range(6))
+
+
+@pytest.mark.parametrize(("rows", "each", "found"), [(3, 1, [0, 1, 2, 0]), (9, 2, [*range(8)]), (4, 1, [0, 1, 2, 3])])
+def test_every_device_gets_as_many_rows(rows, each, found):
+    mesh = sharding.make_mesh(-1, 1, jax.devices()[:4])
+    x = np.arange(2 * rows).reshape(rows, 2)
+    np.testing.assert_array_equal(sharding.fill(x, each, mesh), x[found])

@@ -150,6 +150,24 @@ def test_accumulation_equals_the_whole_batch(accumulate):
         np.testing.assert_allclose(m["loss"], n["loss"], rtol=1e-5)
 
 
+def test_validation_holds_no_more_examples_at_a_time_than_a_step():
+    sizes, task = [], linear_task()
+
+    def loss(params, frozen, x):
+        sizes.append(len(x))
+        return task.loss(params, frozen, x)
+
+    x = np.random.default_rng(1).standard_normal((24, 4)).astype(np.float32)
+    whole = task.loss(task.params, task.frozen, task.prepare(jax.random.key(0), {"x": x}))[0]
+    for on, accumulate, most in [(mesh(), 1, 8), (mesh(), 2, 4), (mesh(4), 1, 8), (mesh(2), 3, 2)]:
+        c = config(accumulate=accumulate, batch_size=8 if accumulate < 3 else 6)
+        state = jax.eval_shape(lambda c=c: init_state(task.params, optimizer(c), False))
+        evaluate = make_step(task._replace(loss=loss), c, optimizer(c), on, state)[1]
+        del sizes[:]
+        np.testing.assert_allclose(evaluate(task.params, task.frozen, {"x": x})["loss"], whole, rtol=1e-6)
+        assert set(sizes) == {most}
+
+
 def test_clipping_bounds_the_update():
     task = linear_task()
     params = train(task, config(max_grad_norm=0.01))[1][0][0]
