@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,37 +169,38 @@ def _bytes(tree, shardings) -> int:
 OPTIONS = {"tpu": {}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
-def compiled(lowered: Lowered, target: devices.Target) -> Compiled:
-    """Compiles, or takes what an earlier compilation of the very same program for the same devices said."""
-    text = lowered.program.as_text()
-    versions = [lowered.compiler, jax.__version__]
-    key = hashlib.sha256(json.dumps([text, target.name, target.topology, *versions]).encode())
-    kept = sources.cache_home() / "plan" / f"{key.hexdigest()[:24]}.json"
-    if kept.is_file():
-        return Compiled(**json.loads(kept.read_text()))
+def kept(make: Callable, config, lowered: Lowered, target: devices.Target) -> Compiled:
+    """make(config, lowered, target), or what it said before of the very same program for the same devices."""
+    versions = [make.__name__, lowered.compiler, jax.__version__]
+    text = json.dumps([lowered.program.as_text(), target.name, target.topology, *versions])
+    file = sources.cache_home() / "plan" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    if file.is_file():
+        return Compiled(**json.loads(file.read_text()))
+    result = make(config, lowered, target)
+    with contextlib.suppress(OSError):  # a full disk costs the next plan its time, and nothing else
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result._asdict()))
+    return result
+
+
+def whole(config, lowered: Lowered, target: devices.Target) -> Compiled:
+    """Compiles to the end, machine code included."""
     begin = time.perf_counter()
     try:
         made = lowered.program.compile(OPTIONS[target.platform])
     except jax.errors.JaxRuntimeError as error:
         if (needed := asked(str(error))) is None:
             raise
-        result = Compiled(needed, None, None, {}, time.perf_counter() - begin)
-    else:
-        memory, cost = made.memory_analysis(), made.cost_analysis() or {}
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        needed += (
-            memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
-        )
-        try:
-            sent = collectives(made.as_text())
-        except jax.errors.JaxRuntimeError:  # a libtpu may write what this jaxlib cannot read; met on v5p
-            sent = None
-        seconds = time.perf_counter() - begin
-        result = Compiled(needed, memory.temp_size_in_bytes, cost.get("flops"), sent, seconds)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError):  # a full disk costs the next plan its time, and nothing else
-        kept.write_text(json.dumps(result._asdict()))
-    return result
+        return Compiled(needed, None, None, {}, time.perf_counter() - begin)
+    memory, cost = made.memory_analysis(), made.cost_analysis() or {}
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    try:
+        sent = collectives(made.as_text())
+    except jax.errors.JaxRuntimeError:  # a libtpu that this jaxlib was not made for may write what it cannot read
+        sent = None
+    seconds = time.perf_counter() - begin
+    return Compiled(needed, memory.temp_size_in_bytes, cost.get("flops"), sent, seconds)
 
 
 def asked(message: str) -> int | None:

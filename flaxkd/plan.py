@@ -3,10 +3,11 @@
     python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:4x8 --device a100-80x8
     python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:2x2 --config.batch_size=32 --largest
 
-Compiles the very step that `flaxkd.train` would run, for the TPU topology or the GPUs named, on this machine's CPU:
-minutes at full size, and kept, so that asking again costs nothing. Bytes are the compiler's own; the speed is an
-estimate, from the least FLOPs of the step and the share of a device's peak that others have published. --largest looks
-for the largest batch per device that fits, and for what would make twice that fit. Needs `pip install "flaxkd[plan]"`.
+Compiles the very step that `flaxkd.train` would run, for the TPU topology or the GPUs named, on this machine's CPU, as
+far as it takes to know its bytes: a minute or two at full size, and kept, so that asking again costs nothing. The speed
+is an estimate, from the least FLOPs of the step and the share of a device's peak that others have published. --largest
+looks for the largest batch per device that fits, and for what would make twice that fit. --whole compiles for a TPU to
+the end, up to an hour, for the bytes of the machine code. Needs `pip install "flaxkd[plan]"`.
 """
 
 import json
@@ -18,27 +19,28 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from flaxkd import ahead, devices, students
+from flaxkd import ahead, devices, early, students
 from flaxkd.command import told
 
 GIB = 2**30
 SPARE = 0.93  # of a GPU's memory: the rest is for its context, cuDNN and NCCL
-USABLE = 0.984  # of a TPU's: libtpu says 15.75 of a v5e's 16 GiB. Whether a step fits, its compiler decides
+USABLE = 0.984  # of a TPU's: libtpu says 15.75 of a v5e's 16 GiB
+CODE = GIB  # set aside for a TPU's program, where it is not compiled to its end. Of those that were, 0.85 at most
 ATTEMPTS = 5  # compilations of a search
 # What saves memory, in the order in which to try it; the attention that pays on the device is the default.
 KNOBS = ({"attention": None}, {"remat": True}, {"fsdp": True}, {"remat": True, "fsdp": True})
 
 
-def row(config, target: devices.Target) -> dict:
+def row(config, target: devices.Target, whole: bool = False) -> dict:
     """What the configuration's training step needs on one device of `target`, and how fast it may be: see COLUMNS.
 
     Raises ValueError for a configuration that cannot run there, or if nothing here compiles for it."""
     with told_while(f"{target.name}, {config.batch_size // target.count} images a device: tracing"):
         lowered = ahead.lower(config, target)
     with told_while(f"{target.name}, {config.batch_size // target.count} images a device: compiling"):
-        compiled = ahead.compiled(lowered, target)
-    memory = target.peak.memory
-    fits = compiled.fits and (target.platform == "tpu" or compiled.needed <= SPARE * memory)
+        make = ahead.whole if whole or target.platform == "gpu" else early.assigned
+        compiled = ahead.kept(make, config, lowered, target)
+    fits = compiled.fits and compiled.needed <= room(target, make is ahead.whole)
     flops = image_flops(lowered, config.remat)
     kind = devices.KINDS[target.kind]
     rate = target.count * target.peak.flops_per_second * kind.utilisation / flops
@@ -56,7 +58,8 @@ def row(config, target: devices.Target) -> dict:
         "held": lowered.held,
         "temporary": compiled.temporary,
         "needed": compiled.needed,
-        "memory": memory,
+        "memory": target.peak.memory,
+        "whole": make is ahead.whole,
         "fits": bool(fits),
         "step_flops": compiled.flops,
         "image_flops": flops,
@@ -68,6 +71,13 @@ def row(config, target: devices.Target) -> dict:
         "source": kind.source,
         "compile_seconds": compiled.seconds,
     }
+
+
+def room(target: devices.Target, whole: bool = False) -> float:
+    """Bytes of a device that a step may need. whole: as `ahead.whole` says it, machine code included."""
+    if target.platform == "gpu":
+        return SPARE * target.peak.memory
+    return USABLE * target.peak.memory - (0 if whole else CODE)
 
 
 def image_flops(lowered: ahead.Lowered, remat: bool) -> float:
@@ -105,14 +115,13 @@ def largest(config, target: devices.Target) -> list[dict]:
 
 def predicted(seen: dict[int, dict], target: devices.Target) -> int:
     """The number of images at which the memory ends, by a line through what has been compiled."""
-    room = target.peak.memory * (SPARE if target.platform == "gpu" else USABLE)
     points = sorted((n, r["needed"]) for n, r in seen.items())
     if len(points) == 1:
         held = seen[points[0][0]]["held"]
         points.insert(0, (0, sum(held.values()) + held["parameters"]))  # and the gradients
     (a, at_a), (b, at_b) = points[-2:]
     slope = max((at_b - at_a) / (b - a), 1)
-    return int(b + (room - at_b) / slope)
+    return int(b + (room(target) - at_b) / slope)
 
 
 def next_size(config, target: devices.Target, images: int) -> list[dict]:
@@ -179,6 +188,8 @@ def markdown(rows: list[dict]) -> str:
         "",
         "Sizes are GiB on one device, by the compiler; `needed` of what does not fit is what it asked for.",
     ]
+    if not all(r["whole"] for r in rows):
+        lines += ["Of TPUs it is without the machine code, for which 1 GiB is set aside."]
     lines += [
         "images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"
     ]
@@ -215,7 +226,7 @@ def main(_=None) -> None:
         targets = [devices.target(name) for name in FLAGS.device]
         for target in targets:
             if not FLAGS.largest:
-                rows.append(row(config, target))
+                rows.append(row(config, target, FLAGS.whole))
                 continue
             found = largest(config, target)
             rows += found
@@ -240,6 +251,7 @@ if __name__ == "__main__":
         "device", None, "TPU topology (v5e:4x8) or GPUs (a100-80x8); may be given repeatedly"
     )
     flags.DEFINE_bool("largest", False, "Also look for the largest batch per device that fits")
+    flags.DEFINE_bool("whole", False, "Compile for a TPU to the end")
     flags.DEFINE_string("out", "plan", "Folder of the result")
     flags.mark_flags_as_required(["config", "device"])
     FLAGS = flags.FLAGS

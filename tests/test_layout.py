@@ -21,6 +21,7 @@ ORDER = (
     ("flaxkd.pipeline",),
     ("flaxkd.gallery", "flaxkd.fidelity", "flaxkd.protocol", "flaxkd.table"),  # of an evaluation
     ("flaxkd.workload", "flaxkd.candidate", "flaxkd.ahead"),
+    ("flaxkd.early",),
     ("flaxkd.against_torch", "flaxkd.standings"),  # of a benchmark
     ("flaxkd.spread",),  # of an ablation
     ("flaxkd.train", "flaxkd.cache", "flaxkd.evaluate", "flaxkd.generate"),  # commands
