@@ -64,9 +64,11 @@ def topology(target: devices.Target) -> list:
         os.environ.setdefault(name, value)
     try:
         if target.platform == "tpu":
-            chip = devices.KINDS[target.kind].chip
             return topologies.get_topology_desc(
-                platform="tpu", topology_name=target.topology, chip_config_name=chip
+                platform="tpu",
+                topology_name=target.topology,
+                chip_config_name=devices.KINDS[target.kind].chip,
+                chips_per_host_bounds=(1, 1, 1) if target.count == 1 else (2, 2, 1),
             ).devices
         description = devices.GPUS[target.kind].description(target.peak.memory)
         return topologies.get_topology_desc(
@@ -76,7 +78,7 @@ def topology(target: devices.Target) -> list:
         extra = "plan" if target.platform == "tpu" else "plan-gpu"
         raise ValueError(
             f"cannot compile for {target.name}: {str(error).splitlines()[0]}\n"
-            f'what compiles for it comes with: pip install "flaxkd[{extra}]"'
+            f'Is there such a machine? What compiles for it comes with: pip install "flaxkd[{extra}]"'
         ) from error
 
 
