@@ -10,6 +10,7 @@ command goes on where it stopped, on any number of hosts: see docs/laion_art.md.
 """
 
 import argparse
+import shlex
 import sys
 import time
 
@@ -78,12 +79,11 @@ def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
     for kind, note in (("filtered", ""), ("skipped", ", listed in skipped.jsonl")):
         for reason, count in sorted(made[kind].items(), key=lambda entry: -entry[1]):
             print(f"  {kind} {count:,}: {reason}{note}")
-    config = f"configs/small.py:sd15 --config.teacher={args.teacher}" if args.teacher else "configs/small.py"
-    print(
-        f"\nnext: a training with this teacher, e.g.\n  python -m flaxkd.train --config {config} "
-        f"--config.data.source={args.out} --config.data.resolution={recipe.resolution} "
-        f"--config.data.random_flip={recipe.flip}"
-    )
+    flags = ["configs/small.py:sd15", f"--config.teacher={args.teacher}"] if args.teacher else ["configs/small.py"]
+    flags += [f"--config.data.source={args.out}", f"--config.data.resolution={recipe.resolution}"]
+    flags += [f"--config.data.random_flip={recipe.flip}"]
+    typed = shlex.join(["python", "-m", "flaxkd.train", "--config", *flags])
+    print(f"\nnext: a training with this teacher, e.g.\n  {typed}")
 
 
 def bench(folder: str, batch_size: int, seconds: float) -> float:

@@ -352,11 +352,11 @@ def conclude(config, workdir: Path, out: Path, figures: dict[str, float], second
     for name, what in made.items():
         if (workdir / name).exists():
             print(f"  {workdir / name}  {what}")
+    here, prompt = shlex.quote(str(workdir)), shlex.quote(config.sample.prompts[0])
     print(
         f"\nnext: look at {workdir / 'samples.png'}, then\n"
-        f"  python -m flaxkd.generate --model {workdir} --guidance {config.sample.guidance} "
-        f"--prompt '{config.sample.prompts[0]}'\n"
-        f"  python -m flaxkd.report --workdir {workdir}"
+        f"  python -m flaxkd.generate --model {here} --guidance {config.sample.guidance} --prompt {prompt}\n"
+        f"  python -m flaxkd.report --workdir {here}"
     )
 
 
