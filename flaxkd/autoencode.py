@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flaxkd import pretrained
+from flaxkd import latents, pretrained
 from flaxkd.models.vae import sample_latents
 from flaxkd.step import Task
 
@@ -56,6 +56,5 @@ def scaling_factor(source, params: dict, images) -> float:
 
     source: the pipeline folder with the autoencoder's configuration; params: its trained parameters."""
     vae = pretrained.build("vae", pretrained.read_config(source, "vae"))
-    encode = jax.jit(lambda params, x: vae.apply({"params": params}, x, method="encode"))
-    mean, _ = jnp.split(encode(params, images.astype(jnp.float32) / 127.5 - 1), 2, axis=-1)
+    mean, _ = jnp.split(latents.moments(vae, params, images), 2, axis=-1)
     return round(float(1 / jnp.std(mean)), 5)
