@@ -356,8 +356,9 @@ def conclude(config, workdir: Path, out: Path, figures: dict[str, float], second
         if (workdir / name).exists():
             print(f"  {workdir / name}  {what}")
     here, prompt = shlex.quote(str(workdir)), shlex.quote(config.sample.prompts[0])
+    sheet = workdir / ("samples.png" if (workdir / "samples.png").exists() else "curves.png")
     print(
-        f"\nnext: look at {workdir / 'samples.png'}, then\n"
+        f"\nnext: look at {sheet}, then\n"
         f"  python -m flaxkd.generate --model {here} --guidance {config.sample.guidance} --prompt {prompt}\n"
         f"  python -m flaxkd.report --workdir {here}"
     )

@@ -3,6 +3,7 @@
 Every run is a process of its own, since a kill needs one.
 """
 
+import json
 import os
 import re
 import shutil
@@ -136,6 +137,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(plain, command, tmp_path):
     assert "the loss of step" in output and "last good checkpoint" in output and "Traceback" not in output
     assert "skipped, 1 so far" in output and "the last 3 steps were skipped" in output
     assert "NaN" not in (tmp_path / "nan" / "metrics.jsonl").read_text()
+
+
+def test_an_autoencoder_is_trained_on_pixels(plain, command, tmp_path):
+    workdir = tmp_path / "vae"
+    output = finish(command(workdir, **plain, train="('vae',)", **{"validation.examples": 8}))
+    before, *_, after = (r["validation/psnr"] for r in records(workdir) if "validation/psnr" in r)
+    assert after > before and "curves.png, then" in output and not (workdir / "samples.png").exists()
+    read = lambda folder: json.loads((folder / "vae" / "config.json").read_text())
+    trained, untrained = read(workdir / "diffusers"), read(plain["teacher"])
+    assert trained.pop("scaling_factor") > 0 and trained == untrained  # which has none of its own
 
 
 def test_every_recipe_has_a_workdir_of_its_own():
