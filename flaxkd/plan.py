@@ -189,7 +189,7 @@ def markdown(rows: list[dict]) -> str:
         "Sizes are GiB on one device, by the compiler; `needed` of what does not fit is what it asked for.",
     ]
     if not all(r["whole"] for r in rows):
-        lines += ["Of TPUs it is without the machine code, for which 1 GiB is set aside."]
+        lines += ["For a TPU, `needed` is without the machine code, for which 1 GiB is set aside."]
     lines += [
         "images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"
     ]
