@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # The machine.
     config.dtype = placeholder(str)  # of the compute; None: "bfloat16" on accelerators, "float32" on CPU
-    config.remat = False  # recompute each block in the backward pass: less memory, a third more compute
+    config.remat = False  # recompute blocks in the backward pass: less memory, a third more compute of what is trained
     # of long self-attention: "plain", "once", "blocked", "splash" (TPU) or "cudnn" (GPU); None: what pays on the device
     config.attention = placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all that are left

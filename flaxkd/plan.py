@@ -189,7 +189,7 @@ def markdown(rows: list[dict]) -> str:
         "Sizes are GiB on one device, by the compiler; `needed` of what does not fit is what it asked for.",
     ]
     if not all(r["whole"] for r in rows):
-        lines += ["For a TPU, `needed` is without the machine code, for which 1 GiB is set aside."]
+        lines += [f"For a TPU, `needed` is without the machine code, for which {CODE / GIB:.0f} GiB is set aside."]
     lines += [
         "images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"
     ]
@@ -223,6 +223,8 @@ def main(_=None) -> None:
     config, begin = FLAGS.config, time.time()
     rows = []
     with told(ValueError, FileNotFoundError):
+        if FLAGS.largest and FLAGS.whole:
+            raise ValueError("--largest compiles several steps, which takes hours with --whole: leave one out")
         targets = [devices.target(name) for name in FLAGS.device]
         for target in targets:
             if not FLAGS.largest:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flaxkd import pictures, table
 
-WORKS = {"denoise": "denoising step", "image": "picture", "train": "training step"}
+WORKS = {"denoise": "denoising step", "image": "batch of pictures", "train": "training step"}
 
 
 def derive(rows: list[dict], batch_size: int, peak: float | None) -> list[dict]:
@@ -53,10 +53,8 @@ def markdown(result: dict) -> str:
 def times(rows: list[dict]) -> str:
     """Seconds are medians; images/s are of drawing whole pictures, and of training."""
     several = len({row["by"] for row in rows}) > 1
-    cells = [
-        ["by"] * several
-        + ["s / denoising step", "s / batch of pictures", "images/s", "s / training step", "images/s"]
-    ]
+    denoise, image, train = (f"s / {work}" for work in WORKS.values())
+    cells = [["by"] * several + [denoise, image, "images/s", train, "images/s"]]
     for row in rows:
         cells.append([row["by"]] * several)
         cells[-1] += [table.number(row["denoise"]["seconds"], 3)]
@@ -141,7 +139,7 @@ def picture(result: dict, path: Path) -> None:
             axis.bar_label(
                 drawn, [table.number(row[work]["seconds"], 3) for row in own], fontsize=7, padding=2
             )
-        axis.set_title(f"seconds per {'batch of pictures' if work == 'image' else title}", fontsize=10)
+        axis.set_title(f"seconds per {title}", fontsize=10)
         axis.set_yticks(range(len(models)), models)
         axis.margins(x=0.18)
         axis.tick_params(labelsize=8)
