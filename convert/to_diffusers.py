@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxkd.export import export
+from flaxkd.export.workdir import export
 from flaxkd.pretrained import MODELS
 
 

@@ -13,7 +13,7 @@ Arrays are NHWC. Names are diffusers': latents, noise_pred, timesteps, encoder_h
 def __getattr__(name: str):
     """`from flaxkd import Pipeline`, read at its first use: `import flaxkd` alone imports neither JAX nor a model."""
     if name == "Pipeline":
-        from flaxkd.pipeline import Pipeline
+        from flaxkd.drawing.pipeline import Pipeline
 
         return Pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

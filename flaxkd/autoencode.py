@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from flaxkd import latents, pretrained
+from flaxkd import pretrained
+from flaxkd.data import encoding
 from flaxkd.models.vae import sample_latents
-from flaxkd.step import Task
+from flaxkd.training.step import Task
 
 
 def vae_loss(reconstruction, images, moments, kl_weight: float) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -56,5 +57,5 @@ def scaling_factor(source, params: dict, images) -> float:
 
     source: the pipeline folder with the autoencoder's configuration; params: its trained parameters."""
     vae = pretrained.build("vae", pretrained.read_config(source, "vae"))
-    mean, _ = jnp.split(latents.moments(vae, params, images), 2, axis=-1)
+    mean, _ = jnp.split(encoding.moments(vae, params, images), 2, axis=-1)
     return round(float(1 / jnp.std(mean)), 5)

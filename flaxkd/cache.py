@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from flaxkd import command, hosts, latents, pretrained, sharding
-from flaxkd.data import build, inputs, loader, openmoji
-from flaxkd.data.selection import Recipe
+from flaxkd import pretrained
+from flaxkd.data import encoding, large, loader, openmoji, readers
+from flaxkd.data.filters import Recipe
+from flaxkd.machine import command, hosts, sharding
 
 CONSUMED = 270  # images/s that a v5e-8 is estimated to take from a cache in Segmind's recipe
 
@@ -29,13 +30,13 @@ def run(args: argparse.Namespace) -> dict | None:
     """Makes the parts of the cache that are this process's. Returns {"train", "validation": pictures; "filtered",
     "skipped": {reason: pictures}} when all parts are there, else None.
 
-    Raises like `inputs.open_parts`, `pretrained.resolve` and `build.build`."""
-    parts = inputs.open_parts(args.source, split=args.split, image_column=args.image_column)
+    Raises like `readers.open_chunks`, `pretrained.resolve` and `large.build`."""
+    chunks = readers.open_chunks(args.source, split=args.split, image_column=args.image_column)
     source = pretrained.resolve(args.teacher)
     tokenizer = pretrained.load_tokenizer(source)
     mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
     recipe = Recipe(
-        resolution=args.resolution or latents.resolution(source),
+        resolution=args.resolution or encoding.resolution(source),
         flip=args.flip,
         validation=args.validation,
         min_aesthetic=args.min_aesthetic,
@@ -43,23 +44,23 @@ def run(args: argparse.Namespace) -> dict | None:
         caption_column=args.caption_column,
         aesthetic_column=args.aesthetic_column,
     )
-    latents.check_resolution(source, recipe.resolution, "--resolution")
+    encoding.check_resolution(source, recipe.resolution, "--resolution")
     if jax.process_index() == 0:
         print(
-            f"source    {args.source}, {len(parts):,} parts\nteacher   {source}\n"
+            f"source    {args.source}, {len(chunks):,} chunks\nteacher   {source}\n"
             f"machine   {jax.process_count()} x {mesh.size} x {mesh.devices.flat[0].device_kind}, "
             f"{np.dtype(dtype).name}\n"
             f"pictures  {recipe.resolution} pixels, {args.batch_size * mesh.size} at once in each process",
             flush=True,
         )
-    made = build.build(
-        parts,
+    made = large.build(
+        chunks,
         args.out,
         recipe,
-        encode=latents.encoder(source, dtype, mesh),
+        encode=encoding.encoder(source, dtype, mesh),
         tokenize=lambda captions: pretrained.tokenize(tokenizer, captions),
         batch_size=args.batch_size * mesh.size,
-        fingerprint=latents.encoder_fingerprint(source, dtype),
+        fingerprint=encoding.encoder_fingerprint(source, dtype),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=args.threads,
@@ -79,7 +80,11 @@ def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
     for kind, note in (("filtered", ""), ("skipped", ", listed in skipped.jsonl")):
         for reason, count in sorted(made[kind].items(), key=lambda entry: -entry[1]):
             print(f"  {kind} {count:,}: {reason}{note}")
-    flags = ["configs/small.py:sd15", f"--config.teacher={args.teacher}"] if args.teacher else ["configs/small.py"]
+    flags = (
+        ["configs/small.py:sd15", f"--config.teacher={args.teacher}"]
+        if args.teacher
+        else ["configs/small.py"]
+    )
     flags += [f"--config.data.source={args.out}", f"--config.data.resolution={recipe.resolution}"]
     flags += [f"--config.data.random_flip={recipe.flip}"]
     typed = shlex.join(["python", "-m", "flaxkd.train", "--config", *flags])
@@ -131,7 +136,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--batch-size",
         type=int,
-        default=latents.BATCH,
+        default=encoding.BATCH,
         help="pictures at once on a device (default: %(default)s)",
     )
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")

@@ -13,7 +13,7 @@ from flaxkd import blank, diffusion, pretrained, students
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.models.layers import FEATURES, features
 from flaxkd.models.vae import sample_latents
-from flaxkd.step import Task
+from flaxkd.training.step import Task
 
 
 class Prediction(NamedTuple):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxkd import command, pictures, samplers
-from flaxkd.pipeline import Pipeline
+from flaxkd.diffusion import samplers
+from flaxkd.drawing import grids
+from flaxkd.drawing.pipeline import Pipeline
+from flaxkd.machine import command
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -58,11 +60,11 @@ def draw(args: argparse.Namespace) -> None:
         columns[pipeline.name] = drawn
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if len(prompts) == len(columns) == 1:
-        pictures.save(drawn[0], args.out)
+        grids.save(drawn[0], args.out)
     else:
         info = drawn[0].info | {"prompt": "\n".join(prompts), "model": ", ".join(columns)}
         columns = {name: np.stack([np.asarray(x) for x in drawn]) for name, drawn in columns.items()}
-        pictures.grid(columns, prompts, args.out, info=info)
+        grids.grid(columns, prompts, args.out, info=info)
     print(f"wrote {args.out}")
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxkd import pictures
 from flaxkd.data import sources
-from flaxkd.pipeline import Pipeline
+from flaxkd.drawing import grids
+from flaxkd.drawing.pipeline import Pipeline
 
 BATCH = 32
 
@@ -65,7 +65,7 @@ def main() -> None:
     shares = ", ".join(f"{recall(order, k):.1%} among the {k}" for k in (1, 5, 20))
     print(f"of {len(captions)} pictures, their own original is {shares} nearest of {len(originals)}")
     columns = {"drawn": drawn[:24], "original": originals[:24], "nearest": originals[order[:24, 0]]}
-    pictures.grid(columns, captions[:24], args.out, scale=1)
+    grids.grid(columns, captions[:24], args.out, scale=1)
     print(f"wrote {args.out}")
 
 

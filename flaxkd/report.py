@@ -19,7 +19,9 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from flaxkd import blocks, card, export, metrics, pretrained, students
+from flaxkd import blocks, export, pretrained, students
+from flaxkd.export import card
+from flaxkd.training import metrics
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 FRAMES = 12  # of the drawings over time

@@ -19,24 +19,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from flaxkd import (
-    autoencode,
-    blank,
-    checkpoint,
-    distill,
-    export,
-    hosts,
-    latents,
-    metrics,
-    pictures,
-    pretrained,
-    sampling,
-    sharding,
-)
-from flaxkd.command import keep_memory, told
-from flaxkd.data import loader, sources
+from flaxkd import autoencode, blank, distill, export, pretrained
+from flaxkd.data import encoding, loader, sources
+from flaxkd.diffusion import sampling
+from flaxkd.drawing import grids
+from flaxkd.machine import hosts, sharding
+from flaxkd.machine.command import keep_memory, told
 from flaxkd.models.attention import DotProductAttention
-from flaxkd.step import init_state, make_step, optimizer
+from flaxkd.training import checkpoint, curves, metrics
+from flaxkd.training.step import init_state, make_step, optimizer
 
 
 class Stopped(Exception):
@@ -103,7 +94,7 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         examples = range(min(config.validation.examples, len(data["validation"])))
         validation = {"images": np.stack([data["validation"][i]["image"] for i in examples])}
     else:
-        caches = [latents.ensure(config, data[s], s, source, dtype, tokenizer) for s in splits]
+        caches = [encoding.ensure(config, data[s], s, source, dtype, tokenizer) for s in splits]
         options = {"variants": config.data.variants, "flip": config.data.random_flip, "rows": rows}
         batches = loader.batches(caches[0], config.batch_size, config.seed, **options)
         validation = loader.examples(caches[1], config.validation.examples)
@@ -153,8 +144,8 @@ def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
         if not first:
             return
         if sheet.exists():
-            pictures.save(Image.open(sheet), workdir / "samples.png")
-        pictures.curves(workdir)
+            grids.save(Image.open(sheet), workdir / "samples.png")
+        curves.draw(workdir)
 
     # -- Loop --------------------------------------------------------------------------------------------------------
     pending: list[tuple[int, dict]] = []
@@ -297,7 +288,7 @@ def drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut) -> Call
         text = params.get("text_encoder", frozen.get("text_encoder"))
         columns = before | {now: images(unet, params["unet"], text)}
         if hosts.is_first():
-            pictures.grid(columns, prompts, path)
+            grids.grid(columns, prompts, path)
 
     return draw
 

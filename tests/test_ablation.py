@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from test_configs import parse
 
-from flaxkd import ablation, evaluate, spread
+from flaxkd.ablation import runs, table
+from flaxkd.ablation.__main__ import main
+from flaxkd.evaluate import evaluation
 
 # Does to its workdir what a training does: steps, and an export at the end; fails or waits if a file says so.
 TRAINER = """
@@ -37,11 +39,11 @@ def home(tmp_path, monkeypatch):
     """The folder of an ablation whose trainings and evaluations are stood in for."""
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
-    monkeypatch.setattr(ablation, "TRAINER", [sys.executable, str(script)])
-    monkeypatch.setattr(ablation, "POLL", 0.1)
+    monkeypatch.setattr(runs, "TRAINER", [sys.executable, str(script)])
+    monkeypatch.setattr(runs, "POLL", 0.1)
     out = tmp_path / "out"
-    monkeypatch.setattr(spread, "picture", lambda result, path: None)  # it takes a second: drawn once, below
-    monkeypatch.setattr(evaluate, "run", lambda args: answer(args, out))
+    monkeypatch.setattr(table, "picture", lambda result, path: None)  # it takes a second: drawn once, below
+    monkeypatch.setattr(evaluation, "run", lambda args: answer(args, out))
     before = signal.getsignal(signal.SIGTERM)
     yield out
     signal.signal(signal.SIGTERM, before)
@@ -53,8 +55,8 @@ def answer(args, out) -> dict:
     rows = [{"model": "teacher", "loss_noise": 0.5, "frechet_latent_data": 0.1}]
     for model in args.models:
         _, variant, seed = model.rpartition("/")[2].split("-")
-        value = 1 + [*ablation.VARIANTS].index(variant) + int(seed) / 10
-        rows.append({"model": model} | dict.fromkeys(spread.MEASURES, value))
+        value = 1 + [*runs.VARIANTS].index(variant) + int(seed) / 10
+        rows.append({"model": model} | dict.fromkeys(table.MEASURES, value))
     args.out.mkdir(exist_ok=True)
     (args.out / "evaluation.json").write_text(json.dumps({"rows": rows}))
     return {"rows": rows}
@@ -68,15 +70,15 @@ def lines(path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize("variant", ablation.VARIANTS)
+@pytest.mark.parametrize("variant", runs.VARIANTS)
 def test_the_command_of_a_run_sets_what_its_row_says(variant, tmp_path):
     overrides = ["--config.steps=7", "--config.learning_rate.decay_steps=7", "--config.checkpoint.keep=2"]
-    runs = ablation.plan(ablation.parse(arguments(tmp_path, "sd_tiny", "--seeds=2", *overrides)))
-    assert len({run.workdir for run in runs}) == len(runs) == 2 * 2 * len(ablation.VARIANTS)
-    for run in (run for run in runs if run.variant == variant):
+    planned = runs.plan(runs.parse(arguments(tmp_path, "sd_tiny", "--seeds=2", *overrides)))
+    assert len({run.workdir for run in planned}) == len(planned) == 2 * 2 * len(runs.VARIANTS)
+    for run in (run for run in planned if run.variant == variant):
         assert run.command[1:3] == ["-m", "flaxkd.train"] and f"--workdir={run.workdir}" in run.command
         config = parse("small.py", *(word for word in run.command if word.startswith("--config.")))
-        weight, row = config.weight, ablation.VARIANTS[variant]
+        weight, row = config.weight, runs.VARIANTS[variant]
         said = config.init, weight.noise, weight.output, weight.feature, config.normalize_features
         assert said == row and [type(x) for x in said] == [type(x) for x in row]
         assert (config.student, config.seed) == (run.student, run.seed)
@@ -86,13 +88,13 @@ def test_the_command_of_a_run_sets_what_its_row_says(variant, tmp_path):
 
 
 def test_no_two_variants_are_the_same():
-    assert len({*ablation.VARIANTS.values()}) == len(ablation.VARIANTS)
+    assert len({*runs.VARIANTS.values()}) == len(runs.VARIANTS)
 
 
 def test_an_ablation_from_the_trainings_to_the_result(home, capsys):
     typed = arguments(home, "sd_tiny", "--examples=8", "--config.sample.steps=3")
-    ablation.main([*typed, "--seeds=2"])
-    names = {f"{s}-{v}-{i}" for s in ("sd_small", "sd_tiny") for v in ablation.VARIANTS for i in (0, 1)}
+    main([*typed, "--seeds=2"])
+    names = {f"{s}-{v}-{i}" for s in ("sd_small", "sd_tiny") for v in runs.VARIANTS for i in (0, 1)}
     trained, asked = lines(home / "trained"), lines(home / "asked")
     assert sorted(trained) == sorted(names) and all(
         name.endswith("-0") for name in trained[: len(names) // 2]
@@ -108,17 +110,17 @@ def test_an_ablation_from_the_trainings_to_the_result(home, capsys):
     assert result["teacher"] == {"loss_noise": 0.5, "frechet_latent_data": 0.1}
     assert "--seeds=2" in result["settings"]["command"] and "ablation.md" in capsys.readouterr().out
 
-    ablation.main([*typed, "--seeds=2"])
+    main([*typed, "--seeds=2"])
     assert lines(home / "trained") == trained and lines(home / "asked") == asked  # all is there
 
-    ablation.main([*typed, "--seeds=1"])
+    main([*typed, "--seeds=1"])
     assert lines(home / "trained") == trained and len(lines(home / "asked")) == 4  # of other models
     assert "one seed" in (home / "ablation.md").read_text()
 
 
 def test_what_is_half_done_goes_on_and_what_is_done_does_not(home):
-    args = ablation.parse(arguments(home, "--seeds=1"))
-    done, half, *rest = runs = ablation.plan(args)
+    args = runs.parse(arguments(home, "--seeds=1"))
+    done, half, *rest = planned = runs.plan(args)
     for run in (done, half):
         run.workdir.mkdir(parents=True)
         (run.workdir / "metrics.jsonl").write_text('{"step": 10}\n')
@@ -126,9 +128,9 @@ def test_what_is_half_done_goes_on_and_what_is_done_does_not(home):
     (done.workdir / "diffusers").mkdir()
     (done.workdir / "diffusers" / "model_index.json").touch()
     (half.workdir / ".diffusers.x1y2").mkdir()  # a killed export
-    ablation.run(args, "")
+    runs.run(args, "")
     assert lines(home / "trained") == [run.workdir.name for run in (half, *rest)]
-    assert all(ablation.finished(run) for run in runs)
+    assert all(runs.finished(run) for run in planned)
 
 
 def test_a_training_that_fails_ends_the_ablation_with_its_last_words(home):
@@ -137,10 +139,10 @@ def test_a_training_that_fails_ends_the_ablation_with_its_last_words(home):
     with pytest.raises(
         SystemExit, match=r"sd_small-noise-0 ended with status 1, see .*train\.log:\nthe loss of"
     ):
-        ablation.main(arguments(home, "--seeds=1"))
+        main(arguments(home, "--seeds=1"))
     assert lines(home / "trained") == ["sd_small-noise-0"]
     (home / "fails").unlink()
-    ablation.main(arguments(home, "--seeds=1"))
+    main(arguments(home, "--seeds=1"))
     assert lines(home / "trained")[:2] == ["sd_small-noise-0"] * 2
 
 
@@ -157,7 +159,7 @@ def test_who_stops_the_ablation_stops_the_training(home):
     thread = threading.Thread(target=stop, daemon=True)
     thread.start()
     with pytest.raises(SystemExit) as stopped:
-        ablation.main(arguments(home, "--seeds=1"))
+        main(arguments(home, "--seeds=1"))
     assert stopped.value.code == 143 and (workdir / "saved").exists()
 
 
@@ -174,59 +176,59 @@ def test_who_stops_the_ablation_stops_the_training(home):
 )
 def test_mistakes_are_found_before_any_training(home, more, message):
     with pytest.raises(SystemExit, match=f"^error: (?s:.*){message}"):
-        ablation.main(arguments(home, *more))
+        main(arguments(home, *more))
     assert not home.exists()
 
 
 def test_a_folder_of_other_settings_is_refused(home):
-    ablation.main(arguments(home, "--seeds=1"))
+    main(arguments(home, "--seeds=1"))
     trained = lines(home / "trained")
     with pytest.raises(
         SystemExit, match=r"holds a run of another configuration:\n  steps: 300 there, 9 here"
     ):
-        ablation.main(arguments(home, "--seeds=1", "--config.steps=9"))
+        main(arguments(home, "--seeds=1", "--config.steps=9"))
     assert lines(home / "trained") == trained
 
 
 def test_an_argument_that_nobody_knows_is_refused(capsys):
     with pytest.raises(SystemExit):
-        ablation.parse([*arguments("out"), "--steps=9"])
+        runs.parse([*arguments("out"), "--steps=9"])
     assert "unrecognized argument: --steps=9" in capsys.readouterr().err
 
 
 # By hand: mean 3, deviations -2, 0, 2, variance 8 / 2.
 def test_mean_and_deviation_of_a_sample():
-    assert spread.of([1.0, 3.0, 5.0]) == {"mean": 3.0, "sd": 2.0, "values": [1.0, 3.0, 5.0]}
-    assert spread.of([7.0]) == {"mean": 7.0, "sd": None, "values": [7.0]}
+    assert table.of([1.0, 3.0, 5.0]) == {"mean": 3.0, "sd": 2.0, "values": [1.0, 3.0, 5.0]}
+    assert table.of([7.0]) == {"mean": 7.0, "sd": None, "values": [7.0]}
 
 
 def test_the_best_is_one_that_leads_by_more_than_the_spread():
-    found = {"a": spread.of([1.0, 3.0]), "b": spread.of([4.0, 6.0]), "c": spread.of([9.0, 11.0])}
-    assert spread.best(found, min) == "a"  # 2 ± 1.41 and 5 ± 1.41 are apart by 0.17
-    assert spread.best(found, max) == "c"
-    found["b"] = spread.of([3.5, 5.5])  # 4.5 ± 1.41 overlaps
-    assert spread.best(found, min) is None and spread.best(found, max) == "c"
-    assert spread.best({"a": spread.of([1.0]), "b": spread.of([2.0])}, min) is None
+    found = {"a": table.of([1.0, 3.0]), "b": table.of([4.0, 6.0]), "c": table.of([9.0, 11.0])}
+    assert table.best(found, min) == "a"  # 2 ± 1.41 and 5 ± 1.41 are apart by 0.17
+    assert table.best(found, max) == "c"
+    found["b"] = table.of([3.5, 5.5])  # 4.5 ± 1.41 overlaps
+    assert table.best(found, min) is None and table.best(found, max) == "c"
+    assert table.best({"a": table.of([1.0]), "b": table.of([2.0])}, min) is None
 
 
 def test_a_curve_is_the_mean_over_seeds():
-    runs = [[{"step": 0, spread.CURVE: 1.0}, {"step": 10, "loss": 5.0}, {"step": 20, spread.CURVE: 0.5}]]
-    runs += [[{"step": 0, spread.CURVE: 2.0}, {"step": 20, spread.CURVE: 0.25}]]
-    assert spread.curve(runs) == [[0, 1.5], [20, 0.375]]
+    runs = [[{"step": 0, table.CURVE: 1.0}, {"step": 10, "loss": 5.0}, {"step": 20, table.CURVE: 0.5}]]
+    runs += [[{"step": 0, table.CURVE: 2.0}, {"step": 20, table.CURVE: 0.25}]]
+    assert table.curve(runs) == [[0, 1.5], [20, 0.375]]
 
 
 def test_the_result_is_tables_and_a_picture(tmp_path):
     rows = {
         "sd_tiny": {"noise": [row(0.3, 20.0), row(0.32, 21.0)], "output": [row(0.1, 20.5), row(0.12, 21.5)]}
     }
-    records = [[{"step": 0, spread.CURVE: 0.4}, {"step": 300, spread.CURVE: 0.1}]] * 2
+    records = [[{"step": 0, table.CURVE: 0.4}, {"step": 300, table.CURVE: 0.1}]] * 2
     curves = {"sd_tiny": {"noise": records, "output": []}}
     variants = {
         "noise": {"init": "teacher", "weight.output": 0.0},
         "output": {"init": "teacher", "weight.output": 1.0},
     }
     settings = {"command": "python", "steps": 300, "batch size": 16, "seeds": 2}
-    paths = spread.write(tmp_path, spread.result(settings, variants, {"loss_noise": 0.25}, rows, curves))
+    paths = table.write(tmp_path, table.result(settings, variants, {"loss_noise": 0.25}, rows, curves))
     text = paths[1].read_text()
     assert "| variant | loss_noise | loss_output | features | PSNR |" in text
     assert "| teacher | 0.2500 | – | – | – |" in text
@@ -240,4 +242,4 @@ def test_the_result_is_tables_and_a_picture(tmp_path):
 
 
 def row(error: float, psnr: float) -> dict:
-    return dict.fromkeys(spread.MEASURES, error) | {"psnr": psnr}
+    return dict.fromkeys(table.MEASURES, error) | {"psnr": psnr}

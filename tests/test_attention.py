@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxkd import sharding
+from flaxkd.machine import sharding
 from flaxkd.models import attention
 from flaxkd.models.attention import DotProductAttention, choose
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from test_configs import load
 
-from flaxkd import against_torch, bench, devices, pretrained, standings, workload
-from flaxkd.workload import Prepared
+from flaxkd import pretrained
+from flaxkd.bench import benchmark, torch_works, works
+from flaxkd.bench.works import Prepared
+from flaxkd.plan import devices
 
 
 def small(tiny_pipeline, **changes):
@@ -22,23 +24,23 @@ def small(tiny_pipeline, **changes):
 
 def test_both_sides_compute_the_same_loss(tiny_pipeline):
     """sd_tiny has a pair of blocks with unequal names, and no mid block."""
-    subject = workload.subject("sd_tiny", small(tiny_pipeline), tiny_pipeline, steps=2)
+    subject = works.subject("sd_tiny", small(tiny_pipeline), tiny_pipeline, steps=2)
     inputs = subject.task.prepare(jax.random.key(1), subject.batch)
     _, ours = jax.jit(subject.task.loss)(subject.task.params, subject.task.frozen, inputs)
-    networks = against_torch._networks(subject)
+    networks = torch_works._networks(subject)
     arrays = (inputs.noisy_latents, inputs.timesteps, inputs.input_ids, inputs.target)
-    tensors = against_torch._tensors(subject, *(np.asarray(x) for x in arrays))
-    theirs = against_torch.loss(subject, networks)(*tensors)
+    tensors = torch_works._tensors(subject, *(np.asarray(x) for x in arrays))
+    theirs = torch_works.loss(subject, networks)(*tensors)
     assert theirs.keys() == {"loss", "loss_noise", "loss_output", "loss_feature"}
     for name, value in theirs.items():
         np.testing.assert_allclose(float(value.detach()), ours[name], rtol=2e-5, err_msg=name)
 
 
 def test_a_step_in_torch_moves_the_student_alone(tiny_pipeline):
-    subject = workload.subject("sd_tiny", small(tiny_pipeline), tiny_pipeline, steps=2)
-    networks = against_torch._networks(subject)
+    subject = works.subject("sd_tiny", small(tiny_pipeline), tiny_pipeline, steps=2)
+    networks = torch_works._networks(subject)
     before = [p.detach().clone() for p in (*networks.unet.parameters(), *networks.teacher.parameters())]
-    losses = [against_torch._train(subject, networks, compiled=False)() for _ in range(2)]
+    losses = [torch_works._train(subject, networks, compiled=False)() for _ in range(2)]
     after = [*networks.unet.parameters(), *networks.teacher.parameters()]
     moved = [not bool((a == b).all()) for a, b in zip(before, after, strict=True)]
     n = len(list(networks.unet.parameters()))
@@ -49,17 +51,17 @@ def test_a_benchmark_times_every_work_of_everybody(tiny_pipeline, tmp_path, monk
     """All but the work itself, which compiles for minutes: the tests above and below look at that."""
     done = []
 
-    def prepared(subject, work, by=bench.OURS):
-        ours = by == bench.OURS
+    def prepared(subject, work, by=benchmark.OURS):
+        ours = by == benchmark.OURS
         flops = {"denoise": 2e9, "train": 4e9}.get(work) if ours else None
         return Prepared(lambda: done.append((subject.name, work, by)), 1.0, flops, flops and 2**20)
 
-    monkeypatch.setattr(workload, "prepare", prepared)
-    monkeypatch.setattr(against_torch, "prepare", prepared)
-    result = bench.run(
+    monkeypatch.setattr(works, "prepare", prepared)
+    monkeypatch.setattr(torch_works, "prepare", prepared)
+    result = benchmark.run(
         small(tiny_pipeline),
         names=["sd_tiny"],
-        against=[against_torch.EAGER],
+        against=[torch_works.EAGER],
         unet={"norm_num_groups": 8},
         rounds=5,
         steps=2,
@@ -67,8 +69,8 @@ def test_a_benchmark_times_every_work_of_everybody(tiny_pipeline, tmp_path, monk
     )
     models = [(row["model"], row["by"]) for row in result["rows"]]
     assert models == [(m, by) for m in ("teacher", "sd_tiny") for by in ("flaxkd", "torch eager")]
-    assert len(done) == 5 * len(models) * len(workload.WORKS)
-    for work in workload.WORKS:
+    assert len(done) == 5 * len(models) * len(works.WORKS)
+    for work in works.WORKS:
         for row in result["rows"]:
             assert len(row[work]["all_seconds"]) == 5
             assert row[work]["seconds"] == np.median(row[work]["all_seconds"])
@@ -87,7 +89,7 @@ def test_who_is_compared_takes_turns(monkeypatch):
     class Bar:
         update = staticmethod(lambda: None)
 
-    assert bench.interleaved(ready, 3, Bar) == {"a": [0.5] * 3, "b": [0.5] * 3}
+    assert benchmark.interleaved(ready, 3, Bar) == {"a": [0.5] * 3, "b": [0.5] * 3}
     assert order == list("ababab")
 
 
@@ -109,7 +111,7 @@ def rows() -> list[dict]:
 
 
 def test_what_follows_from_the_measures():
-    teacher, student, torch = standings.derive(rows(), 4, peak=84e9)
+    teacher, student, torch = benchmark.derive(rows(), 4, peak=84e9)
     assert teacher["train"]["of_least"] == pytest.approx(6 / (3 * 2))
     assert student["train"]["of_least"] == pytest.approx(8.4 / (2 + 3 * 2))
     assert student["train"]["of_peak"] == pytest.approx(0.1) and "of_peak" not in torch["train"]
@@ -117,13 +119,13 @@ def test_what_follows_from_the_measures():
 
 
 def test_the_table_has_ratios_only_against_somebody(tmp_path):
-    every = standings.derive(rows(), 4, None)
-    text = standings.markdown({"settings": {"machine": "two cores"}, "rows": every})
+    every = benchmark.derive(rows(), 4, None)
+    text = benchmark.markdown({"settings": {"machine": "two cores"}, "rows": every})
     assert "| sd_small | torch eager | 1.50 | 1.50 | 1.50 |" in text
     assert "| sd_small | 1,234,567 | 4.0 | 3 | 8.4 | 1.050 | 3 |" in text and "peak |" not in text
-    alone = standings.markdown({"settings": {}, "rows": every[:2]})
+    alone = benchmark.markdown({"settings": {}, "rows": every[:2]})
     assert "divided" not in alone and "| by |" not in alone
-    standings.write(tmp_path, {"settings": {}, "rows": every})
+    benchmark.write(tmp_path, {"settings": {}, "rows": every})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md", "bench.png"]
 
 
@@ -142,17 +144,17 @@ def test_the_device_of_a_published_peak():
 def refused(tiny_pipeline, match: str, changes=(), **options):
     arguments = dict(names=[], against=[], unet={}, rounds=5, steps=2, out=Path("nowhere"))
     with pytest.raises(ValueError, match=match):
-        bench.run(small(tiny_pipeline, **dict(changes)), **arguments | options)
+        benchmark.run(small(tiny_pipeline, **dict(changes)), **arguments | options)
 
 
 def test_what_cannot_be_measured_is_refused_before_any_compute(tiny_pipeline):
     refused(tiny_pipeline, "rounds = 4", rounds=4)
     refused(tiny_pipeline, "unknown student 'sd_smal'", names=["sd_smal"])
     refused(tiny_pipeline, "--unet: unknown widths", unet={"widths": [8]})
-    refused(tiny_pipeline, "of ema_decay", {"ema_decay": 0.9}, against=[against_torch.EAGER])
+    refused(tiny_pipeline, "of ema_decay", {"ema_decay": 0.9}, against=[torch_works.EAGER])
     with pytest.raises(ValueError, match="'\\[64' is not JSON"):
-        bench.changes(["block_out_channels=[64"])
-    assert bench.changes(["block_out_channels=[64]", "sample_size=8"]) == {
+        benchmark.changes(["block_out_channels=[64"])
+    assert benchmark.changes(["block_out_channels=[64]", "sample_size=8"]) == {
         "block_out_channels": [64],
         "sample_size": 8,
     }
@@ -163,10 +165,10 @@ def test_the_training_step_costs_little_more_than_it_must(monkeypatch):
     flops = {}
     config = load("small")
     config.batch_size = jax.device_count()
-    subject = workload.subject("sd_small", config, pretrained.resolve(None), steps=2)
+    subject = works.subject("sd_small", config, pretrained.resolve(None), steps=2)
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: lowered)
-    flops["step"] = workload._train(subject)[1].cost_analysis()["flops"]
+    flops["step"] = works._train(subject)[1].cost_analysis()["flops"]
     for name in ("teacher", "sd_small"):
-        student = workload.subject(name, config, pretrained.resolve(None), steps=2)
-        flops[name] = workload._denoise(student)[1].cost_analysis()["flops"] / 2
+        student = works.subject(name, config, pretrained.resolve(None), steps=2)
+        flops[name] = works._denoise(student)[1].cost_analysis()["flops"] / 2
     assert 1 < flops["step"] / (flops["teacher"] + 3 * flops["sd_small"]) < 1.05

@@ -15,8 +15,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from flaxkd.data import build, cache, inputs, loader, openmoji, sources
-from flaxkd.data.selection import Recipe
+from flaxkd.data import large, loader, openmoji, readers, records, sources
+from flaxkd.data.filters import Recipe
 
 N = 24  # pictures of a source, of which 4 are held out
 CAPTIONS = [f"picture {i}" for i in range(N)]
@@ -114,19 +114,19 @@ def listed(folder, name="metadata.jsonl"):
 
 def make(source, out, recipe=RECIPE, rows=10, **changes):
     options = {"encode": encode, "tokenize": tokenize, "batch_size": 4, "fingerprint": "vae", "threads": 2}
-    parts = inputs.open_parts(str(source), rows=rows)
-    return build.build(parts, out, recipe, **{**options, "progress": False, **changes})
+    parts = readers.open_chunks(str(source), rows=rows)
+    return large.build(parts, out, recipe, **{**options, "progress": False, **changes})
 
 
 def contents(out, split="train", kind="moments"):
     """{caption: (moments, ids)} of a finished cache, which a training can open."""
-    about = cache.read_about(sources.open_source(str(out), split).cache)
-    records = [cache.unpack(record) for record in loader._records(out / split, about, kind)]
-    return {record["caption"]: (record["moments"], record["input_ids"]) for record in records}
+    about = records.read_about(sources.open_source(str(out), split).cache)
+    found = [records.unpack(record) for record in loader._records(out / split, about, kind)]
+    return {record["caption"]: (record["moments"], record["input_ids"]) for record in found}
 
 
 def check_complete(out, brightness=lambda caption: int(caption.split()[1])):
-    train, validation = (contents(out, split) for split in build.SPLITS)
+    train, validation = (contents(out, split) for split in large.SPLITS)
     held = {c for c in CAPTIONS if openmoji.caption_hash(c) < 0.2}
     assert set(validation) == held and set(train) == set(CAPTIONS) - held and len(held) == 4
     for caption, (moments, ids) in (train | validation).items():
@@ -293,11 +293,11 @@ def test_the_cache_does_not_depend_on_the_number_of_processes(tmp_path):
 def test_a_full_disk_stops_it_and_it_goes_on_later(tmp_path, monkeypatch):
     source, out = tars(tmp_path / "source"), tmp_path / "out"
     full = lambda path, options: real("/dev/full" if "00001-of" in path else path, options)
-    real = cache.ArrayRecordWriter
+    real = records.ArrayRecordWriter
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "ArrayRecordWriter", full)
+        patch.setattr(records, "ArrayRecordWriter", full)
         with pytest.raises(
-            cache.DiskFull, match=f"no space is left in {out}/.* make room, and run the same command"
+            files.DiskFull, match=f"no space is left in {out}/.* make room, and run the same command"
         ):
             make(source, out)
     assert [path.stem for path in (out / "done").iterdir()] == ["00000-of-00003"]

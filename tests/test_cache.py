@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from flaxkd.data import cache, loader, sources
+from flaxkd.data import loader, records, sources
 
 
 def encode(images):
@@ -38,7 +38,7 @@ def numbered(size, fingerprint="numbers"):
 
 def ensure(source, folder, **changes):
     options = {"encode": encode, "tokenize": tokenize, "batch_size": 4, "fingerprint": "vae"}
-    return cache.ensure(source, folder, **{**options, "progress": False, **changes})
+    return records.ensure(source, folder, **{**options, "progress": False, **changes})
 
 
 def order(batch):
@@ -48,7 +48,7 @@ def order(batch):
 
 def test_record_round_trip():
     moments = np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float16)
-    found = cache.unpack(cache.pack(moments, np.arange(7, dtype=np.int32), "piñata"))
+    found = records.unpack(records.pack(moments, np.arange(7, dtype=np.int32), "piñata"))
     np.testing.assert_array_equal(found["moments"], moments.astype(np.float32))
     np.testing.assert_array_equal(found["input_ids"], np.arange(7))
     assert found["moments"].dtype == np.float32 and found["input_ids"].dtype == np.int32
@@ -94,7 +94,7 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     (folder,) = tmp_path.iterdir()
-    with pytest.raises(FileNotFoundError, match=r"no cache.json"):
+    with pytest.raises(FileNotFoundError, match=r"no records.json"):
         loader.examples(folder, 1)
     calls = []
 
@@ -225,8 +225,8 @@ def test_a_damaged_cache_is_refused(tmp_path):
     folder = ensure(numbered(5), tmp_path)
     about = json.loads((folder / "cache.json").read_text())
     (folder / "cache.json").write_text(json.dumps({**about, "size": 6}))
-    with pytest.raises(ValueError, match=r"has 5 moments, its cache.json says 6"):
+    with pytest.raises(ValueError, match=r"has 5 moments, its records.json says 6"):
         loader.batches(folder, 2, seed=0)
-    (folder / cache.shard_name("moments", 0, 1)).unlink()
+    (folder / records.shard_name("moments", 0, 1)).unlink()
     with pytest.raises(FileNotFoundError, match="the cache lacks"):
         loader.examples(folder, 1)

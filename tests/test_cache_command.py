@@ -5,8 +5,9 @@ import pytest
 from ml_collections import ConfigDict
 from test_build import CAPTIONS, N, listed, tars
 
-from flaxkd import cache, latents, pretrained, sharding
-from flaxkd.data import loader, sources
+from flaxkd import cache, pretrained
+from flaxkd.data import encoding, loader, sources
+from flaxkd.machine import sharding
 
 TRAINING = ConfigDict(dict(data=dict(resolution=32, random_flip=False)))
 
@@ -26,7 +27,9 @@ def made(tmp_path_factory, tiny_pipeline):
 def opened(folder, split, source, config=TRAINING):
     """The cache as `train.run` comes to it."""
     pictures = sources.open_source(str(folder), split, resolution=config.data.resolution)
-    return latents.ensure(config, pictures, split, source, sharding.compute_dtype(), pretrained.load_tokenizer(source))
+    return encoding.ensure(
+        config, pictures, split, source, sharding.compute_dtype(), pretrained.load_tokenizer(source)
+    )
 
 
 def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeypatch):
@@ -68,7 +71,7 @@ def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
     arguments += ["--validation", "0.2"]
     cache.main(arguments)  # all is there
     said = capsys.readouterr()
-    assert "4 parts" in said.out and "20 pictures to train on, 4 to validate" in said.out
+    assert "4 chunks" in said.out and "20 pictures to train on, 4 to validate" in said.out
     assert (
         "skipped 1: broken from here on, listed in skipped.jsonl" in said.out
         and f"data.source={made}" in said.out

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from flaxkd import checkpoint, sharding
-from flaxkd.step import init_state
+from flaxkd.machine import sharding
+from flaxkd.training import checkpoint
+from flaxkd.training.step import init_state
 
 
 def state_of(step: int):

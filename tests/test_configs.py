@@ -11,7 +11,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flaxkd import step, students
+from flaxkd import students
+from flaxkd.training import step
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text())

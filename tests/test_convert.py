@@ -184,7 +184,10 @@ def test_the_card_of_a_student_of_the_embedded_teacher(workdir, tiny_pipeline, t
 def test_the_licence_of_the_source_goes_on(workdir, tiny_pipeline, tmp_path, theirs, data, ours):
     source = shutil.copytree(tiny_pipeline, tmp_path / "mine" / "diffusers")
     (source / "README.md").write_text(f"---\nlicense: {theirs}\n---\nlicense: none of these\n")
-    run = json.loads((workdir / "config.json").read_text()) | {"teacher": str(source), "data": {"source": data}}
+    run = json.loads((workdir / "config.json").read_text()) | {
+        "teacher": str(source),
+        "data": {"source": data},
+    }
     (workdir / "config.json").write_text(json.dumps(run))
     card = export.export(workdir, tmp_path / "out", source=source) / "README.md"
     _, front, body = card.read_text().split("---\n", 2)

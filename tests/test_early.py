@@ -6,7 +6,7 @@ import time
 import pytest
 
 from configs import small
-from flaxkd import ahead, devices, early
+from flaxkd.plan import compiling, devices
 
 HERE = devices.target("v5e:2x2")
 # As libtpu 0.0.42 wrote them, with fewer buffers.
@@ -45,7 +45,7 @@ def compiler(tmp_path, monkeypatch):
 
 
 def assigned():
-    return early.assigned(small.get_config(""), None, HERE)
+    return compiling.assigned(small.get_config(""), None, HERE)
 
 
 def test_it_ends_the_compiler_as_soon_as_the_buffers_are_known(compiler, tmp_path):
@@ -60,7 +60,7 @@ def test_it_ends_the_compiler_as_soon_as_the_buffers_are_known(compiler, tmp_pat
 
 
 def test_a_compiler_that_ends_by_itself_has_told_all(compiler, tmp_path):
-    too_large = ahead.Compiled(2**40, None, None, {}, 1.0)
+    too_large = compiling.Compiled(2**40, None, None, {}, 1.0)
     (tmp_path / "result").write_bytes(pickle.dumps(too_large))
     compiler(f'cp {tmp_path}/result "$3"')
     assert assigned() == too_large and not too_large.fits

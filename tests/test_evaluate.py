@@ -8,8 +8,12 @@ import pytest
 from conftest import CAPTIONS
 from PIL import Image
 
-from flaxkd import candidate, card, evaluate, fidelity, pipeline, pretrained, protocol, students
+from flaxkd import pretrained, students
 from flaxkd.data import sources
+from flaxkd.drawing import pipeline
+from flaxkd.evaluate import evaluation, fidelity, scores
+from flaxkd.evaluate.__main__ import main
+from flaxkd.export import card
 
 FEW = ["--sampler=ddim", "--steps=2", "--batch-size=4"]
 
@@ -41,7 +45,7 @@ def evaluated(home, tiny_pipeline):
     out = home / "out"
     models = [str(tiny_pipeline), str(home / "student")]
     data = ["--reference", str(tiny_pipeline), "--data", str(home / "pictures"), "--out", str(out)]
-    evaluate.main(["--model", *models, *data, "--bins=2", "--examples=3", *FEW])
+    main(["--model", *models, *data, "--bins=2", "--examples=3", *FEW])
     return out, json.loads((out / "evaluation.json").read_text())
 
 
@@ -93,13 +97,13 @@ def test_the_result_is_a_table_and_pictures(evaluated):
 
 
 def test_the_published_protocol(home, tiny_pipeline, clip_folder, inception, monkeypatch, evaluated):
-    monkeypatch.setattr(protocol, "load_inception", lambda weights: inception)
-    monkeypatch.setattr(protocol, "SIZE", 32)  # the tiny pipeline draws no larger
+    monkeypatch.setattr(scores, "load_inception", lambda weights: inception)
+    monkeypatch.setattr(scores, "SIZE", 32)  # the tiny pipeline draws no larger
     (home / "prompts.txt").write_text("\n".join(f"{CAPTIONS[i % 5]} {i}" for i in range(30)))
     arguments = ["--no-fidelity", "--model", str(home / "student"), "--reference", str(tiny_pipeline), *FEW]
     arguments += ["--prompts", str(home / "prompts.txt"), "--limit=20", "--clip", str(clip_folder)]
     out = home / "protocol"
-    evaluate.main([*arguments, "--real", str(home / "pictures"), "--out", str(out)])
+    main([*arguments, "--real", str(home / "pictures"), "--out", str(out)])
     result = json.loads((out / "evaluation.json").read_text())
     assert [row["model"] for row in result["rows"]] == ["teacher (pipeline)", "student"]
     for row in result["rows"]:
@@ -113,8 +117,8 @@ def test_the_published_protocol(home, tiny_pipeline, clip_folder, inception, mon
     def nothing(*_):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(candidate, "drawer", lambda *_: nothing)
-    evaluate.main([*arguments, "--real", str(out / "real.npz"), "--out", str(out)])  # all pictures are there
+    monkeypatch.setattr(evaluation, "drawer", lambda *_: nothing)
+    main([*arguments, "--real", str(out / "real.npz"), "--out", str(out)])  # all pictures are there
     again = json.loads((out / "evaluation.json").read_text())
     assert again["rows"] == result["rows"]
 
@@ -128,9 +132,9 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
     (workdir / "export.json").write_text(json.dumps(plan))
     _, params = pretrained.load(home / "student", "unet")
     monkeypatch.setattr(pipeline.export, "restore", lambda folder: (7, {"unet": params}, False))
-    mesh = evaluate.sharding.local_mesh()
-    loaded = candidate.load(candidate.find(str(workdir)), np.float32, mesh)
-    folder = candidate.load(candidate.find(str(home / "student")), np.float32, mesh)
+    mesh = evaluation.sharding.local_mesh()
+    loaded = evaluation.load(evaluation.find(str(workdir)), np.float32, mesh)
+    folder = evaluation.load(evaluation.find(str(home / "student")), np.float32, mesh)
     assert loaded.name == "workdir" and loaded.fingerprint == folder.fingerprint
     assert card.parameters("unet", loaded.configs["unet"]) == sum(x.size for x in jax.tree.leaves(params))
 
@@ -160,7 +164,7 @@ def test_mistakes_are_found_before_any_compute(
         pretrained.save(other, source=tiny_pipeline, parts={})
         scheduler = pretrained.read_config(other, "scheduler") | {"prediction_type": "v_prediction"}
         (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    monkeypatch.setattr(candidate, "load", None)
+    monkeypatch.setattr(evaluation, "load", None)
     arguments = [text.format(student=home / "student", other=other) for text in arguments]
     data = [
         "--data",
@@ -171,5 +175,5 @@ def test_mistakes_are_found_before_any_compute(
         str(tiny_pipeline),
     ]
     with pytest.raises(SystemExit, match=f"^error: (?s:.*){message}"):
-        evaluate.main([*data, *arguments])
+        main([*data, *arguments])
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,9 @@ import pytest
 import scipy.linalg
 from flax import linen as nn
 
-from flaxkd import diffusion, fidelity, sharding, students
+from flaxkd import diffusion, students
+from flaxkd.evaluate import fidelity
+from flaxkd.machine import sharding
 from flaxkd.models.layers import emit
 
 SCHEDULE = diffusion.NoiseSchedule.from_config(

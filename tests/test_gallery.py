@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxkd import gallery
+from flaxkd.drawing import resumable
 
 PROMPTS = [f"picture {i}" for i in range(7)]
 SETTINGS = {"sampler": "ddim", "steps": 2}
@@ -27,7 +27,7 @@ class Drawer:
 
 def draw(folder, drawer, settings=SETTINGS, **options):
     options = {"latents": (4, 4, 4), "seed": 3, "batch_size": 2} | options
-    return gallery.draw(folder, PROMPTS, drawer, settings=settings, **options)
+    return resumable.draw(folder, PROMPTS, drawer, settings=settings, **options)
 
 
 def content(paths):
@@ -65,15 +65,15 @@ def test_pictures_are_resized_and_kept_as_asked(tmp_path):
     paths = draw(tmp_path, Drawer(), latents=(8, 8, 4), size=4, suffix=".jpg")
     with Image.open(paths[0]) as picture:
         assert picture.size == (4, 4) and picture.format == "JPEG"
-    assert gallery.read(paths[0], 2).shape == (2, 2, 3)
+    assert resumable.read(paths[0], 2).shape == (2, 2, 3)
     paths[0].write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"000000.jpg cannot be read"):
-        gallery.read(paths[0])
+        resumable.read(paths[0])
 
 
 def test_another_weight_is_another_fingerprint():
     params = {"unet": {"a": np.ones(3, np.float32), "b": {"c": np.zeros(2, np.float16)}}}
     same = {"unet": {"b": {"c": np.zeros(2, np.float16)}, "a": np.ones(3, np.float32)}}
-    assert gallery.fingerprint(params) == gallery.fingerprint(same)
+    assert resumable.fingerprint(params) == resumable.fingerprint(same)
     same["unet"]["a"] = np.float32([1, 1, 1.0001])
-    assert gallery.fingerprint(params) != gallery.fingerprint(same)
+    assert resumable.fingerprint(params) != resumable.fingerprint(same)

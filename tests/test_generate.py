@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 
 from convert import from_diffusers
-from flaxkd import ahead, generate, sampling, sharding
-from flaxkd.pipeline import Pipeline
+from flaxkd import generate
+from flaxkd.diffusion import sampling
+from flaxkd.drawing.pipeline import Pipeline
+from flaxkd.machine import sharding
+from flaxkd.plan import compiling
 
 ROOT = Path(__file__).parent.parent
 FEW = dict(
@@ -79,11 +82,11 @@ def test_devices_share_the_pictures_and_send_each_other_nothing(pipeline, drawn,
     program = jax.jit(sampling.text_to_image.__wrapped__, static_argnames=modules)
 
     def sent(**arguments):
-        found.append(ahead.collectives(program.lower(**arguments).compile().as_text()))
+        found.append(compiling.collectives(program.lower(**arguments).compile().as_text()))
         return np.zeros((jax.device_count(), 32, 32, 3))
 
     found = []
-    monkeypatch.setattr("flaxkd.sampling.text_to_image", sent)
+    monkeypatch.setattr("flaxkd.diffusion.sampling.text_to_image", sent)
     pipeline(BOTH, **FEW)
     assert found == [{}]
 
@@ -161,7 +164,7 @@ def test_image_to_image_is_the_pipeline_of_diffusers(pipeline, tiny_pipeline, pi
 
 
 def test_the_words_that_are_cut_are_named(pipeline, monkeypatch):
-    monkeypatch.setattr("flaxkd.sampling.text_to_image", lambda **_: np.zeros((1, 32, 32, 3)))
+    monkeypatch.setattr("flaxkd.diffusion.sampling.text_to_image", lambda **_: np.zeros((1, 32, 32, 3)))
     with pytest.warns(
         UserWarning, match=r"takes 14 tokens.* has 18.* not seen is 'red apple red apple'"
     ) as record:
@@ -190,7 +193,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("wrong", "message"), REFUSED)
 def test_refuses_before_any_compute(pipeline, monkeypatch, wrong, message):
-    monkeypatch.setattr("flaxkd.sampling.text_to_image", lambda **_: pytest.fail("it draws"))
+    monkeypatch.setattr("flaxkd.diffusion.sampling.text_to_image", lambda **_: pytest.fail("it draws"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pipeline(**{"prompt": "red apple"} | FEW | wrong)
 
@@ -253,7 +256,7 @@ def test_the_command_lays_several_prompts_and_models_in_a_grid(command, tiny_pip
 )
 def test_the_command_says_what_is_wrong(command, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flaxkd.sampling.text_to_image", lambda **_: pytest.fail("it draws"))
+    monkeypatch.setattr("flaxkd.diffusion.sampling.text_to_image", lambda **_: pytest.fail("it draws"))
     with pytest.raises(SystemExit, match=message):
         command(*arguments)
     assert not list(tmp_path.glob("*.png"))

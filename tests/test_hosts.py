@@ -13,7 +13,7 @@ import pytest
 from conftest import EVERY, ROOT, STEPS, finish, records, wait_for
 from jax.sharding import AxisType, Mesh
 
-from flaxkd import sharding
+from flaxkd.machine import sharding
 
 MANY = int(os.environ.get("FLAXKD_TEST_PROCESSES", 2))  # of which one dies
 

@@ -18,8 +18,8 @@ from test_build import (
     tars,
 )
 
-from flaxkd.data import inputs, openmoji, sources
-from flaxkd.data.selection import Recipe
+from flaxkd.data import openmoji, readers, sources
+from flaxkd.data.filters import Recipe
 
 
 def parquet(folder):
@@ -74,10 +74,10 @@ def test_a_data_set_of_tfds(tmp_path, monkeypatch):
 
 def test_one_file_or_a_pattern(tmp_path):
     folder = tars(tmp_path / "source")
-    assert [p.name for p in inputs.open_parts(f"{folder}/0000[12].tar")] == [
+    assert [p.name for p in readers.open_chunks(f"{folder}/0000[12].tar")] == [
         f"{folder}/0000{i}.tar" for i in (1, 2)
     ]
-    assert len(list(inputs.open_parts(str(folder / "00001.tar"))[0])) == 8
+    assert len(list(readers.open_chunks(str(folder / "00001.tar"))[0])) == 8
     for source, error, message in [
         (folder / "*.zip", FileNotFoundError, "no file is called like"),
         (folder / "0*", ValueError, "end in one of .tar, .parquet, .arrow, not in .parquet, .tar"),
@@ -87,9 +87,9 @@ def test_one_file_or_a_pattern(tmp_path):
         (tmp_path / "saved" / "dataset_dict.json", ValueError, "not in .json"),
     ]:
         with pytest.raises(error, match=message):
-            inputs.open_parts(str(source), split="validation")
+            readers.open_chunks(str(source), split="validation")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no pictures, tars or tables"):
-        inputs.open_parts(str(tmp_path / "empty"))
+        readers.open_chunks(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="has the columns url, and none is called image or"):
         make(folder / "00001.parquet", tmp_path / "out")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from flaxkd import hosts
+from flaxkd.machine import hosts
 
 LAUNCH = ROOT / "launch"
 SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])

@@ -9,33 +9,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("flaxkd", "configs", "convert", "tests")
 
-# A module imports from lines above its own, or from its own folder if the line names a folder.
+# A folder, or a file at the root, imports from lines above its own and from itself.
 ORDER = (
-    ("flaxkd.models",),  # networks: they know nothing of files, losses or data
-    ("flaxkd.data",),  # pictures to batches: the encoder and the tokenizer are given to it as functions
-    ("flaxkd.keys", "flaxkd.diffusion", "flaxkd.sharding", "flaxkd.hosts", "flaxkd.metrics", "flaxkd.command"),
-    ("flaxkd.samplers",),
-    ("flaxkd.pretrained", "flaxkd.students", "flaxkd.sampling", "flaxkd.step", "flaxkd.pictures"),
-    ("flaxkd.blank", "flaxkd.blocks", "flaxkd.card", "flaxkd.checkpoint", "flaxkd.latents"),
-    ("flaxkd.distill", "flaxkd.autoencode", "flaxkd.export", "flaxkd.architectures", "flaxkd.devices"),
-    ("flaxkd.pipeline",),
-    ("flaxkd.gallery", "flaxkd.fidelity", "flaxkd.protocol", "flaxkd.table"),  # of an evaluation
-    ("flaxkd.workload", "flaxkd.candidate", "flaxkd.ahead"),
-    ("flaxkd.early",),
-    ("flaxkd.against_torch", "flaxkd.standings"),  # of a benchmark
-    ("flaxkd.spread",),  # of an ablation
-    ("flaxkd.train", "flaxkd.cache", "flaxkd.evaluate", "flaxkd.generate"),  # commands
-    ("flaxkd.recall", "flaxkd.report", "flaxkd.bench", "flaxkd.plan"),
-    ("convert", "flaxkd.ablation"),  # the latter runs the commands of training and evaluation many times
+    ("models", "machine"),  # networks know neither files nor losses nor data
+    ("keys", "diffusion", "pretrained", "students", "drawing.figures", "training.metrics", "data"),
+    ("blank", "blocks", "architectures", "data"),
+    ("training.step", "training.checkpoint", "training.curves", "export"),
+    ("drawing",),
+    ("distill", "autoencode"),
+    ("train", "generate", "cache", "recall", "report", "evaluate", "plan"),
+    ("bench", "ablation", "convert"),
 )
-ALONE = ("flaxkd.models", "flaxkd.data", "configs")  # import nothing of ours but themselves
-
 # What may use torch, within functions: the scores of the extra `eval`, and the benchmark's other side.
-SCORES, RIVAL = "flaxkd.protocol", "flaxkd.against_torch"
-
-# In lines. The two exceptions are one thing each, which is easier to read in one piece.
-BUDGET = {"flaxkd": 300, "configs": 300, "convert": 300, "tests": 400}
-LONGER = {"flaxkd/train.py": 420, "flaxkd/models/unet.py": 400}
+SCORES, RIVAL = "flaxkd.evaluate.scores", "flaxkd.bench.torch_works"
 
 
 def module_name(path: Path) -> str:
@@ -61,6 +47,7 @@ def imports(name: str) -> set[str]:
 
 def rank(name: str) -> tuple[int, str]:
     """(line of ORDER, the entry of that line) of a module."""
+    name = name.removeprefix("flaxkd.")
     for i, line in enumerate(ORDER):
         for entry in line:
             if name == entry or name.startswith(f"{entry}."):
@@ -71,7 +58,7 @@ def rank(name: str) -> tuple[int, str]:
 def test_every_import_points_up():
     against = []
     for name in OURS - {"flaxkd"}:
-        if name.split(".")[0] == "configs":
+        if name.split(".")[0] == "configs" or not imports(name):
             continue
         line, entry = rank(name)
         for other in imports(name) & OURS - {"flaxkd"}:
@@ -82,14 +69,6 @@ def test_every_import_points_up():
             if above > line or (above == line and source != entry):
                 against.append(f"{name} imports {other}")
     assert not against
-
-
-def test_networks_data_and_configs_import_nothing_else_of_ours():
-    for name in OURS:
-        for alone in ALONE:
-            if name == alone or name.startswith(f"{alone}."):
-                outside = {other for other in imports(name) & OURS if not other.startswith(alone)}
-                assert not outside, f"{name} imports {outside}"
 
 
 def test_no_import_goes_in_a_circle():
@@ -105,7 +84,12 @@ def test_nothing_imports_the_trainer():
 )
 def test_only_tests_import(foreign):
     users = {name for name in OURS if any(other.split(".")[0] == foreign for other in imports(name))}
-    allowed = {"torch": {SCORES, RIVAL}, "torchmetrics": {SCORES}, "torch_fidelity": {SCORES}, "diffusers": {RIVAL}}
+    allowed = {
+        "torch": {SCORES, RIVAL},
+        "torchmetrics": {SCORES},
+        "torch_fidelity": {SCORES},
+        "diffusers": {RIVAL},
+    }
     assert users <= allowed.get(foreign, set())
 
 
@@ -113,22 +97,17 @@ def test_only_tests_import(foreign):
 def test_torch_is_needed_only_when_it_is_asked_for(module):
     body = ast.parse(FILES[module].read_text()).body
     outside = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in outside for alias in node.names} | {getattr(node, "module", "") for node in outside}
+    names = {alias.name for node in outside for alias in node.names} | {
+        getattr(node, "module", "") for node in outside
+    }
     assert outside and not [name for name in names if name.split(".")[0] in ("torch", "diffusers")]
     assert "torch" in imports(module)
 
 
-def test_no_file_is_too_long():
-    long = {}
-    for name, path in FILES.items():
-        lines = len(path.read_text().splitlines())
-        if lines > LONGER.get(str(path.relative_to(ROOT)), BUDGET[name.split(".")[0]]):
-            long[name] = lines
-    assert not long
-
-
 def test_the_parser_of_these_tests_sees_imports():
     """Or all of the above would pass on nothing."""
-    assert {"flaxkd.students", "flaxkd.step", "flaxkd.models.layers", "jax"} <= imports("flaxkd.distill")
+    assert {"flaxkd.students", "flaxkd.training.step", "flaxkd.models.layers", "jax"} <= imports(
+        "flaxkd.distill"
+    )
     assert "flaxkd.data.sources" in imports("flaxkd.train")
     assert "transformers" in imports("flaxkd.pretrained")  # within a function

@@ -255,7 +255,10 @@ def test_text_encoder(hidden_act):
     "change, message",
     [
         (dict(class_embed_type="timestep"), r"class_embed_type = 'timestep' \(supported: None\)"),
-        (dict(cross_attention_dim=[32, 32, 64, 64]), r"cross_attention_dim = \[32, 32, 64, 64\] \(supported: one"),
+        (
+            dict(cross_attention_dim=[32, 32, 64, 64]),
+            r"cross_attention_dim = \[32, 32, 64, 64\] \(supported: one",
+        ),
         (dict(new_field=3), r"new_field = 3 \(unknown field\)"),
         (dict(down_block_types=["AttnDownBlock2D"] * 4), "down_block_types: 'AttnDownBlock2D'"),
         (dict(attention_head_dim=[1, 2]), "attention_head_dim has 2 entries for 4 blocks"),

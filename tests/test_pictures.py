@@ -2,29 +2,29 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from flaxkd import pictures
+from flaxkd.drawing import grids
 
 
 def test_a_title_that_is_too_long_keeps_its_end_within_its_column(tmp_path):
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(15)
     long = "/home/somebody/runs/small-sd15/diffusers"
-    cut = pictures.end_of(draw, long, 128, font)
+    cut = grids.end_of(draw, long, 128, font)
     assert draw.textlength(cut, font) <= 128 < draw.textlength(f"/{cut}", font) + 8
     assert cut[0] == "…" and long.endswith(cut[1:])
-    assert pictures.end_of(draw, "teacher", 128, font) == "teacher"
+    assert grids.end_of(draw, "teacher", 128, font) == "teacher"
 
     columns = {"teacher": np.zeros((1, 64, 64, 3), np.uint8), long: np.zeros((1, 64, 64, 3), np.uint8)}
-    pictures.grid(columns, ["red apple"], tmp_path / "grid.png")
+    grids.grid(columns, ["red apple"], tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as sheet:
-        heads = np.asarray(sheet.convert("L"))[: pictures.MARGIN + 22]
+        heads = np.asarray(sheet.convert("L"))[: grids.MARGIN + 22]
     ink = np.flatnonzero((heads < 128).any(0))
-    assert ink.max() < heads.shape[1] - pictures.MARGIN  # nothing beyond the last column
-    gap = np.flatnonzero(np.diff(ink) > pictures.GAP)
+    assert ink.max() < heads.shape[1] - grids.MARGIN  # nothing beyond the last column
+    gap = np.flatnonzero(np.diff(ink) > grids.GAP)
     assert gap.size == 1  # and a space between the two titles
 
 
 @pytest.mark.parametrize("text, lines", [("red apple", 1), ("person in motorized wheelchair", 2)])
 def test_a_prompt_is_wrapped(text, lines):
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(13)
-    wrapped = pictures.wrap(draw, text, 150, font)
+    wrapped = grids.wrap(draw, text, 150, font)
     assert wrapped.count("\n") == lines - 1 and wrapped.split() == text.split()

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from configs import small
-from flaxkd import ahead, architectures, devices, early, plan, pretrained, sharding, students
+from flaxkd import architectures, pretrained, students
+from flaxkd.machine import sharding
+from flaxkd.plan import compiling, devices, table
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_the_published_architectures_have_their_published_sizes():
 @pytest.fixture
 def here(monkeypatch):
     """The devices of every machine are the first four of this one."""
-    monkeypatch.setattr(ahead, "topology", lambda target: jax.devices()[:4])
+    monkeypatch.setattr(compiling, "topology", lambda target: jax.devices()[:4])
     return devices.target("v5e:2x2")
 
 
@@ -61,7 +63,7 @@ def config_of(**changes):
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shapes(here, fsdp, monkeypatch):
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1)
-    lowered = ahead.lower(config_of(mesh={"data": -1, "fsdp": fsdp}), here)
+    lowered = compiling.lower(config_of(mesh={"data": -1, "fsdp": fsdp}), here)
     teacher = 2 * sum(
         count(part, pretrained.read_config(pretrained.EMBEDDED, part)) for part in ("unet", "text_encoder")
     )
@@ -72,15 +74,15 @@ def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shape
     unet = pretrained.read_config(pretrained.EMBEDDED, "unet")
     assert lowered.student == students.config(students.get("sd_small"), unet)
     forward = {name: students.cost(c)[1] for name, c in (("t", lowered.teacher), ("s", lowered.student))}
-    assert plan.image_flops(lowered, remat=False) == forward["t"] + 3 * forward["s"]
-    assert plan.image_flops(lowered, remat=True) == forward["t"] + 4 * forward["s"]
+    assert table.image_flops(lowered, remat=False) == forward["t"] + 3 * forward["s"]
+    assert table.image_flops(lowered, remat=True) == forward["t"] + 4 * forward["s"]
 
 
 def test_the_attention_of_a_program_is_the_one_that_pays_there(monkeypatch):
     class Mesh:
         devices = np.array([type("Device", (), {"platform": "tpu"})])
 
-    name = lambda config, unet, size: ahead.longest_attention(config, Mesh(), unet, size, jnp.bfloat16)
+    name = lambda config, unet, size: compiling.longest_attention(config, Mesh(), unet, size, jnp.bfloat16)
     assert (
         name(config_of(), students.SD15, 64) == "splash" and name(config_of(), students.SD15, 16) == "plain"
     )
@@ -89,7 +91,7 @@ def test_the_attention_of_a_program_is_the_one_that_pays_there(monkeypatch):
 
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_traced(here):
     with pytest.raises(ValueError, match="multiple of 4"):
-        ahead.lower(config_of(batch_size=6), here)
+        compiling.lower(config_of(batch_size=6), here)
 
 
 def test_collectives_are_read_from_a_compiled_program():
@@ -100,15 +102,17 @@ def test_collectives_are_read_from_a_compiled_program():
         jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), in_shardings=(whole, rows), out_shardings=whole
     )
     text = gradient.lower(of(16, 8), of(4, 16)).compile().as_text()
-    assert ahead.collectives(text) == {"all-reduce": (1, 16 * 8 * 4)}
+    assert compiling.collectives(text) == {"all-reduce": (1, 16 * 8 * 4)}
     gather = jax.jit(lambda x: x, in_shardings=rows, out_shardings=whole)
-    assert ahead.collectives(gather.lower(of(4, 16)).compile().as_text()) == {"all-gather": (1, 4 * 16 * 4)}
+    assert compiling.collectives(gather.lower(of(4, 16)).compile().as_text()) == {
+        "all-gather": (1, 4 * 16 * 4)
+    }
     tpu = """
   %ar = (f32[8,128]{1,0:T(8,128)}, bf16[4]{0:T(128)(2,1)}) all-reduce(f32[8,128] %a, bf16[4] %b), replica_groups={}
   %ags = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %p), dimensions={0}
   %agd = f32[8]{0} all-gather-done((f32[2]{0}, f32[8]{0}) %ags)
     """
-    assert ahead.collectives(tpu) == {"all-reduce": (1, 8 * 128 * 4 + 8), "all-gather": (1, 32)}
+    assert compiling.collectives(tpu) == {"all-reduce": (1, 8 * 128 * 4 + 8), "all-gather": (1, 32)}
 
 
 def test_a_program_that_does_not_fit_says_what_it_asked_for():
@@ -117,8 +121,8 @@ def test_a_program_that_does_not_fit_says_what_it_asked_for():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (29.45G) exceeds "
         "available HBM (15.75G)."
     )
-    assert ahead.asked(old) == int(20.5 * 2**30) and ahead.asked(now) == int(29.45 * 2**30)
-    assert ahead.asked("INTERNAL: something else") is None
+    assert compiling.asked(old) == int(20.5 * 2**30) and compiling.asked(now) == int(29.45 * 2**30)
+    assert compiling.asked("INTERNAL: something else") is None
 
 
 def test_what_this_jaxlib_cannot_read_of_a_program_is_left_out(monkeypatch, tmp_path):
@@ -135,10 +139,12 @@ def test_what_this_jaxlib_cannot_read_of_a_program_is_left_out(monkeypatch, tmp_
         as_text = staticmethod(lambda: "the program")
         compile = staticmethod(lambda options: compiled)
 
-    lowered = ahead.Lowered(Program, {}, {}, None, 8, "plain", "libtpu")
-    first, again = (ahead.kept(ahead.whole, None, lowered, devices.target("v5e:2x2")) for _ in range(2))
+    lowered = compiling.Lowered(Program, {}, {}, None, 8, "plain", "libtpu")
+    first, again = (
+        compiling.kept(compiling.whole, None, lowered, devices.target("v5e:2x2")) for _ in range(2)
+    )
     assert first == again and first.fits and first.collectives is None
-    assert plan.sent(None) == "not told"
+    assert table.sent(None) == "not told"
 
 
 def needs(fixed: float, each: float):
@@ -147,10 +153,10 @@ def needs(fixed: float, each: float):
     def row(config, target):
         images = config.batch_size // target.count
         saved = 0.5 if config.remat else 1.0
-        held = {"parameters": fixed * plan.GIB / 4, "optimizer": fixed * plan.GIB / 2}
-        needed = (fixed + images * each * saved) * plan.GIB
-        return {"per_device": images, "needed": needed, "fits": needed <= plan.room(target), "held": held,
-                "remat": config.remat, "mesh": plan.shape_of(config.mesh, target)}  # fmt: skip
+        held = {"parameters": fixed * table.GIB / 4, "optimizer": fixed * table.GIB / 2}
+        needed = (fixed + images * each * saved) * table.GIB
+        return {"per_device": images, "needed": needed, "fits": needed <= table.room(target), "held": held,
+                "remat": config.remat, "mesh": table.shape_of(config.mesh, target)}  # fmt: skip
 
     return row
 
@@ -160,31 +166,31 @@ def needs(fixed: float, each: float):
 )
 @pytest.mark.parametrize("start", [4, 64, 512])
 def test_the_search_ends_at_the_last_batch_that_fits(monkeypatch, fixed, each, found, start):
-    monkeypatch.setattr(plan, "row", needs(fixed, each))
-    rows = plan.largest(config_of(batch_size=start), devices.target("v5e:2x2"))
+    monkeypatch.setattr(table, "row", needs(fixed, each))
+    rows = table.largest(config_of(batch_size=start), devices.target("v5e:2x2"))
     assert (rows[-1]["per_device"] if rows else 0) == found
 
 
 def test_what_would_make_twice_as_many_fit(monkeypatch):
-    monkeypatch.setattr(plan, "row", needs(8.0, 0.8))
-    rows = plan.next_size(config_of(), devices.target("v5e:2x2"), 8)
+    monkeypatch.setattr(table, "row", needs(8.0, 0.8))
+    rows = table.next_size(config_of(), devices.target("v5e:2x2"), 8)
     assert [(r["remat"], r["mesh"], r["per_device"], r["fits"]) for r in rows] == [
         (True, "4 x 1", 16, True),
         (False, "1 x 4", 16, False),
         (True, "1 x 4", 16, True),
     ]
-    assert len(plan.next_size(config_of(remat=True), devices.target("v5e:2x2"), 8)) == 1
+    assert len(table.next_size(config_of(remat=True), devices.target("v5e:2x2"), 8)) == 1
     seen = []
-    monkeypatch.setattr(plan, "row", lambda config, target: seen.append((config.attention, config.remat)))
-    plan.next_size(config_of(attention="plain"), devices.target("v5e:2x2"), 8)
+    monkeypatch.setattr(table, "row", lambda config, target: seen.append((config.attention, config.remat)))
+    table.next_size(config_of(attention="plain"), devices.target("v5e:2x2"), 8)
     assert seen == [(None, False), ("plain", True), ("plain", False), ("plain", True)]
 
 
 def test_a_plan_as_a_table(monkeypatch):
     here = devices.target("v5e:2x2")
-    result = ahead.Compiled(3 * 2**30, 2**30, 1e12, {"all-reduce": (2, 2**29)}, 1.0)
+    result = compiling.Compiled(3 * 2**30, 2**30, 1e12, {"all-reduce": (2, 2**29)}, 1.0)
     unet = students.SD15 | {"sample_size": 8}
-    lowered = ahead.Lowered(
+    lowered = compiling.Lowered(
         None,
         {"parameters": 1, "optimizer": 2, "average": 0, "teacher": 3, "batch": 4},
         unet,
@@ -193,14 +199,14 @@ def test_a_plan_as_a_table(monkeypatch):
         "plain",
         "libtpu",
     )
-    monkeypatch.setattr(ahead, "lower", lambda config, target: lowered)
-    monkeypatch.setattr(early, "assigned", lambda config, lowered, target: result)
-    monkeypatch.setattr(ahead, "kept", lambda make, *of: make(*of))
-    row = plan.row(config_of(), here)
+    monkeypatch.setattr(compiling, "lower", lambda config, target: lowered)
+    monkeypatch.setattr(compiling, "assigned", lambda config, lowered, target: result)
+    monkeypatch.setattr(compiling, "kept", lambda make, *of: make(*of))
+    row = table.row(config_of(), here)
     rate = 4 * 197e12 * 0.40 / row["image_flops"]
     assert row["images_per_second"] == pytest.approx(rate)
     assert row["device_hours"] == pytest.approx(4 * 300 * 8 / rate / 3600)
-    text = plan.markdown([row, row | {"fits": False, "temporary": None}])
+    text = table.markdown([row, row | {"fits": False, "temporary": None}])
     assert "| v5e:2x2 | sd_small | 64 | 2 | plain | no | 4 x 1 |" in text and "2 all-reduce 0.50" in text
     assert "estimates" in text and "40% (no figure is published" in text
     assert np.all([line.count("|") == text.splitlines()[0].count("|") for line in text.splitlines()[:4]])

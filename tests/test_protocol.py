@@ -11,8 +11,9 @@ import scipy.linalg
 from conftest import CAPTIONS
 from PIL import Image
 
-from flaxkd import fidelity, gallery, protocol
 from flaxkd.data import prompts
+from flaxkd.drawing import resumable
+from flaxkd.evaluate import fidelity, scores
 
 torch = pytest.importorskip("torch")
 
@@ -24,48 +25,48 @@ def features(seed, n=60, d=6):
 
 def test_fid_is_the_equation_with_scipys_root():
     drawn, real = features(0), features(1, n=80)
-    (mean_a, cov_a), (mean_b, cov_b) = map(protocol.statistics, (drawn, real))
+    (mean_a, cov_a), (mean_b, cov_b) = map(scores.statistics, (drawn, real))
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
     expected = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(root)
-    found = protocol.fid(torch.from_numpy(drawn), protocol.statistics(real))
+    found = scores.fid(torch.from_numpy(drawn), scores.statistics(real))
     assert found == pytest.approx(expected, rel=1e-6)
     assert found == pytest.approx(fidelity.frechet(drawn, real), rel=1e-6)  # ours and torchmetrics'
-    assert protocol.fid(torch.from_numpy(real), protocol.statistics(real)) == pytest.approx(0, abs=1e-6)
+    assert scores.fid(torch.from_numpy(real), scores.statistics(real)) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="real pictures have 5 features, Inception has 6"):
-        protocol.fid(torch.from_numpy(drawn), protocol.statistics(real[:, :5]))
+        scores.fid(torch.from_numpy(drawn), scores.statistics(real[:, :5]))
 
 
 def test_inception_score_is_the_equation():
     logits = np.random.default_rng(0).standard_normal((40, 7)) * 3
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = np.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), axis=1)))
-    mean, _ = protocol.inception_score(torch.from_numpy(logits), splits=1)
+    mean, _ = scores.inception_score(torch.from_numpy(logits), splits=1)
     assert mean == pytest.approx(expected)
     state = torch.get_rng_state()
-    scores = [protocol.inception_score(torch.from_numpy(logits)) for _ in range(2)]
-    assert scores[0] == scores[1] and torch.equal(state, torch.get_rng_state())
+    twice = [scores.inception_score(torch.from_numpy(logits)) for _ in range(2)]
+    assert twice[0] == twice[1] and torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match="8 pictures make no 10 splits: draw at least 20"):
-        protocol.inception_score(torch.from_numpy(logits[:8]))
+        scores.inception_score(torch.from_numpy(logits[:8]))
 
 
 @pytest.fixture
 def drawn(tmp_path):
     paths = [tmp_path / f"{i:06d}.png" for i in range(24)]
     for i, path in enumerate(paths):
-        gallery.save(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8), path)
+        resumable.save(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8), path)
     return paths
 
 
 def test_scores_of_a_folder(clip_folder, inception, drawn, tmp_path):
     captions = [CAPTIONS[i % 5] for i in range(24)]
-    model, processor = clip = protocol.load_clip(str(clip_folder))
+    model, processor = clip = scores.load_clip(str(clip_folder))
     real = [tmp_path / f"real{i}.png" for i in range(20)]
     for i, path in enumerate(real):
         Image.fromarray(np.random.default_rng(100 + i).integers(0, 256, (24, 40, 3), np.uint8)).save(path)
-    read = lambda path: gallery.read(path, 32)
-    scorer = protocol.Scorer(inception, clip, real, {})
-    scorer = protocol.real_statistics(scorer, read, 7, tmp_path / "real.npz")
-    row = protocol.score(scorer, drawn, captions, read, 7, "tiny")
+    read = lambda path: resumable.read(path, 32)
+    scorer = scores.Scorer(inception, clip, real, {})
+    scorer = scores.real_statistics(scorer, read, 7, tmp_path / "real.npz")
+    row = scores.score(scorer, drawn, captions, read, 7, "tiny")
 
     cells = lambda paths: np.stack([read(p) for p in paths]).astype(float).reshape(-1, 2, 16, 2, 16, 3)
     of = lambda paths: cells(paths).mean((2, 4)).transpose(0, 3, 1, 2).reshape(len(paths), 12)
@@ -82,29 +83,29 @@ def test_scores_of_a_folder(clip_folder, inception, drawn, tmp_path):
         cosines.append(float(text @ picture / text.norm() / picture.norm()))
     assert row["clip_score"] == pytest.approx(np.mean(cosines), abs=1e-5)
 
-    again = protocol.read_statistics(
+    again = scores.read_statistics(
         tmp_path / "real.npz"
     )  # what was measured can be given instead of pictures
-    assert protocol.score(scorer._replace(real=again), drawn, captions, read, 24, "tiny")[
+    assert scores.score(scorer._replace(real=again), drawn, captions, read, 24, "tiny")[
         "fid"
     ] == pytest.approx(row["fid"], rel=1e-6)
-    assert "fid" not in protocol.score(scorer._replace(real=None), drawn, captions, read, 24, "tiny")
+    assert "fid" not in scores.score(scorer._replace(real=None), drawn, captions, read, 24, "tiny")
     drawn[3].unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 24 pictures are missing, the first is .*000003.png"):
-        protocol.score(scorer, drawn, captions, read, 24, "tiny")
+        scores.score(scorer, drawn, captions, read, 24, "tiny")
 
 
 def test_statistics_of_another_kind_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
-        protocol.read_statistics(tmp_path / "none.npz")
+        scores.read_statistics(tmp_path / "none.npz")
     np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(ValueError, match=r"it has \{'mu': \(3,\), 'sigma': \(2, 2\)\}"):
-        protocol.read_statistics(tmp_path / "bad.npz")
+        scores.read_statistics(tmp_path / "bad.npz")
     (tmp_path / "text.npz").write_text("no")
     with pytest.raises(ValueError, match=r"text.npz cannot be read as .npz"):
-        protocol.read_statistics(tmp_path / "text.npz")
+        scores.read_statistics(tmp_path / "text.npz")
     with pytest.raises(ValueError, match="has 0 pictures"):
-        protocol.pictures_in(tmp_path)
+        scores.pictures_in(tmp_path)
 
 
 @pytest.fixture
@@ -131,32 +132,32 @@ def fake_fidelity(monkeypatch):
 def test_inception_comes_from_a_file_or_says_how_to_get_it(fake_fidelity, tmp_path):
     path = tmp_path / "inception.pth"
     with pytest.raises(FileNotFoundError, match=r"(?s)no network.*example.org/weights.pth.*--inception FILE"):
-        protocol.load_inception(None)
+        scores.load_inception(None)
     with pytest.raises(FileNotFoundError, match=r"no file .*inception.pth: download https://example.org"):
-        protocol.load_inception(path)
+        scores.load_inception(path)
     torch.save({"fc.weight": torch.zeros(2)}, path)
-    assert protocol.load_inception(path) is not None
+    assert scores.load_inception(path) is not None
     torch.save({"conv": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match=r"does not fit torch-fidelity's InceptionV3: Missing key"):
-        protocol.load_inception(path)
+        scores.load_inception(path)
     path.write_bytes(pickle.dumps({"fc.weight": print}))  # a pickle that runs code is not opened
     with pytest.raises(ValueError, match="holds no weights alone"):
-        protocol.load_inception(path)
+        scores.load_inception(path)
 
 
 def test_missing_packages_and_networks_have_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ModuleNotFoundError, match=r"torch_fidelity.*pip install .*eval"):
-        protocol.load_inception(None)
+        scores.load_inception(None)
     with pytest.raises(FileNotFoundError, match=r"(?s)CLIP cannot be loaded from owner/absent.*--clip DIR"):
-        protocol.load_clip("owner/absent")
+        scores.load_clip("owner/absent")
     with pytest.raises(FileNotFoundError, match=r"CLIP cannot be loaded"):
-        protocol.load_clip(str(tmp_path))
+        scores.load_clip(str(tmp_path))
 
 
 def test_what_is_not_as_published_is_said():
-    assert protocol.departures("pndm", 25, 7.5, 512, 30_000) == ""
-    assert protocol.departures("ddim", 25, 4.0, 512, 30_000) == (
+    assert scores.departures("pndm", 25, 7.5, 512, 30_000) == ""
+    assert scores.departures("ddim", 25, 4.0, 512, 30_000) == (
         "sampler ddim instead of pndm, guidance 4.0 instead of 7.5"
     )
 

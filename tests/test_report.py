@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxkd import blocks, export, metrics, pretrained, report, students
+from flaxkd import blocks, export, pretrained, report, students
+from flaxkd.training import metrics
 
 
 class Page(HTMLParser):
@@ -76,7 +77,9 @@ def test_everything_is_on_the_page_and_nothing_elsewhere(workdir):
     table = "| model | PSNR |\n|---|---:|\n| teacher | 100 |\n| mine | 21.5 |"
     (workdir / "evaluation" / "evaluation.md").write_text(f"# Evaluation\n\n{table}\n\n## Settings\n\nnone\n")
     (workdir / "bench").mkdir()
-    (workdir / "bench" / "bench.md").write_text("# Benchmark\n\n| model | s |\n|---|---:|\n| mine | 0.123 |\n")
+    (workdir / "bench" / "bench.md").write_text(
+        "# Benchmark\n\n| model | s |\n|---|---:|\n| mine | 0.123 |\n"
+    )
     out = report.write(workdir)
     assert out == workdir / "report.html" and [p.name for p in workdir.glob(".*")] == []
     text = out.read_text()
@@ -88,7 +91,17 @@ def test_everything_is_on_the_page_and_nothing_elsewhere(workdir):
     ]  # fmt: skip
     assert all(url.startswith(("data:", "#")) for url in page.urls)
     assert not re.search(r"url\((?!#)|@import", text)
-    for told in ("20 of 40", "80", "10.0%", "25.0%", "21.5", "0.123", "12.0", "--config 'a&b.py'", '"note": "<b>&"'):
+    for told in (
+        "20 of 40",
+        "80",
+        "10.0%",
+        "25.0%",
+        "21.5",
+        "0.123",
+        "12.0",
+        "--config 'a&b.py'",
+        '"note": "<b>&"',
+    ):
         assert told in page.text, told
     assert text.count("<svg") == 1
 

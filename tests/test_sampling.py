@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flaxkd import sampling
+from flaxkd.diffusion import sampling
 from flaxkd.models.clip import CLIPTextConfig, CLIPTextModel
 from flaxkd.models.unet import UNet2DCondition, UNetConfig
 from flaxkd.models.vae import AutoencoderKL, VAEConfig

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxkd import sharding
+from flaxkd.machine import sharding
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def test_memory_stays_with_the_process_from_step_to_step():
     assert any(faults("kept") < 1000 for _ in range(6))
 
 
-@pytest.mark.parametrize(("rows", "each", "found"), [(3, 1, [0, 1, 2, 0]), (9, 2, [*range(8)]), (4, 1, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("rows", "each", "found"), [(3, 1, [0, 1, 2, 0]), (9, 2, [*range(8)]), (4, 1, [0, 1, 2, 3])]
+)
 def test_every_device_gets_as_many_rows(rows, each, found):
     mesh = sharding.make_mesh(-1, 1, jax.devices()[:4])
     x = np.arange(2 * rows).reshape(rows, 2)

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import AxisType
 
 from configs import default
-from flaxkd import sharding
-from flaxkd.step import MEMORY, Task, init_state, judge, learning_rate, make_step, optimizer
+from flaxkd.machine import sharding
+from flaxkd.training.step import MEMORY, Task, init_state, judge, learning_rate, make_step, optimizer
 
 
 def config(**changes):

@@ -7,8 +7,10 @@ import pytest
 from jax.sharding import AxisType
 
 from configs import default
-from flaxkd import distill, pretrained, sampling, sharding
-from flaxkd.step import init_state, make_step, optimizer
+from flaxkd import distill, pretrained
+from flaxkd.diffusion import sampling
+from flaxkd.machine import sharding
+from flaxkd.training.step import init_state, make_step, optimizer
 
 # (devices, fsdp). A UNet takes a minute for each to compile: FLAXKD_TEST_DEVICES=8 asks for all of 8 devices.
 MESHES = [(4, 2)] if jax.device_count() < 8 else [(8, 1), (8, 2), (8, 4), (8, 8)]
@@ -102,7 +104,9 @@ def test_the_frozen_parts_are_in_compute_precision_and_the_student_in_float32(ti
 
 def test_a_student_equal_to_the_teacher_has_no_distillation_loss(tiny_pipeline):
     tokenizer = pretrained.load_tokenizer(tiny_pipeline)
-    task = distill.task(config(student=None, train=("unet", "text_encoder")), tiny_pipeline, jnp.float32, tokenizer)
+    task = distill.task(
+        config(student=None, train=("unet", "text_encoder")), tiny_pipeline, jnp.float32, tokenizer
+    )
     assert set(task.params) == {"unet", "text_encoder"} and task.frozen == {}
     assert task.configs.keys() == {"unet", "text_encoder"}
 

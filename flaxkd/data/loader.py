@@ -8,7 +8,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from flaxkd.data import cache as caches
+from flaxkd.data import records as caches
 
 
 def batches(

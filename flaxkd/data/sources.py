@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
-from flaxkd.data import cache, openmoji
+from flaxkd.data import openmoji, records
+from flaxkd.machine import files
 
 METADATA = "metadata.jsonl"
 
@@ -45,15 +46,10 @@ class Source:
         return self.load(index)
 
 
-def cache_home() -> Path:
-    """Where flaxkd keeps what it can make again: $FLAXKD_CACHE, else ~/.cache/flaxkd."""
-    return Path(os.environ.get("FLAXKD_CACHE") or "~/.cache/flaxkd").expanduser()
-
-
 def default_data_dir() -> Path:
-    """Where TFDS data sets are: $TFDS_DATA_DIR, else `tfds` under `cache_home()`."""
+    """Where TFDS data sets are: $TFDS_DATA_DIR, else `tfds` under `files.cache_home()`."""
     chosen = os.environ.get("TFDS_DATA_DIR")
-    return Path(chosen).expanduser() if chosen else cache_home() / "tfds"
+    return Path(chosen).expanduser() if chosen else files.cache_home() / "tfds"
 
 
 def open_source(name: str, split: str, data_dir: str | Path | None = None, resolution: int = 64) -> Source:
@@ -66,7 +62,7 @@ def open_source(name: str, split: str, data_dir: str | Path | None = None, resol
         raise ValueError(f"split is {split!r}, must be 'train' or 'validation'")
     if name == openmoji.OpenMoji.name:
         return _openmoji(split, Path(data_dir) if data_dir else default_data_dir(), resolution)
-    if (made := epath.Path(name).expanduser() / cache.PLAN).is_file():
+    if (made := epath.Path(name).expanduser() / records.PLAN).is_file():
         return _made_before(made.parent, split)
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -92,7 +88,7 @@ def _made_before(folder: epath.Path, split: str) -> Source:
         raise FileNotFoundError(
             f"{folder} is not finished: run its `python -m flaxkd.cache` again, which goes on"
         )
-    about = cache.read_about(folder / split)
+    about = records.read_about(folder / split)
 
     def load(index: int) -> dict:
         raise ValueError(

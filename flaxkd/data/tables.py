@@ -11,41 +11,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from flaxkd.data.parts import BROKEN, Item, Part
+from flaxkd.data.chunks import BROKEN, Chunk, Item
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img")  # usual names of the column
 ROWS = 64  # read at once; more would fill memory with pictures
 
 
-def parquet(files: list[epath.Path], column: str | None, rows: int) -> list[Part]:
+def parquet(files: list[epath.Path], column: str | None, rows: int) -> list[Chunk]:
     """Parts of Parquet files: row groups of one file, one after the other, until they have `rows` rows.
 
-    column: with the pictures, else one of `IMAGES`. A file with a damaged footer is one part, which will be broken."""
-    parts = []
+    column: with the pictures, else one of `IMAGES`. A file with a damaged footer is one chunk, which will be broken."""
+    chunks = []
     with ThreadPoolExecutor(16) as pool:  # from a bucket, a footer takes a while
         for file, sizes in zip(files, pool.map(_row_groups, files), strict=True):
             if sizes is None:
-                parts.append(_part(file, None, 0, column))
+                chunks.append(_chunk(file, None, 0, column))
                 continue
             groups, start, count = [], 0, 0
             for i, size in enumerate(sizes):
                 groups, count = [*groups, i], count + size
                 if count >= rows or i == len(sizes) - 1:
-                    parts.append(_part(file, groups, start, column))
+                    chunks.append(_chunk(file, groups, start, column))
                     groups, start, count = [], start + count, 0
-    return parts
+    return chunks
 
 
-def arrow(files: list[epath.Path], column: str | None) -> list[Part]:
-    """A part of each Arrow file, which is a stream and has no footer that would tell where to split it."""
+def arrow(files: list[epath.Path], column: str | None) -> list[Chunk]:
+    """A chunk of each Arrow file, which is a stream and has no footer that would tell where to split it."""
     return [
-        Part(str(file), lambda file=file: _items(file, _batches_of_arrow(file), 0, column)) for file in files
+        Chunk(str(file), lambda file=file: _items(file, _batches_of_arrow(file), 0, column)) for file in files
     ]
 
 
-def _part(file: epath.Path, groups: list[int] | None, start: int, column: str | None) -> Part:
+def _chunk(file: epath.Path, groups: list[int] | None, start: int, column: str | None) -> Chunk:
     name = str(file) if groups is None else f"{file}, row groups {groups[0]} to {groups[-1]}"
-    return Part(name, lambda: _items(file, _batches_of_parquet(file, groups), start, column))
+    return Chunk(name, lambda: _items(file, _batches_of_parquet(file, groups), start, column))
 
 
 def _row_groups(file: epath.Path) -> list[int] | None:

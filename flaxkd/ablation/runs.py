@@ -1,0 +1,219 @@
+"""Does each term of the loss earn its place? Trains students with and without it, and measures all of them alike.
+
+    python -m flaxkd.ablation --config configs/small.py --students sd_small sd_tiny --seeds 3 --out runs/ablation
+    python -m flaxkd.ablation ... --config.steps=1000 --config.learning_rate.decay_steps=1000     for every run
+
+A run is a training like any other, in OUT/STUDENT-VARIANT-SEED, and flaxkd.evaluate measures it on held-out captions.
+What is done is kept, so that the same command goes on where it stopped; with more seeds or students, the runs that
+are there count. The result is ablation.md, ablation.json and ablation.png: see table.py.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from flaxkd import students
+from flaxkd.ablation import table
+from flaxkd.evaluate import evaluation
+from flaxkd.training import checkpoint, metrics
+
+# What the runs differ in. A row sets every key, so that what it is does not change with the defaults.
+KEYS = ("init", "weight.noise", "weight.output", "weight.feature", "normalize_features")
+VARIANTS = {
+    "noise":      ("teacher", 1.0, 0.0, 0.0, False),
+    "output":     ("teacher", 1.0, 1.0, 0.0, False),
+    "feature":    ("teacher", 1.0, 1.0, 1.0, False),  # the whole loss of BK-SDM
+    "normalised": ("teacher", 1.0, 1.0, 1.0, True),
+    "random":     ("random",  1.0, 1.0, 1.0, False),
+    "scratch":    ("random",  1.0, 0.0, 0.0, False),  # no distillation at all
+}  # fmt: skip
+OWN = ("student", "seed", *KEYS)
+
+# Dozens of runs: each draws at its start and end alone, and keeps one checkpoint to go on from.
+SPARING = {"sample.every": 10**9, "checkpoint.keep": 1}
+
+TRAINER = [sys.executable, "-m", "flaxkd.train"]
+POLL = 5.0  # seconds between two looks at a training
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    student: str
+    variant: str
+    seed: int
+    workdir: Path
+    command: list[str]
+    config: ConfigDict  # what the command makes of the configuration
+
+
+def run(args: argparse.Namespace, typed: str) -> dict:
+    """Trains and measures what is missing, writes the result into `args.out`, and returns it: see `table.write`.
+
+    typed: the command, for the result. Raises ValueError and FileNotFoundError before any compute, and
+    ChildProcessError for a training that fails."""
+    runs = plan(args)
+    for each in runs:
+        checkpoint.claim(each.workdir, each.config.to_dict())  # or what is skipped may be of other settings
+    train_all(runs)  # all of them before the first evaluation: two processes would share an accelerator
+    rows, curves, teacher = {}, {}, {}
+    for student in dict.fromkeys(each.student for each in runs):
+        own = [each for each in runs if each.student == student]
+        measured = measure(args, own)["rows"]
+        teacher = measured[0]
+        for each, row in zip(own, measured[1:], strict=True):
+            rows.setdefault(student, {}).setdefault(each.variant, []).append(row)
+            records = metrics.read(each.workdir)
+            curves.setdefault(student, {}).setdefault(each.variant, []).append(records)
+    config = runs[0].config
+    settings = {"command": typed, "steps": config.steps, "batch size": config.batch_size, "seeds": args.seeds}
+    settings |= {"teacher": config.teacher or "the embedded miniature", "data": config.data.source}
+    settings |= {"held-out captions": args.examples, "sampler": config.sample.sampler}
+    settings |= {"sampler steps": config.sample.steps, "guidance": config.sample.guidance}
+    variants = {name: dict(zip(KEYS, row, strict=True)) for name, row in VARIANTS.items()}
+    result = table.result(settings, variants, teacher, rows, curves)
+    print("\n".join(f"wrote {path}" for path in table.write(args.out, result)))
+    return result
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """All runs, seed by seed, so that every variant has one before any has two.
+
+    Raises ValueError for an unknown student or key, for a key that the runs differ in, and for no seeds."""
+    if args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds}: 1 is needed, and 2 for a standard deviation")
+    for override in args.overrides:
+        key = override.removeprefix("--config.").partition("=")[0]
+        if key in OWN:
+            raise ValueError(f"{override}: the runs differ in {key}, it cannot be the same for all")
+    runs = []
+    for seed in range(args.seeds):
+        for student in dict.fromkeys(args.students):
+            students.get(student)
+            for variant, row in VARIANTS.items():
+                own = dict(zip(OWN, (student, seed, *row), strict=True))
+                options = [f"--config={args.config}"]
+                options += [f"--config.{key}={value}" for key, value in SPARING.items()]
+                options += args.overrides
+                options += [f"--config.{key}={value}" for key, value in own.items()]
+                config = configuration(options)
+                workdir = args.out / f"{student}-{variant}-{seed}"
+                arguments = [*TRAINER, f"--workdir={workdir}", *options]
+                runs.append(Run(student, variant, seed, workdir, arguments, config))
+    return runs
+
+
+def configuration(options: list[str]) -> ConfigDict:
+    """The configuration that flaxkd.train makes of these options. Raises ValueError with what is wrong of them."""
+    values, typed = flags.FlagValues(), ["train", *options]
+    try:
+        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=typed)
+        values(typed)
+    except (AttributeError, OSError, flags.Error) as error:  # the first is a key that does not exist
+        raise ValueError(f"{options[0]} and its overrides cannot be read: {error}") from error
+    return values.config
+
+
+def finished(run: Run) -> bool:
+    """Whether a training is over: its export comes last, and is renamed into place as a whole."""
+    return (run.workdir / "diffusers" / "model_index.json").is_file()
+
+
+def reached(run: Run) -> int:
+    """The last optimizer step of a training of which something is written."""
+    return max((record["step"] for record in metrics.read(run.workdir)), default=0)
+
+
+def train_all(runs: list[Run]) -> None:
+    """Trains what is not finished, one after the other, with a bar over the steps of all runs."""
+    steps = [reached(run) for run in runs]
+    total = sum(run.config.steps for run in runs)
+    with tqdm(total=total, initial=sum(steps), unit="step", dynamic_ncols=True) as bar:
+        for i, run in enumerate(runs):
+            if finished(run):
+                continue
+
+            def tick(i=i, run=run) -> None:
+                steps[i] = reached(run)
+                bar.n = sum(steps)
+                bar.refresh()  # for its clock: there is no new step for as long as a run compiles
+
+            bar.set_description(f"run {i + 1} of {len(runs)}, {run.workdir.name}")
+            train(run, tick)
+
+
+def train(run: Run, tick: Callable[[], None]) -> None:
+    """One training, as a process of its own that writes to train.log. tick: called now and then while it runs.
+
+    Raises ChildProcessError with the end of the log if it fails."""
+    log = run.workdir / "train.log"
+    with (
+        log.open("a") as file,
+        subprocess.Popen(run.command, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL)
+                tick()
+        except BaseException:  # what stops this command stops the training, which saves first
+            tqdm.write(f"stopping; {run.workdir.name} saves after its current step")
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode or not finished(run):
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise ChildProcessError(
+            f"{run.workdir.name} ended with status {process.returncode}, see {log}:\n{end}"
+        )
+
+
+def measure(args: argparse.Namespace, runs: list[Run]) -> dict:
+    """What `evaluation.run` says of all runs of one student; it is not asked again for what it has said."""
+    config = runs[0].config
+    out = args.out / f"{runs[0].student}-evaluation"
+    options = {"out": out, "data": config.data.source, "resolution": config.data.resolution}
+    options |= {"pairing": config.pairing, "examples": args.examples, "sampler": config.sample.sampler}
+    options |= {"steps": config.sample.steps, "guidance": config.sample.guidance}
+    options |= {"reference": config.teacher} if config.teacher else {}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    arguments += ["--model", *(str(run.workdir) for run in runs)]
+    exports = [(run.workdir / "diffusers").stat().st_mtime_ns for run in runs]
+    asked = {"arguments": arguments, "exports": exports}
+    note = out / "asked.json"
+    if note.is_file() and json.loads(note.read_text()) == asked:
+        return json.loads((out / "evaluation.json").read_text())
+    note.unlink(missing_ok=True)
+    result = evaluation.run(evaluation.parse(arguments))
+    note.write_text(json.dumps(asked, indent=2) + "\n")
+    return result
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flaxkd.ablation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"--config.KEY=VALUE is for all runs. They differ in {', '.join(OWN)}.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="of all runs, e.g. configs/small.py")
+    add("--students", nargs="+", default=["sd_small", "sd_tiny"], help="default: sd_small sd_tiny")
+    add("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
+    add("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/ablation"), help="default: %(default)s")
+    args, args.overrides = parser.parse_known_args(arguments)
+    for other in args.overrides:
+        if not (other.startswith("--config.") and "=" in other):
+            parser.error(f"unrecognized argument: {other} (keys of the configuration are --config.KEY=VALUE)")
+    return args

@@ -1,0 +1,295 @@
+"""How fast are a teacher and its students? One table and one bar chart; also beside PyTorch.
+
+    python -m flaxkd.bench                                   the embedded teacher and all of its students
+    python -m flaxkd.bench --config configs/small.py:sd15 --students sd_small,sd_tiny --config.batch_size=8
+    python -m flaxkd.bench --against torch                   the same work in PyTorch, eager and torch.compile
+    python -m flaxkd.bench --unet block_out_channels=[64,128,256,256] --unet sample_size=32
+
+What is timed: a denoising step (the UNet on twice the batch, as guidance needs it), a batch of pictures (from the text
+to the pixels), and the training step of the configuration, which for the teacher is training it on the noise alone.
+Each is the median of --rounds, in which whoever is compared takes turns. Weights do not matter for it: students are
+as cut, and with --unet, which replaces keys of the teacher's unet/config.json, they are random.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from flaxkd import blank, pretrained, students
+from flaxkd.bench import torch_works, works
+from flaxkd.bench.works import Prepared, Subject
+from flaxkd.drawing import figures
+from flaxkd.evaluate import table
+from flaxkd.plan import devices
+
+OURS = "flaxkd"
+PAUSE = (
+    0.05  # seconds; threads of another library that spin for a while after their work would slow the next one
+)
+
+
+def run(
+    config, *, names: list[str], against: list[str], unet: dict, rounds: int, steps: int, out: Path
+) -> dict:
+    """Times all, writes bench.json, .md and .png into `out`, and returns what is in the first.
+
+    names: students. against: of torch_works.EAGER and COMPILED. unet: keys of the teacher's configuration to
+    replace. steps: of the sampler. Raises ValueError before any compute for what does not fit."""
+    if rounds < 5:
+        raise ValueError(f"rounds = {rounds}: a median of at least 5 is worth telling")
+    if against:
+        torch_works.check(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = pretrained.resolve(config.teacher)
+        if unet:
+            source = other_architecture(source, unet, Path(scratch) / "pipeline", config.seed)
+        teacher_config = pretrained.read_config(source, "unet")
+        for name in names:
+            students.config(students.get(name), teacher_config)
+        rows = []
+        with tqdm(
+            total=(1 + len(names)) * len(works.WORKS) * (1 + len(against)) * (1 + rounds), unit="run"
+        ) as bar:
+            for name in ("teacher", *names):
+                subject = works.subject(name, config, source, steps=steps)
+                rows += measure(subject, [OURS, *against], rounds, bar)
+    settings = {
+        "teacher": config.teacher or "the embedded miniature",
+        "unet": ", ".join(f"{key} {value}" for key, value in unet.items()) or "the teacher's",
+        "latents": "{0} x {0} x {1}".format(teacher_config["sample_size"], teacher_config["in_channels"]),
+        "batch": f"{config.batch_size} images, twice that in a denoising step",
+        "sampler": f"{steps} steps of DPM-Solver++, guidance 7.5",
+        "timing": f"median of {rounds}" + ", in turns" * bool(against),
+        "precision": str(subject.dtype),
+        "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions(against).items()),
+    }
+    one = devices.peak(jax.devices()[0])
+    peak = one and one.flops_per_second * jax.device_count()
+    result = {"settings": settings, "rows": derive(rows, config.batch_size, peak)}
+    paths = write(out, result)
+    print(markdown(result).partition("\n## Settings")[0])
+    print("\n".join(f"wrote {path}" for path in paths))
+    return result
+
+
+def versions(against: list[str]) -> dict[str, str]:
+    names = ("jax", "flax", "python") + ("torch", "diffusers") * bool(against)
+    return {n: platform.python_version() if n == "python" else importlib.metadata.version(n) for n in names}
+
+
+def other_architecture(source: Path, changes: dict, out: Path, seed: int) -> Path:
+    """The pipeline folder `source` with a UNet of another configuration and random weights, written to `out`."""
+    unet_config = pretrained.read_config(source, "unet")
+    known = {*unet_config, *pretrained.build("unet", unet_config).config.__dataclass_fields__}
+    if wrong := sorted(changes.keys() - known):
+        raise ValueError(
+            f"--unet: unknown {', '.join(wrong)}; keys are those of unet/config.json ({sorted(known)})"
+        )
+    unet_config |= changes
+    shapes = pretrained.shapes(pretrained.build("unet", unet_config), "unet")
+    parts = {"unet": (unet_config, blank.initial(shapes, seed))}
+    return pretrained.save(out, source=source, parts=parts)
+
+
+def measure(subject: Subject, rivals: list[str], rounds: int, bar: tqdm) -> list[dict]:
+    """A row {"model", "by", "parameters", work: {...}} for each rival: see `table.COLUMNS`."""
+    size = sum(x.size for x in jax.tree.leaves(subject.task.params["unet"]))
+    rows = {by: {"model": subject.name, "by": by, "parameters": size} for by in rivals}
+    for work in works.WORKS:
+        ready: dict[str, Prepared] = {}
+        for by in rivals:
+            bar.set_description(f"{subject.name}, {work}: {by} compiles")
+            ours = by == OURS
+            ready[by] = works.prepare(subject, work) if ours else torch_works.prepare(subject, work, by)
+            bar.update()
+        bar.set_description(f"{subject.name}, {work}")
+        seconds = interleaved(ready, rounds, bar)
+        for by, prepared in ready.items():
+            rows[by][work] = {
+                "seconds": statistics.median(seconds[by]),
+                "all_seconds": seconds[by],
+                "first_seconds": prepared.first,
+                "flops": prepared.flops,
+                "peak_bytes": prepared.peak_bytes,
+            }
+    return list(rows.values())
+
+
+def interleaved(ready: dict[str, Prepared], rounds: int, bar) -> dict[str, list[float]]:
+    """Seconds of each call, in which all take turns, so that a slow moment of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {by: [] for by in ready}
+    for _ in range(rounds):
+        for by, prepared in ready.items():
+            time.sleep(PAUSE)
+            begin = time.perf_counter()
+            prepared.call()
+            seconds[by].append(time.perf_counter() - begin)
+            bar.update()
+    return seconds
+
+
+def changes(texts: list[str]) -> dict:
+    """["sample_size=32", ...] -> {"sample_size": 32, ...}: values are JSON. ValueError for what is not."""
+    found = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--unet {text}: {value!r} is not JSON ({error}); an example is sample_size=32"
+            ) from error
+    return found
+
+
+TITLES = {"denoise": "denoising step", "image": "batch of pictures", "train": "training step"}
+
+
+def derive(rows: list[dict], batch_size: int, peak: float | None) -> list[dict]:
+    """The rows with what follows from them: images/s, and of flaxkd's the cost of training beside its least one.
+
+    A training step needs at least the teacher's forward pass and three of the student: forward, and twice that much
+    backward. "of_least" is its FLOPs in units of that, "of_peak" its FLOP/s in units of `peak`, what
+    the devices can do at most.
+    """
+    forward = {row["model"]: row["denoise"]["flops"] / 2 for row in rows if row["denoise"]["flops"]}
+    for row in rows:
+        for work in ("image", "train"):
+            row[work]["images_per_second"] = batch_size / row[work]["seconds"]
+        if (flops := row["train"]["flops"]) is None:
+            continue
+        least = 3 * forward[row["model"]] + (forward["teacher"] if row["model"] != "teacher" else 0)
+        row["train"]["of_least"] = flops / least
+        if peak is not None:
+            row["train"]["of_peak"] = flops / row["train"]["seconds"] / peak
+    return rows
+
+
+def write(out: Path, result: dict) -> list[Path]:
+    """Writes bench.json, .md and .png into `out` and returns their paths. result: {"settings", "rows"}."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"bench.{ending}" for ending in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(result, indent=2) + "\n")
+    paths[1].write_text(markdown(result))
+    picture(result, paths[2])
+    return paths
+
+
+def markdown(result: dict) -> str:
+    """The tables: time of each work; size and cost; how many times as long the others take; the settings."""
+    rows = result["rows"]
+    blocks = ["# Benchmark", times(rows), costs(rows), ratios(rows)]
+    blocks += ["## Settings", table.settings_table(result["settings"])]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def times(rows: list[dict]) -> str:
+    """Seconds are medians; images/s are of drawing whole pictures, and of training."""
+    several = len({row["by"] for row in rows}) > 1
+    denoise, image, train = (f"s / {work}" for work in TITLES.values())
+    cells = [["by"] * several + [denoise, image, "images/s", train, "images/s"]]
+    for row in rows:
+        cells.append([row["by"]] * several)
+        cells[-1] += [table.number(row["denoise"]["seconds"], 3)]
+        for work in ("image", "train"):
+            cells[-1] += [
+                table.number(row[work]["seconds"], 3),
+                table.number(row[work]["images_per_second"], 2),
+            ]
+    return table.aligned(["model", *(row["model"] for row in rows)], cells)
+
+
+def costs(rows: list[dict]) -> str:
+    """What XLA counts, of flaxkd alone."""
+    rows = [row for row in rows if row["train"]["flops"] is not None]
+    if not rows:
+        return ""
+    peak = any("of_peak" in row["train"] for row in rows)
+    cells = [
+        ["parameters", "GFLOPs / denoising step", "MiB", "GFLOPs / training step", "of the least", "MiB"]
+    ]
+    cells[0] += ["of the device's peak"] * peak
+    for row in rows:
+        cells.append([table.number(row["parameters"], 0)])
+        for work in ("denoise", "train"):
+            cells[-1].append(table.number(row[work]["flops"] / 1e9, 1))
+            cells[-1] += [table.number(row["train"]["of_least"], 3)] * (work == "train")
+            bytes_ = row[work]["peak_bytes"]
+            cells[-1].append(table.number(bytes_ and bytes_ / 2**20, 0))
+        cells[-1] += [f"{row['train'].get('of_peak', 0):.1%}"] * peak
+    text = (
+        "FLOPs and memory (arguments, results and temporaries of one device) are XLA's, of the compiled program. "
+        "It counts what is in a loop once, such as the long attentions of a CPU. "
+        "The least that a training step needs is the teacher's forward pass and three of the student's."
+    )
+    return "\n\n".join(
+        ["## Size and cost", table.aligned(["model", *(row["model"] for row in rows)], cells), text]
+    )
+
+
+def ratios(rows: list[dict]) -> str:
+    """How many times as long as flaxkd the others take."""
+    ours = {row["model"]: row for row in rows if row["train"]["flops"] is not None}
+    others = [row for row in rows if row["train"]["flops"] is None]
+    if not others:
+        return ""
+    cells = [["by", *TITLES.values()]]
+    for row in others:
+        ratio = [row[work]["seconds"] / ours[row["model"]][work]["seconds"] for work in TITLES]
+        cells.append([row["by"], *(table.number(x, 2) for x in ratio)])
+    text = "Above 1, flaxkd is faster."
+    return "\n\n".join(
+        [
+            "## Their time divided by flaxkd's",
+            table.aligned(["model", *(r["model"] for r in others)], cells),
+            text,
+        ]
+    )
+
+
+def picture(result: dict, path: Path) -> None:
+    """Bars of the three times, one colour for whoever ran it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    who = list(dict.fromkeys(row["by"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 1.2 + 0.28 * len(rows)), layout="constrained", sharey=True)
+    for axis, (work, title) in zip(axes, TITLES.items(), strict=True):
+        for i, by in enumerate(who):
+            own = [row for row in rows if row["by"] == by]
+            places = [models.index(row["model"]) + 0.8 * (i + 0.5) / len(who) - 0.4 for row in own]
+            drawn = axis.barh(
+                places,
+                [row[work]["seconds"] for row in own],
+                0.8 / len(who),
+                color=figures.LINES[i],
+                label=by,
+            )
+            axis.bar_label(
+                drawn, [table.number(row[work]["seconds"], 3) for row in own], fontsize=7, padding=2
+            )
+        axis.set_title(f"seconds per {title}", fontsize=10)
+        axis.set_yticks(range(len(models)), models)
+        axis.margins(x=0.18)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_axisbelow(True)
+    axes[0].invert_yaxis()
+    if len(who) > 1:
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(who), fontsize=8
+        )
+    figures.save(figure, path)

@@ -1,0 +1,266 @@
+"""A cache of an image set of any size, made chunk by chunk, by any number of processes that need not meet.
+
+    OUT/plan.json                                       what it is made of, and how: written first
+    OUT/train/moments-00012-of-01000.array_record       shards of chunk 12, in the format of records.py
+    OUT/train/flipped-00012-of-01000.array_record       the mirrored pictures, if asked for
+    OUT/validation/moments-00012-of-01000.array_record  the held-out captions
+    OUT/done/00012-of-01000.json                        chunk 12 is whole, and what was left out of it
+    OUT/skipped.jsonl                                   all that was at fault, a line each
+    OUT/train/cache.json, OUT/validation/cache.json     written last: the cache is whole
+
+Process i of n takes chunks i, i + n, ...; a chunk whose file is in done/ is not read again. So what is written does not
+depend on the number of processes, any of them may be killed, and the next run may have more or fewer.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from flaxkd.data import openmoji, records
+from flaxkd.data.chunks import Broken, Chunk
+from flaxkd.data.filters import Example, Left, Recipe, prepare
+from flaxkd.machine import files
+
+SPLITS = ("train", "validation")
+
+
+def build(
+    chunks: list[Chunk],
+    out: os.PathLike,
+    recipe: Recipe,
+    *,
+    encode: Callable[[np.ndarray], Any],
+    tokenize: Callable[[list[str]], np.ndarray],
+    batch_size: int,
+    fingerprint: str,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int | None = None,
+    progress: bool = True,
+) -> dict | None:
+    """Fills `out` with this process's chunks. Returns what `finish` does: None while chunks of others are missing.
+
+    encode: uint8[b, r, r, 3] -> moments [b, h, w, 2c], always with b = batch_size; may return before it is done, as
+    JAX does. tokenize: captions -> int32[b, l]. fingerprint: of both. threads: that decode, None for all cores.
+    Raises ValueError if `out` was begun otherwise or nothing is left, files.DiskFull, and OSError of a source that
+    cannot be reached: what is finished stays."""
+    if not chunks:
+        raise ValueError("the source has no pictures")
+    out = epath.Path(out)
+    names = "\n".join(
+        chunk.name.rpartition("/")[2] for chunk in chunks
+    )  # hosts may see it under different folders
+    plan = {"format": records.FORMAT, "source": hashlib.sha256(names.encode()).hexdigest()[:16]}
+    plan |= {"parts": len(chunks), "encoder": fingerprint} | asdict(recipe)
+    _claim(out, plan)
+    done = _done(out)
+    mine = range(process_index, len(chunks), process_count)
+    left = [i for i in mine if _numbered(i, len(chunks)) not in done]
+    bar = tqdm(total=len(mine), initial=len(mine) - len(left), unit=" chunks", disable=not progress)
+    bar.set_description("encoding" if process_count == 1 else f"process {process_index} of {process_count}")
+    count = _Counts(bar)
+    with bar, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        for i in left:
+            results = _ahead(chunks[i], lambda item: prepare(item, recipe), pool, 2 * batch_size)
+            with contextlib.closing(results):
+                about = _fill(out, i, plan, chunks[i].name, results, encode, tokenize, batch_size, count)
+            files.write_json(out / "done" / f"{_numbered(i, len(chunks))}.json", about)
+            bar.update()
+        count.show()
+    return finish(out, plan)
+
+
+class _Counts:
+    """Called for every picture: says in the bar how many there were of each kind, and how fast they come."""
+
+    def __init__(self, bar: tqdm):
+        self.bar, self.of, self.start, self.shown = bar, collections.Counter(), None, 0.0
+
+    def __call__(self, kind: str) -> None:
+        self.of[kind] += 1
+        if time.monotonic() - self.shown > 0.5:
+            self.show()
+
+    def show(self) -> None:
+        kept, self.shown = self.of["train"] + self.of["validation"], time.monotonic()
+        if self.start is None and kept:  # the first batch also compiles, and does not count
+            self.start = (kept, self.shown)
+        rate = (kept - self.start[0]) / max(self.shown - self.start[1], 1e-9) if self.start else 0.0
+        left = ", ".join(f"{self.of[kind]:,} {kind}" for kind in ("filtered", "skipped"))
+        self.bar.set_postfix_str(f"{rate:.1f} images/s, {kept:,} kept, {left}")
+
+
+def _claim(out: epath.Path, plan: dict) -> None:
+    for folder in (*SPLITS, "done"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    remedy = "Continue as it was begun, or give another --out."
+    files.claim(out / records.PLAN, plan, differ="was begun with other settings", remedy=remedy)
+
+
+def _numbered(i: int, n: int) -> str:
+    return f"{i:05d}-of-{n:05d}"
+
+
+def _done(out: epath.Path) -> set[str]:
+    return {file.stem for file in (out / "done").iterdir() if not file.name.startswith(".")}
+
+
+def _fill(
+    out: epath.Path,
+    i: int,
+    plan: dict,
+    name: str,
+    results: Iterator[Example | Left],
+    encode: Callable,
+    tokenize: Callable,
+    batch_size: int,
+    count: Callable[[str], None],
+) -> dict:
+    """Writes the shards of chunk i, and returns what done/ says of it."""
+    about = {"part": name, "train": 0, "validation": 0, "filtered": collections.Counter(), "skipped": []}
+    kinds = [("train", "moments"), ("train", "flipped"), ("validation", "moments")]
+    shards = {kind: out / kind[0] / records.shard_name(kind[1], i, plan["parts"]) for kind in kinds}
+    if not plan["flip"]:
+        del shards["train", "flipped"]
+
+    def leave(left: Left) -> None:
+        if left.kind == "filtered":
+            about["filtered"][left.reason] += 1
+        else:
+            about["skipped"].append({"name": left.name, "reason": left.reason, "detail": left.detail})
+        count(left.kind)
+
+    def kept() -> Iterator[Example]:
+        try:
+            for result in results:
+                if isinstance(result, Example):
+                    yield result
+                else:
+                    leave(result)
+        except Broken as error:  # what came before is kept
+            leave(Left(name, "skipped", "broken from here on", str(error)))
+
+    with contextlib.ExitStack() as stack:
+        for file in shards.values():
+            _clear(file)
+        write = {kind: stack.enter_context(records.writer(file)) for kind, file in shards.items()}
+
+        def store(batch: list[Example], moments: Any, flipped: Any) -> None:
+            halves, bad = records.halved(moments, len(batch))
+            mirrored, worse = (halves, bad) if flipped is None else records.halved(flipped, len(batch))
+            ids = np.asarray(tokenize([example.caption for example in batch]), np.int32)
+            for k, example in enumerate(batch):
+                if k in bad or k in worse:
+                    leave(Left(example.name, "skipped", "moments that float16 cannot hold"))
+                    continue
+                held = openmoji.caption_hash(example.caption) < plan["validation"]
+                split = "validation" if held else "train"
+                write[split, "moments"](records.pack(halves[k], ids[k], example.caption))
+                if (split, "flipped") in write:
+                    write[split, "flipped"](records.pack(mirrored[k], ids[k], example.caption))
+                about[split] += 1
+                count(split)
+
+        waiting = None  # what the devices still work on, while the next batch is put together
+        for batch in _batches(kept(), batch_size):
+            images = records.filled(np.stack([example.image for example in batch]), batch_size)
+            begun = (batch, encode(images), encode(images[:, :, ::-1]) if plan["flip"] else None)
+            if waiting:
+                store(*waiting)
+            waiting = begun
+        if waiting:
+            store(*waiting)
+    return about
+
+
+def _clear(file: epath.Path) -> None:
+    """Removes what a killed process left half-written of this file."""
+    for stale in file.parent.glob(f".{file.name}.*"):
+        stale.unlink()
+
+
+def _batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    batch = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _ahead(items: Iterable, work: Callable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
+    """work(item) for every item, in order. A thread reads, those of the pool work, at most `depth` items ahead."""
+    futures: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry: Any) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return futures.put(entry, timeout=0.1)
+
+    def read() -> None:
+        try:
+            for item in items:
+                put(pool.submit(work, item))
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised where the items are wanted
+            put(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        while (entry := futures.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry.result()
+    finally:
+        stopped.set()
+        reader.join()
+
+
+def finish(out: epath.Path, plan: dict) -> dict | None:
+    """Writes cache.json and skipped.jsonl if every chunk is done, and returns what was kept and left; else None.
+
+    Every process calls it, and whichever is last finds all chunks done. Raises ValueError if a split is empty."""
+    n = plan["parts"]
+    if not _done(out) >= {_numbered(i, n) for i in range(n)}:
+        return None
+    read = lambda i: json.loads((out / "done" / f"{_numbered(i, n)}.json").read_text())
+    with ThreadPoolExecutor(16) as pool:
+        parts = list(pool.map(read, range(n)))
+    sizes = {split: sum(part[split] for part in parts) for split in SPLITS}
+    filtered = sum((collections.Counter(part["filtered"]) for part in parts), collections.Counter())
+    skipped = collections.Counter(entry["reason"] for part in parts for entry in part["skipped"])
+    lines = [
+        json.dumps({"part": part["part"], **entry}) + "\n" for part in parts for entry in part["skipped"]
+    ]
+    files.write_text(out / "skipped.jsonl", "".join(lines))
+    left = {"filtered": dict(filtered), "skipped": dict(skipped)}
+    if empty := [split for split in SPLITS if not sizes[split]]:
+        raise ValueError(
+            f"no picture is left for {' and '.join(empty)} (train {sizes['train']:,}, validation "
+            f"{sizes['validation']:,}, left out {left}; see {out / 'skipped.jsonl'}). Change the filters, or give a "
+            "larger --validation for a small set, and another --out"
+        )
+    keys = ("format", "source", "encoder", "resolution")
+    for split in reversed(SPLITS):  # train last: who finds it finds both
+        about = {key: plan[key] for key in keys} | {"flip": plan["flip"] and split == "train"}
+        files.write_json(out / split / "cache.json", about | {"size": sizes[split], "shards": n})
+    return sizes | left

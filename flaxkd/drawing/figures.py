@@ -1,0 +1,15 @@
+"""What the charts of all commands share: colors, and how a figure of matplotlib becomes a file."""
+
+from pathlib import Path
+
+INK, LINES = "#1b1f24", ["#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#57606a"]
+
+
+def save(figure, path: Path) -> None:
+    """A figure of matplotlib's pyplot as a PNG, whole or not at all, and closed."""
+    import matplotlib.pyplot as plt
+
+    scratch = path.with_name(f".{path.name}")
+    figure.savefig(scratch, dpi=110)
+    plt.close(figure)
+    scratch.rename(path)

@@ -1,0 +1,15 @@
+"""python -m flaxkd.evaluate: see evaluation.py."""
+
+from flaxkd.evaluate.evaluation import parse, run
+from flaxkd.machine import command, hosts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    command.keep_compiled_programs()
+    with hosts.together(args), command.told(ValueError, FileNotFoundError, ModuleNotFoundError):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

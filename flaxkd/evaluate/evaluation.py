@@ -1,0 +1,378 @@
+"""How good are students? One table, the teacher first: fidelity to the teacher, and the published protocol.
+
+    python -m flaxkd.evaluate --model DIR|HUB_ID|WORKDIR ... [--reference DIR|HUB_ID|WORKDIR] [--out DIR]
+    python -m flaxkd.evaluate --model ... --prompts FILE --real DIR|FILE.npz [--inception FILE] [--clip DIR|HUB_ID]
+
+The first measures on held-out captions, with equal noise for all: see fidelity.py. With --prompts, pictures are drawn
+from every prompt as BK-SDM did, and scored with FID, inception score and CLIP score: see scores.py. Pictures that
+are there are kept, so that the same command goes on where it stopped.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flaxkd import diffusion, pretrained
+from flaxkd.data import encoding, sources
+from flaxkd.data import prompts as prompts_file
+from flaxkd.diffusion import sampling
+from flaxkd.drawing import grids, resumable
+from flaxkd.drawing.pipeline import Pipeline, locate
+from flaxkd.evaluate import fidelity, scores, table
+from flaxkd.export import card
+from flaxkd.machine import hosts, sharding
+from flaxkd.models.vae import sample_latents
+
+SHOWN = 8  # prompts in samples.png
+
+
+class Candidate(NamedTuple):
+    """A pipeline folder, hub id or workdir, as `Pipeline.from_pretrained` takes it."""
+
+    name: str
+    model: str | None
+    configs: dict[str, dict]  # unet, vae, text_encoder, scheduler
+    modules: dict[str, Any] = {}  # noqa: RUF012 - nothing writes it; the rest is empty until `load`
+    params: dict[str, Any] = {}  # noqa: RUF012
+    tokenizer: Any = None
+    fingerprint: str = ""
+
+
+class Setup(NamedTuple):
+    """What all models are measured with."""
+
+    args: argparse.Namespace
+    mesh: Any  # of this process's devices
+    dtype: Any  # of the compute
+    latents: tuple[int, int, int]  # h, w, c
+    resolution: int  # pixels
+    samplers: dict[str, str]  # of "fidelity" and "protocol", as far as they are asked for
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measures what is asked, writes it into `args.out`, and returns it: see `table.write`.
+
+    Raises ValueError, FileNotFoundError and ModuleNotFoundError before any compute."""
+    if not args.fidelity and args.prompts is None:
+        raise ValueError("--no-fidelity leaves the published protocol, which needs --prompts FILE")
+    models = [find(args.reference)]
+    models[0] = models[0]._replace(name=f"teacher ({models[0].name})")
+    for model in args.models:
+        models.append(find(model, tuple(m.name for m in models)))
+    setup, settings = prepare(args, models)
+    notes: list[str] = []
+    if args.fidelity:
+        held = hold_out(setup, models, settings, notes)
+    if args.prompts is not None:
+        prompts = prompts_file.read(args.prompts, args.limit)
+        settings["prompts"] = f"{len(prompts)} of {args.prompts}"
+        scorer = None
+        if jax.process_index() == 0:  # which alone scores: the others need no room for the networks
+            scorer = scores.open_scorer(args.inception, args.clip, args.real)
+            settings |= scorer.settings
+        other = scores.departures(
+            setup.samplers["protocol"], args.steps, args.guidance, setup.resolution, len(prompts)
+        )
+        notes += [f"Not as published: {other}."] if other else []
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    rows = [
+        {"model": model.name, "parameters": card.parameters("unet", model.configs["unet"])}
+        for model in models
+    ]
+    written = []
+    if args.fidelity and jax.process_index() == 0:
+        written.append(measure_fidelity(setup, models, held, rows))
+    if args.prompts is not None:
+        measure_protocol(setup, models, prompts, scorer, rows)
+    if jax.process_index() > 0:  # the first process has everything
+        return {}
+    result = {"settings": settings, "notes": notes, "rows": rows}
+    written += table.write(args.out, result)
+    print(table.markdown(result).partition("\n## ")[0])
+    print("\n".join(f"wrote {path}" for path in written))
+    return result
+
+
+def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, dict]:
+    """The setup, and the settings {name: value} that go with the result. Raises ValueError for what does not fit."""
+    mesh = sharding.local_mesh()
+    sharding.check_batch(mesh, args.batch_size, 1)
+    dtype = sharding.compute_dtype(args.dtype)
+    latents, resolution = sizes(models[0], args.resolution)
+    samplers = {"fidelity": args.sampler or "dpmsolver++"} if args.fidelity else {}
+    samplers |= {"protocol": args.sampler or scores.SAMPLER} if args.prompts else {}
+    for model in models:
+        for kind in samplers.values():
+            sampling.plan(kind, model.configs["scheduler"], args.steps)
+    settings = {
+        "teacher": str(args.reference or "the embedded miniature"),
+        "models": ", ".join(args.models),
+        "resolution": f"{resolution} pixels",
+        **{f"sampler ({what})": kind for what, kind in samplers.items()},
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "seed": args.seed,
+        "batch size": args.batch_size,
+        "dtype": dtype.name,
+        "machine": f"{jax.process_count()} x {mesh.size} x {jax.local_devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    return Setup(args, mesh, dtype, latents, resolution, samplers), settings
+
+
+def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **options) -> list[Path]:
+    """Draws what is missing of the pictures of a loaded model for "fidelity" or "protocol"; the paths of all."""
+    args = setup.args
+    plan = sampling.plan(setup.samplers[what], model.configs["scheduler"], args.steps)
+    settings = {"weights": model.fingerprint, "sampler": setup.samplers[what], "steps": args.steps}
+    settings |= {"guidance": args.guidance, "resolution": setup.resolution, "dtype": setup.dtype.name}
+    return resumable.draw(
+        args.out / "pictures" / what / re.sub(r"[^\w.-]+", "-", model.name).strip("-"),
+        prompts,
+        drawer(model, plan, args.guidance, setup.mesh),
+        settings=settings,
+        latents=setup.latents,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        desc=f"{what}: drawing, {model.name}",
+        **options,
+    )
+
+
+class HeldOut(NamedTuple):
+    """Pictures and captions that no training saw, and what is compared on them."""
+
+    captions: list[str]
+    images: np.ndarray  # uint8[n, H, W, 3]
+    schedule: diffusion.NoiseSchedule
+    pairs: list[tuple]  # of features, by model
+
+
+def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[str]) -> HeldOut:
+    """Opens the validation split, and finds what each model is to the teacher. Raises ValueError if it is nothing."""
+    args, teacher = setup.args, models[0]
+    schedule = diffusion.NoiseSchedule.from_config(teacher.configs["scheduler"])
+    edges = fidelity.timestep_bins(len(schedule.alphas_cumprod), args.bins)
+    pairs: list[tuple] = [()]
+    for model in models[1:]:
+        check(model, teacher)
+        kind, found = fidelity.relation(model.configs["unet"], teacher.configs["unet"], args.pairing)
+        pairs.append(found)
+        settings[f"{model.name} is"] = kind or "another network"
+        if kind is None:
+            notes.append(f"{model.name} is no student of {teacher.name}: features are not compared.")
+    source = sources.open_source(args.data, "validation", resolution=setup.resolution)
+    n = min(args.examples, len(source))
+    if n < 2:
+        raise ValueError(f"{n} held-out pictures ({args.data}, --examples {args.examples}): 2 are needed")
+    settings |= {"data": f"{n} held-out pictures of {args.data}", "pairing": args.pairing}
+    settings["timesteps"] = edges.tolist()
+    examples = [source[i] for i in range(n)]
+    images = np.stack([example["image"] for example in examples])
+    return HeldOut([example["caption"] for example in examples], images, schedule, pairs)
+
+
+def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows: list[dict]) -> Path:
+    """Adds what fidelity.py measures to the rows, the teacher's first; writes samples.png and returns its path."""
+    args, mesh = setup.args, setup.mesh
+    teacher = load(models[0], setup.dtype, mesh)
+    scaling_factor = teacher.modules["vae"].config.scaling_factor
+    moments = encode(teacher, held.images, args.batch_size, mesh)
+    noise = np.random.default_rng(args.seed).standard_normal((len(moments), *setup.latents), np.float32)
+    latents = np.asarray(sample_latents(noise, moments, scaling_factor))
+    features = lambda moments: fidelity.latent_features(np.split(moments, 2, axis=-1)[0] * scaling_factor)
+    drawn, of_teacher, reference = {}, None, network(teacher, held.captions)
+    for found, pairs, row in zip(models, held.pairs, rows, strict=True):
+        first = found is models[0]
+        model = teacher if first else load(found, setup.dtype, mesh)
+        paths = draw(setup, model, "fidelity", held.captions)
+        drawn[model.name] = images = np.stack([resumable.read(path) for path in paths])
+        own = features(encode(teacher, images, args.batch_size, mesh))
+        row["frechet_latent_data"] = fidelity.frechet(own, features(moments))
+        if first:
+            of_teacher, of_images = own, images
+            continue
+        row["psnr"] = float(fidelity.psnr(images, of_images).mean())
+        row["ssim"] = float(fidelity.ssim(images, of_images).mean())
+        row["frechet_latent"] = fidelity.frechet(own, of_teacher)
+        values = fidelity.errors(
+            network(model, held.captions),
+            reference,
+            latents,
+            held.schedule,
+            pairs,
+            bins=args.bins,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            mesh=mesh,
+            desc=f"fidelity: errors, {model.name}",
+        )
+        row |= fidelity.summary(values)
+        rows[0] |= fidelity.summary(values, "teacher/")
+        del model  # before the next one is there: at full size it is gigabytes of the device
+    path = args.out / "samples.png"
+    grids.grid({name: images[:SHOWN] for name, images in drawn.items()}, held.captions[:SHOWN], path)
+    return path
+
+
+def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, rows: list[dict]) -> None:
+    """Draws this process's share of the pictures; the first process then waits for the others, and adds the scores."""
+    args, size = setup.args, scores.SIZE
+    shared = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    paths = []
+    for found in models:
+        model = load(found, setup.dtype, setup.mesh)
+        paths.append(draw(setup, model, "protocol", prompts, size=size, suffix=scores.SUFFIX, **shared))
+        del model
+    hosts.wait("drawn")
+    if jax.process_index() > 0:
+        return
+    read = lambda path: resumable.read(path, size)
+    scorer = scores.real_statistics(scorer, read, args.batch_size, args.out / "real.npz")
+    for row, drawn in zip(rows, paths, strict=True):
+        row |= scores.score(scorer, drawn, prompts, read, args.batch_size, row["model"])
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flaxkd.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    model = "pipeline folder, hub id, or workdir of a training (its export, else its newest checkpoint)"
+    rows = f"{model}; several make several rows"
+    add("--model", dest="models", action="extend", nargs="+", required=True, help=rows)
+    add("--reference", help=f"the teacher: {model}; default: the embedded miniature")
+    add("--out", type=Path, default=Path("evaluation"), help="folder of the result (default: %(default)s)")
+    add("--steps", type=int, default=scores.STEPS, help="of the sampler (default: %(default)s)")
+    add("--guidance", type=float, default=scores.GUIDANCE, help="default: %(default)s")
+    add("--sampler", help="default: dpmsolver++ for fidelity, pndm for the protocol")
+    add("--resolution", type=int, help="pixels (default: what the teacher was made for)")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=16, help="pictures at once, over the devices of a process")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
+    hosts.add_arguments(parser)
+    of = parser.add_argument_group("fidelity to the teacher")
+    of.add_argument("--fidelity", action=argparse.BooleanOptionalAction, default=True)
+    of.add_argument(
+        "--data", default="openmoji", help="'openmoji' or a folder of pictures with metadata.jsonl"
+    )
+    of.add_argument("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
+    of.add_argument("--bins", type=int, default=10, help="ranges of timesteps (default: %(default)s)")
+    of.add_argument("--pairing", choices=["segmind", "bksdm"], default="segmind", help="feature pairs")
+    of = parser.add_argument_group("published protocol (needs the extra eval)")
+    of.add_argument("--prompts", type=Path, help=".txt (a prompt a line) or .csv (a column text)")
+    of.add_argument("--limit", type=int, help="take the first so many prompts")
+    of.add_argument(
+        "--real", type=Path, help="folder of real pictures, or .npz with mu and sigma; without: no FID"
+    )
+    of.add_argument(
+        "--inception", type=Path, help="InceptionV3 weights of torch-fidelity (default: downloaded)"
+    )
+    of.add_argument("--clip", default=scores.CLIP, help="CLIP of transformers (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def find(model: str | None, taken: tuple[str, ...] = ()) -> Candidate:
+    """The model with its configurations, without weights. taken: names of rows that are there already.
+
+    Raises FileNotFoundError like `pipeline.locate`."""
+    path = None if model is None else Path(model).expanduser()
+    folder, parts, _ = locate(model)
+    words = ("miniature",) if path is None else path.resolve().parts if path.is_dir() else path.parts
+    name = "/".join(words[-2:] if words[-1] == "diffusers" or not (path and path.is_dir()) else words[-1:])
+    name = next(n for n in (name, *(f"{name} ({i})" for i in range(2, 1000))) if n not in taken)
+    configs = {part: parts.get(part) or pretrained.read_config(folder, part) for part in pretrained.CONFIGS}
+    return Candidate(name, model, configs)
+
+
+def check(model: Candidate, reference: Candidate) -> None:
+    """Raises ValueError unless both see the same noisy latents and say the same of them."""
+    wrong = []
+    vaes = [pretrained.build("vae", m.configs["vae"]).config for m in (model, reference)]
+    kinds = [diffusion.NoiseSchedule.from_config(m.configs["scheduler"]) for m in (model, reference)]
+    for what, (own, others) in {
+        "latents are scaled by": [vae.scaling_factor for vae in vaes],
+        "a latent is so many pixels wide:": [vae.factor for vae in vaes],
+        "prediction_type is": [kind.prediction_type for kind in kinds],
+        "training timesteps are": [len(kind.alphas_cumprod) for kind in kinds],
+    }.items():
+        if own != others:
+            wrong.append(f"{what} {own!r}, not {others!r}")
+    if not wrong and not np.allclose(kinds[0].alphas_cumprod, kinds[1].alphas_cumprod, atol=1e-5):
+        wrong.append("the noise schedules (betas) differ")
+    if wrong:
+        raise ValueError(
+            f"{model.name} cannot be compared with {reference.name}: {'; '.join(wrong)}. Give the teacher that it was "
+            "distilled from with --reference, or --no-fidelity for the published protocol alone"
+        )
+
+
+def sizes(reference: Candidate, resolution: int | None) -> tuple[tuple[int, int, int], int]:
+    """((h, w, c) of the latents, pixels a side), None for the reference's own. ValueError if a UNet cannot take it."""
+    unet, vae = (pretrained.build(part, reference.configs[part]).config for part in ("unet", "vae"))
+    resolution = resolution or unet.sample_size * vae.factor
+    multiple = vae.factor * 2 ** (len(unet.block_out_channels) - 1)
+    if resolution < 1 or resolution % multiple:
+        raise ValueError(
+            f"resolution {resolution} is no multiple of {multiple} pixels, which {reference.name} needs"
+        )
+    side = resolution // vae.factor
+    return (side, side, unet.in_channels), resolution
+
+
+def load(model: Candidate, dtype, mesh) -> Candidate:
+    """The model with modules, tokenizer, and weights on every device of the mesh."""
+    pipeline = Pipeline.from_pretrained(model.model, dtype, mesh)
+    return model._replace(
+        modules=pipeline.modules,
+        fingerprint=resumable.fingerprint(pipeline.params),
+        params=pipeline.params,
+        tokenizer=pipeline.tokenizer,
+    )
+
+
+def network(model: Candidate, captions: list[str]) -> fidelity.Network:
+    """What of a loaded model predicts, and `captions` as its own tokenizer has them."""
+    params = {part: model.params[part] for part in ("unet", "text_encoder")}
+    ids = pretrained.tokenize(model.tokenizer, captions)
+    return fidelity.Network(model.modules["unet"], model.modules["text_encoder"], params, ids)
+
+
+def drawer(model: Candidate, plan: sampling.Plan, guidance: float, mesh) -> Callable:
+    """(b prompts, latents float32[b, h, w, c]) -> pictures uint8[b, H, W, 3], split over the devices of the mesh."""
+    put = lambda x: jax.device_put(x, sharding.batch(mesh))
+    tokenize = lambda prompts: put(pretrained.tokenize(model.tokenizer, prompts))
+
+    def draw(prompts: list[str], latents: np.ndarray) -> np.ndarray:
+        images = sampling.text_to_image(
+            **model.modules,
+            params=model.params,
+            input_ids=tokenize(prompts),
+            negative_ids=tokenize([""] * len(prompts)),
+            latents=put(latents),
+            plan=plan,
+            guidance=guidance,
+        )
+        return np.round(np.asarray(images) * 255).astype(np.uint8)
+
+    return draw
+
+
+def encode(model: Candidate, images: np.ndarray, batch_size: int, mesh) -> np.ndarray:
+    """Moments float32[n, h, w, 2c] of pictures uint8[n, H, W, 3], by the model's autoencoder."""
+    found = []
+    for start in range(0, len(images), batch_size):
+        here = np.arange(start, start + batch_size).clip(max=len(images) - 1)  # one shape: compiled once
+        batch = jax.device_put(images[here], sharding.batch(mesh))
+        found.append(
+            np.asarray(encoding.moments(model.modules["vae"], model.params["vae"], batch), np.float32)
+        )
+    return np.concatenate(found)[: len(images)]

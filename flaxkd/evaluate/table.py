@@ -1,0 +1,168 @@
+"""The table of an evaluation, teacher first: as JSON, as Markdown and as a picture."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+from flaxkd.drawing import figures
+
+# (key of a row, title, digits after the point, what it is)
+COLUMNS = (
+    ("parameters", "parameters", 0, "of the UNet"),
+    ("loss_noise", "loss_noise", 4, "mean square of the predicted noise (or v) less the true one"),
+    ("loss_output", "loss_output", 4, "mean square of the prediction less the teacher's"),
+    ("feature", "features", 4, "mean over the feature pairs of |f_T - f_S|^2 / |f_T|^2"),
+    ("psnr", "PSNR", 2, "dB, of pictures drawn from equal noise, against the teacher's; at most 100"),
+    ("ssim", "SSIM", 4, "the same pictures, 1 for equal ones"),
+    ("frechet_latent", "Fréchet (latent)", 3,
+     "Fréchet distance in the VAE's latent space to the teacher's pictures: no FID"),
+    ("frechet_latent_data", "Fréchet (latent, data)", 3, "the same to the held-out pictures themselves"),
+    ("fid", "FID", 2, "Fréchet distance in Inception's features to the real pictures"),
+    ("inception_score", "IS", 2, "inception score"),
+    ("clip_score", "CLIP", 4, "mean cosine of picture and prompt in CLIP's space"),
+)  # fmt: skip
+
+
+def write(out: Path, result: dict) -> list[Path]:
+    """Writes evaluation.json, .md and .png into `out` and returns their paths.
+
+    result: {"settings": {...}, "rows": [row, ...], "notes": [str, ...]}, rows with the teacher's first. A row has
+    "model" and as many of COLUMNS as were measured, perhaps "by_timestep" {name: [a number a bin]} and "features"
+    {module: float}."""
+    paths = [Path(out) / f"evaluation.{ending}" for ending in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n")
+    paths[1].write_text(markdown(result))
+    picture(result, paths[2])
+    return paths
+
+
+def _finite(value):
+    """JSON has neither NaN nor infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def markdown(result: dict) -> str:
+    """The tables: one row a model; errors by timestep and by feature pair; the settings."""
+    rows, settings = result["rows"], result["settings"]
+    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
+    cells = [[title for _, title, _, _ in columns]]
+    cells += [[number(row.get(key), digits) for key, _, digits, _ in columns] for row in rows]
+    blocks = ["# Evaluation", aligned(["model"] + [row["model"] for row in rows], cells)]
+    blocks.append("\n".join(f"- {title}: {meaning}" for _, title, _, meaning in columns))
+    blocks += [f"> {note}" for note in result["notes"]]
+    for name in _curves(rows):
+        shown = [row for row in rows if name in row.get("by_timestep", {})]
+        cells = [_ranges(settings["timesteps"])]
+        cells += [[number(x, 4) for x in row["by_timestep"][name]] for row in shown]
+        title = "relative error of the features" if name == "feature" else name
+        blocks += [f"## {title} by timestep", aligned(["model"] + [row["model"] for row in shown], cells)]
+    if shown := [row for row in rows if "features" in row]:
+        modules = list(dict.fromkeys(module for row in shown for module in row["features"]))
+        cells = [[row["model"] for row in shown]]
+        cells += [[number(row["features"].get(module), 4) for row in shown] for module in modules]
+        blocks += ["## relative error of each feature", aligned(["module", *modules], cells)]
+    blocks += ["## Settings", settings_table(settings)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def aligned(names: list[str], cells: list[list[str]]) -> str:
+    """A table in Markdown: a name and its cells make a line, the first of which are titles."""
+    head, *others = ["| " + " | ".join([name, *line]) + " |" for name, line in zip(names, cells, strict=True)]
+    return "\n".join([head, "|---|" + "---:|" * len(cells[0]), *others])
+
+
+def settings_table(settings: dict) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings.items())])
+
+
+def number(value: float | None, digits: int) -> str:
+    """With thousands set apart; a dash for None."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _curves(rows: list[dict]) -> list[str]:
+    found = {name: None for row in rows for name in row.get("by_timestep", {})}
+    return [name for name in ("loss_output", "loss_noise", "feature") if name in found]
+
+
+def _ranges(edges: list[int]) -> list[str]:
+    return [f"{a}–{b - 1}" for a, b in itertools.pairwise(edges)]
+
+
+def picture(result: dict, path: Path) -> None:
+    """Curves of the errors by timestep, and bars of the features and of every other figure, one colour a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    names = [row["model"] for row in rows]
+    color = {name: figures.LINES[i % len(figures.LINES)] for i, name in enumerate(names)}
+    curves, bars = _curves(rows), [c for c in COLUMNS[4:] if any(c[0] in row for row in rows)]
+    features = any("features" in row for row in rows)
+    panels = len(curves) + features + len(bars)
+    if not panels:
+        return
+    columns = min(3, panels)
+    figure, axes = plt.subplots(
+        -(-panels // columns),
+        columns,
+        figsize=(5 * columns, 3.4 * -(-panels // columns)),
+        squeeze=False,
+        layout="constrained",
+    )
+    free = iter(axes.flat)
+    for name in curves:
+        axis, edges = next(free), result["settings"]["timesteps"]
+        middles = [(a + b - 1) / 2 for a, b in itertools.pairwise(edges)]
+        for row in rows:
+            if name in row.get("by_timestep", {}):
+                values = row["by_timestep"][name]
+                axis.plot(
+                    middles, values, marker="o", markersize=3, color=color[row["model"]], label=row["model"]
+                )
+        if all(x > 0 for line in axis.lines for x in line.get_ydata()):
+            axis.set_yscale("log")
+        axis.set_title(
+            ("features, relative error" if name == "feature" else name) + " by timestep", fontsize=10
+        )
+        axis.set_xlabel("timestep", fontsize=8)
+        axis.legend(fontsize=7)
+    if features:
+        axis, shown = next(free), [row for row in rows if "features" in row]
+        modules = list(dict.fromkeys(module for row in shown for module in row["features"]))
+        for i, row in enumerate(shown):
+            places = [modules.index(m) + 0.8 * (i + 0.5) / len(shown) - 0.4 for m in row["features"]]
+            axis.bar(
+                places,
+                row["features"].values(),
+                0.8 / len(shown),
+                color=color[row["model"]],
+                label=row["model"],
+            )
+        axis.set_xticks(range(len(modules)), modules, rotation=40, ha="right")
+        axis.set_title("features, relative error", fontsize=10)
+        axis.legend(fontsize=7)
+    for key, title, digits, _ in bars:
+        axis, shown = next(free), [row for row in rows if row.get(key) is not None]
+        places = range(len(shown))
+        values = [row[key] for row in shown]
+        drawn = axis.barh(places, values, color=[color[row["model"]] for row in shown])
+        axis.bar_label(drawn, [number(x, digits) for x in values], fontsize=8, padding=2)
+        axis.set_yticks(places, [row["model"] for row in shown])
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        axis.set_title(title, fontsize=10)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=7, which="both")
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+    for axis in free:
+        axis.remove()
+    figures.save(figure, path)

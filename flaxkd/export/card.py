@@ -1,0 +1,180 @@
+"""The model card of an exported pipeline: README.md with the front matter that the hub reads."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+
+from flaxkd import pretrained
+from flaxkd.training import metrics
+
+PREVIEW = "samples.png"
+
+OPENMOJI = """\
+Pictures of [OpenMoji](https://openmoji.org), the open-source emoji and icon project, went into these weights.
+Their licence is [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/). Captions are Unicode names
+and the short names of the Python package `emoji`."""
+
+FOREIGN = """\
+The weights derive from those of {teacher}, whose licence{licence} goes with them: read it before you use or
+publish this model."""
+
+OWN = "The weights come from pictures of the one who trained them, who decides on the licence."
+
+
+def model_card(workdir: Path, source: Path, parts: dict[str, dict], step: int, averaged: bool) -> str:
+    """The text of README.md for the exported `parts` {part: config.json}.
+
+    workdir: its config.json, metrics.jsonl and samples.png are shown as far as they exist. source: the
+    pipeline folder of the teacher. step: of the checkpoint. averaged: whether the weights are the moving
+    average."""
+    run = _read_json(workdir / "config.json")  # empty for a workdir of convert.from_diffusers
+    teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source))
+    openmoji = (teacher is None and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
+    name, plain = names(teacher)
+    title, text = headline(run, name, plain, list(parts))
+    inherited = _licence(source)
+    licences = {"cc-by-sa-4.0"} if openmoji else set()
+    licences |= {inherited} if inherited else set() if teacher is None else {"other"}
+    [licence] = licences if len(licences) == 1 else ["other"]  # two that apply have no name together
+    front = {
+        "license": licence,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": teacher if name != plain else None,
+        "tags": ["text-to-image", "diffusers", "stable-diffusion"]
+        + ["knowledge-distillation"] * bool(run.get("student")),
+    }
+    blocks = [_front_matter(front), f"# {title}", text]
+    if (workdir / PREVIEW).is_file():
+        columns = "The columns are the teacher, the student as cut, and the student after distillation. "
+        columns = columns if run.get("student") else ""
+        blocks.append(f"![samples]({PREVIEW})")
+        blocks.append(f"A row is a prompt. {columns}The seeds are the same in a row.")
+    prompts = run.get("sample", {}).get("prompts") or ["a photograph of a red bicycle leaning on a wall"]
+    blocks += [
+        counts(parts, source),
+        _usage(parts, source, prompts[0]),
+        figures(metrics.read(workdir)),
+        measured(workdir, "evaluation"),
+        measured(workdir, "bench"),
+    ]
+    blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
+    foreign = FOREIGN.format(teacher=name, licence=f" ({inherited})" if inherited else "")
+    notes = [foreign] if teacher is not None else [] if openmoji else [OWN]
+    blocks.append("\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])]))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def names(teacher: str | None) -> tuple[str, str]:
+    """(in Markdown, as plain text) what a reader calls `config.teacher`."""
+    if teacher is None:
+        return ("the miniature teacher of flaxkd",) * 2
+    path = Path(teacher)
+    if not path.exists() and teacher.count("/") == 1:
+        return f"[{teacher}](https://huggingface.co/{teacher})", teacher
+    return (path.parent.name if path.name == "diffusers" else path.name,) * 2  # nobody else has this path
+
+
+def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, str]:
+    """(title, one or two sentences) of a run with that config.json, {} for a conversion. name, plain: `names`."""
+    student, what = run.get("student"), ", ".join(parts)
+    if student:
+        title = f"{student}, distilled from {plain}"
+        text = (
+            f"The UNet is the student `{student}`, distilled from {name}: whole blocks and layers were taken "
+            "away, and the rest learnt to repeat the outputs and features of the whole."
+        )
+    elif run:
+        title, text = "A text-to-image pipeline trained with flaxkd", f"Trained here: {what}."
+    else:
+        title, text = "A converted text-to-image pipeline", f"Converted from {name}, unchanged."
+    if len(parts) < len(pretrained.MODELS):
+        text += f" New in this folder: {what}. All else is as in the source."
+    return title, text
+
+
+def _licence(source: Path) -> str | None:
+    """The licence that the model card of the pipeline folder `source` names, if there is a card that does."""
+    card = Path(source) / "README.md"
+    front = card.read_text(errors="replace").split("---\n")[1:2] if card.is_file() else []
+    named = re.search(r"^license: *(\S+)", "".join(front), re.MULTILINE)
+    return named and named[1]
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _front_matter(fields: dict) -> str:
+    lines = []
+    for name, value in fields.items():
+        if isinstance(value, list):
+            lines += [f"{name}:", *(f"- {item}" for item in value)]
+        elif value is not None:
+            lines.append(f"{name}: {value}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def parameters(part: str, config: dict) -> int:
+    """The number of parameters of a part with this config.json."""
+    shapes = pretrained.shapes(pretrained.build(part, config), part)
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
+def counts(parts: dict[str, dict], source: Path) -> str:
+    """A table of the parameters of `parts` {part: config.json}, and of what they replace in the folder `source`."""
+    lines = ["| part | parameters | of the source |", "|---|---:|---:|"]
+    for part, config in parts.items():
+        before = parameters(part, pretrained.read_config(source, part))
+        lines.append(f"| {part} | {parameters(part, config):,} | {before:,} |")
+    return "\n".join(lines)
+
+
+def _usage(parts: dict[str, dict], source: Path, prompt: str) -> str:
+    unet, vae = (parts.get(part) or pretrained.read_config(source, part) for part in ("unet", "vae"))
+    pixels = (unet.get("sample_size") or 64) * pretrained.build("vae", vae).config.factor
+    return f"""\
+## Use
+```python
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("PATH OR HUB ID OF THIS FOLDER")
+pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+pipeline({prompt!r}, num_inference_steps=25).images[0].save("picture.png")  # {pixels} x {pixels} pixels
+```
+There is no safety checker in this folder."""
+
+
+def figures(records: list[dict]) -> str:
+    """A table of every figure that the run logged, but for single feature pairs: its first and last value."""
+    seen: dict[str, list] = {}
+    for record in records:
+        for name, value in record.items():
+            if name != "step" and "feature/" not in name:
+                seen.setdefault(name, []).append((record["step"], value))
+    if not seen:
+        return ""
+    rows = [f"| {name} | {v[0][1]:.4g} | {v[-1][1]:.4g} | {v[-1][0]} |" for name, v in seen.items()]
+    return "\n".join(["## Figures", "| | first | last | at step |", "|---|---:|---:|---:|", *rows])
+
+
+def measured(workdir: Path, name: str) -> str:
+    """Heading and first table of what flaxkd.evaluate or flaxkd.bench wrote into WORKDIR/NAME/NAME.md, if any did."""
+    path = workdir / name / f"{name}.md"
+    return "\n".join(f"#{path.read_text()}".split("\n\n")[:2]) if path.is_file() else ""
+
+
+def _making(run: dict, step: int, averaged: bool) -> str:
+    weights = "the moving average of the weights (EMA)" if averaged else "the weights themselves"
+    return f"""\
+## How it was made
+By flaxkd, in JAX, {step:,} optimizer steps; stored are {weights}. The whole configuration of the run:
+<details><summary>config.json</summary>
+
+```json
+{json.dumps(run, indent=2)}
+```
+</details>"""

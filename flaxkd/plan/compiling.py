@@ -1,0 +1,306 @@
+"""The very training step, compiled for devices that are not here: what it holds, computes and sends there.
+
+TPU programs compile with libtpu, those of a GPU with JAX's CUDA plugin, on any machine and without either device.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from flaxkd import architectures, distill, pretrained
+from flaxkd.machine import files, sharding
+from flaxkd.models.attention import DotProductAttention
+from flaxkd.plan import devices
+from flaxkd.training import step
+
+
+class Lowered(NamedTuple):
+    """A training step before its compilation, and the bytes of what goes into it, on one device."""
+
+    program: jax.stages.Lowered
+    held: dict[str, int]  # "parameters", "optimizer", "average", "teacher", "batch"
+    teacher: dict  # its unet/config.json
+    student: dict | None  # its own; None if the teacher itself is trained
+    sample_size: int  # rows and columns of the latents
+    attention: str  # the form that the longest takes, a name in models.attention.FORMS
+    compiler: str  # what will compile it, and its version
+
+
+class Compiled(NamedTuple):
+    """What a compiled step needs, on one device. All in bytes but `flops` (of one step; custom calls count none)."""
+
+    needed: int  # arguments, results and temporaries at their peak; of a program that did not fit, what it asked for
+    temporary: int | None
+    flops: float | None
+    collectives: dict[str, tuple[int, int]] | None  # kind: (how many, bytes of their results); None: not told
+    seconds: float  # that compiling took
+
+    @property
+    def fits(self) -> bool:
+        return self.temporary is not None
+
+
+# What libtpu wants to know of the TPU that it is on, which is none.
+ELSEWHERE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # else it asks Google Cloud where it is, for minutes
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: without this and the next it complains, and goes on
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it only compiles: another plan, or a training, may run
+}
+
+
+def topology(target: devices.Target) -> list:
+    """The devices of a machine that is not here. Raises ValueError if what compiles for it is not installed."""
+    for name, value in ELSEWHERE.items():
+        os.environ.setdefault(name, value)
+    try:
+        if target.platform == "tpu":
+            return topologies.get_topology_desc(
+                platform="tpu",
+                topology_name=target.topology,
+                chip_config_name=devices.KINDS[target.kind].chip,
+                chips_per_host_bounds=(1, 1, 1) if target.count == 1 else (2, 2, 1),
+            ).devices
+        description = devices.GPUS[target.kind].description(target.peak.memory)
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology=target.topology, target_config=description
+        ).devices
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        extra = "plan" if target.platform == "tpu" else "plan-gpu"
+        raise ValueError(
+            f"cannot compile for {target.name}: {str(error).splitlines()[0]}\n"
+            f'Is there such a machine? What compiles for it comes with: pip install "flaxkd[{extra}]"'
+        ) from error
+
+
+def source_of(config, scratch: Path) -> Path:
+    """The teacher's pipeline folder; of a published one that is not at hand, a folder without weights."""
+    known = architectures.find(config.teacher)
+    return architectures.write(known, scratch) if known else pretrained.resolve(config.teacher)
+
+
+def lower(config, target: devices.Target) -> Lowered:
+    """The training step of a configuration for the devices of `target`, without a byte of any weight.
+
+    Raises ValueError for a configuration that `flaxkd.train` would refuse there."""
+    there = topology(target)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, there)
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    dtype = sharding.compute_dtype(config.dtype or "bfloat16")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = source_of(config, Path(scratch))
+        task = _task(config, source, dtype, pretrained.load_tokenizer(source), mesh)
+        text = pretrained.read_config(source, "text_encoder")
+        teacher = pretrained.read_config(source, "unet")
+        factor = pretrained.build("vae", pretrained.read_config(source, "vae")).config.factor
+    tx = step.optimizer(config)
+    state = jax.eval_shape(lambda params: step.init_state(params, tx, bool(config.ema_decay)), task.params)
+    size, channels = config.data.resolution // factor, task.configs["unet"]["in_channels"]
+    of = jax.ShapeDtypeStruct
+    batch = {
+        "moments": of((config.batch_size, size, size, 2 * channels), np.float32),
+        "input_ids": of((config.batch_size, text["max_position_embeddings"]), np.int32),
+    }
+    train_step, _ = step.make_step(task, config, tx, mesh, state)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shardings = sharding.params(mesh, state)
+    held = {
+        "parameters": _bytes(state.params, shardings.params),
+        "optimizer": _bytes(state.opt_state, shardings.opt_state),
+        "average": _bytes(state.ema, shardings.ema),
+        "teacher": _bytes(task.frozen, sharding.params(mesh, task.frozen)),
+        "batch": _bytes(batch, sharding.batch(mesh)),
+    }
+    try:
+        program = train_step.trace(state, task.frozen, batch, key).lower()
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            f"cannot compile for {target.name}: {error}. Its attention is that of cuDNN, which comes with: "
+            'pip install "flaxkd[plan-gpu]"; --config.attention=plain does without'
+        ) from error
+    student = task.configs["unet"] if config.student else None
+    attention = longest_attention(config, mesh, teacher, size, dtype)
+    compiler = there[0].client.platform_version
+    return Lowered(program, held, teacher, student, size, attention, compiler)
+
+
+def longest_attention(config, mesh, unet: dict, size: int, dtype) -> str:
+    """The form that self-attention takes at the outermost level of a UNet."""
+    outermost = pretrained.build("unet", unet).config.down[0]
+    attend = DotProductAttention(mesh, config.attention)
+    return attend.name(attend.platform, dtype, size**2, size**2, outermost.channels // outermost.heads)
+
+
+def _task(config, source: Path, dtype, tokenizer, mesh) -> step.Task:
+    """The task with shapes in place of parameters: its weights are tracers, which end as shapes."""
+    made = []
+
+    def weights(trees):
+        load = lambda folder, part: (
+            pretrained.build(part, pretrained.read_config(folder, part)),
+            trees[part],
+        )
+        made.append(distill.task(config, source, dtype, tokenizer, mesh, load))
+        return made[-1].params, made[-1].frozen
+
+    parts = ("unet", "text_encoder")
+    modules = {part: pretrained.build(part, pretrained.read_config(source, part)) for part in parts}
+    trees = {part: pretrained.shapes(module, part) for part, module in modules.items()}
+    params, frozen = jax.eval_shape(weights, trees)
+    return made[-1]._replace(params=params, frozen=frozen)
+
+
+def _bytes(tree, shardings) -> int:
+    """Of a tree of shapes, on the device that holds most."""
+    size = lambda x, on: int(np.prod(on.shard_shape(x.shape), dtype=int)) * x.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, jax.tree.broadcast(shardings, tree))))
+
+
+# Without the GPU, XLA cannot time its Triton kernels for matrix products, and fails on some: cuBLAS's are taken.
+OPTIONS = {"tpu": {}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
+
+
+def kept(make: Callable, config, lowered: Lowered, target: devices.Target) -> Compiled:
+    """make(config, lowered, target), or what it said before of the very same program for the same devices."""
+    versions = [make.__name__, lowered.compiler, jax.__version__]
+    text = json.dumps([lowered.program.as_text(), target.name, target.topology, *versions])
+    file = files.cache_home() / "plan" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    if file.is_file():
+        return Compiled(**json.loads(file.read_text()))
+    result = make(config, lowered, target)
+    with contextlib.suppress(OSError):  # a full disk costs the next plan its time, and nothing else
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result._asdict()))
+    return result
+
+
+def whole(config, lowered: Lowered, target: devices.Target) -> Compiled:
+    """Compiles to the end, machine code included."""
+    begin = time.perf_counter()
+    try:
+        made = lowered.program.compile(OPTIONS[target.platform])
+    except jax.errors.JaxRuntimeError as error:
+        if (needed := asked(str(error))) is None:
+            raise
+        return Compiled(needed, None, None, {}, time.perf_counter() - begin)
+    memory, cost = made.memory_analysis(), made.cost_analysis() or {}
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    try:
+        sent = collectives(made.as_text())
+    except (
+        jax.errors.JaxRuntimeError
+    ):  # a libtpu that this jaxlib was not made for may write what it cannot read
+        sent = None
+    seconds = time.perf_counter() - begin
+    return Compiled(needed, memory.temp_size_in_bytes, cost.get("flops"), sent, seconds)
+
+
+def asked(message: str) -> int | None:
+    """Bytes that a TPU program wanted, from the message that says that it does not fit; None for other messages."""
+    # As libtpu 0.0.42 and 0.0.52 say it of arguments, results and temporaries together, and as older ones do.
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
+         "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """{kind: (how many, bytes of their results on one device)} of a compiled program's text.
+
+    Those in a loop count once. An operation in two halves, `-start` and `-done`, counts with the second."""
+    found: dict[str, tuple[int, int]] = {}
+    line = re.compile(rf"= (\([^)]*\)|\S+) ({'|'.join(KINDS)})(-start|-done)?\(")
+    for shapes, kind, half in line.findall(re.sub(r"\{[^{}]*\}|/\*[^*]*\*/", "", hlo)):
+        if half == "-start":
+            continue
+        size = sum(
+            SIZES.get(dtype, 4) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=int))
+            for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
+        )
+        count, total = found.get(kind, (0, 0))
+        found[kind] = count + 1, total + size
+    return found
+
+
+# -- As far as a TPU's memory is known --------------------------------------------------------------------------------
+DUMPS = "--xla_dump_to={} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train_step.*"
+# Of the dumps, in the order in which they are written. What the last one says is not needed, but that it is there.
+PROGRAM, BUFFERS, MEMORY, LAST = (
+    f"*after_optimizations{rest}.txt"
+    for rest in ("", "-buffer-assignment", "-memory-usage-report", "_after_buffer_assignment")
+)
+TOTAL = r"\(color=0\)\s+Total bytes: (\d+)"  # color 0 is the memory of the device, others are on its chip
+TEMPORARY = r"^allocation \d+: size (\d+), preallocated-temp"
+
+
+def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
+    """Of the step of `config` for a TPU; `lowered` is the same step, which the other process lowers again.
+
+    Where no such dumps are written, it takes as long as `whole`, and tells as much.
+    Raises RuntimeError with what the compiler said if that is not that the program is too large."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="flaxkd-plan-") as scratch:
+        folder = Path(scratch)
+        (folder / "job").write_bytes(pickle.dumps((config, target)))
+        environment = os.environ | {
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {DUMPS.format(folder)}",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        with (folder / "said").open("w") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flaxkd.plan.tpu_memory", scratch],
+                env=environment,
+                stdout=said,
+                stderr=said,
+            )
+        try:
+            while process.poll() is None and not any(folder.glob(LAST)):
+                time.sleep(0.2)
+            ended = process.poll()
+        finally:
+            process.kill()
+            process.wait()
+        if any(folder.glob(LAST)):
+            return read(folder, time.perf_counter() - begin)
+        if ended == 0:
+            return pickle.loads((folder / "result").read_bytes())
+        last = "\n".join((folder / "said").read_text().splitlines()[-5:])
+        raise RuntimeError(f"the compiler for {target.name} ended with status {ended}:\n{last}")
+
+
+def read(folder: Path, seconds: float) -> Compiled:
+    """What XLA's dumps say of one program, all bytes on one device."""
+    text = lambda pattern: next(folder.glob(pattern)).read_text()
+    needed = int(re.search(TOTAL, text(MEMORY))[1])
+    temporary = sum(map(int, re.findall(TEMPORARY, text(BUFFERS), re.MULTILINE)))
+    return Compiled(needed, temporary, None, collectives(text(PROGRAM)), seconds)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    here = Path(sys.argv[1])
+    job = pickle.loads((here / "job").read_bytes())
+    (here / "result").write_bytes(pickle.dumps(whole(job[0], lower(*job), job[1])))

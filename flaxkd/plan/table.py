@@ -1,0 +1,217 @@
+"""Will it fit, how fast may it be, and what does it cost? Of a training step, for machines that nobody has rented yet.
+
+    python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:4x8 --device a100-80x8
+    python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:2x2 --config.batch_size=32 --largest
+
+Compiles the very step that `flaxkd.train` would run, for the TPU topology or the GPUs named, on this machine's CPU, as
+far as it takes to know its bytes: a minute or two at full size, and kept, so that asking again costs nothing. The speed
+is an estimate, from the least FLOPs of the step and the share of a device's peak that others have published. --largest
+looks for the largest batch per device that fits, and for what would make twice that fit. --whole compiles for a TPU to
+the end, up to an hour, for the bytes of the machine code. Needs `pip install "flaxkd[plan]"`.
+"""
+
+import math
+import threading
+
+from tqdm import tqdm
+
+from flaxkd import students
+from flaxkd.plan import compiling, devices
+
+GIB = 2**30
+SPARE = 0.93  # of a GPU's memory: the rest is for its context, cuDNN and NCCL
+USABLE = 0.984  # of a TPU's: libtpu says 15.75 of a v5e's 16 GiB
+CODE = GIB  # set aside for a TPU's program, where it is not compiled to its end. Of those that were, 0.85 at most
+ATTEMPTS = 5  # compilations of a search
+# What saves memory, in the order in which to try it; the attention that pays on the device is the default.
+KNOBS = ({"attention": None}, {"remat": True}, {"fsdp": True}, {"remat": True, "fsdp": True})
+
+
+def row(config, target: devices.Target, whole: bool = False) -> dict:
+    """What the configuration's training step needs on one device of `target`, and how fast it may be: see COLUMNS.
+
+    Raises ValueError for a configuration that cannot run there, or if nothing here compiles for it."""
+    with told_while(f"{target.name}, {config.batch_size // target.count} images a device: tracing"):
+        lowered = compiling.lower(config, target)
+    with told_while(f"{target.name}, {config.batch_size // target.count} images a device: compiling"):
+        make = compiling.whole if whole or target.platform == "gpu" else compiling.assigned
+        compiled = compiling.kept(make, config, lowered, target)
+    fits = compiled.fits and compiled.needed <= room(target, make is compiling.whole)
+    flops = image_flops(lowered, config.remat)
+    kind = devices.KINDS[target.kind]
+    rate = target.count * target.peak.flops_per_second * kind.utilisation / flops
+    hours = config.steps * config.batch_size / rate / 3600
+    return {
+        "device": target.name,
+        "devices": target.count,
+        "student": config.student,
+        "resolution": config.data.resolution,
+        "mesh": shape_of(config.mesh, target),
+        "attention": lowered.attention,
+        "remat": config.remat,
+        "batch_size": config.batch_size,
+        "per_device": config.batch_size // target.count,
+        "held": lowered.held,
+        "temporary": compiled.temporary,
+        "needed": compiled.needed,
+        "memory": target.peak.memory,
+        "whole": make is compiling.whole,
+        "fits": bool(fits),
+        "step_flops": compiled.flops,
+        "image_flops": flops,
+        "collectives": compiled.collectives,
+        "images_per_second": rate,
+        "hours": hours,
+        "device_hours": hours * target.count,
+        "utilisation": kind.utilisation,
+        "source": kind.source,
+        "compile_seconds": compiled.seconds,
+    }
+
+
+def room(target: devices.Target, whole: bool = False) -> float:
+    """Bytes of a device that a step may need. whole: as `compiling.whole` says it, machine code included."""
+    if target.platform == "gpu":
+        return SPARE * target.peak.memory
+    return USABLE * target.peak.memory - (0 if whole else CODE)
+
+
+def image_flops(lowered: compiling.Lowered, remat: bool) -> float:
+    """The least FLOPs of training with one image: the teacher forward, the student forward and twice that back.
+
+    Rematerialisation goes forward in the student once more."""
+    passes = {"teacher": 1, "student": 3 + remat} if lowered.student else {"teacher": 3 + remat}
+    unets = {"teacher": lowered.teacher, "student": lowered.student}
+    cost = lambda unet: students.cost(unet | {"sample_size": lowered.sample_size})[1]
+    return sum(count * cost(unets[name]) for name, count in passes.items())
+
+
+def per_device(config, target: devices.Target, images: int):
+    """The configuration with so many images on each device, at each of its accumulation steps."""
+    config = config.copy_and_resolve_references()
+    config.batch_size = images * target.count * config.accumulate
+    return config
+
+
+def largest(config, target: devices.Target) -> list[dict]:
+    """Rows of the search for the largest batch per device that fits, the last of which is found; [] if none fits.
+
+    What a step needs grows by the same amount with every image: two compilations tell where the memory ends."""
+    images = max(config.batch_size // (target.count * config.accumulate), 1)
+    seen: dict[int, dict] = {}
+    fitting, low = [], 0
+    while images > low and len(seen) < ATTEMPTS:
+        seen[images] = row(per_device(config, target, images), target)
+        fitting = sorted(n for n, r in seen.items() if r["fits"])
+        low = max(fitting, default=0)
+        too_many = min((n for n, r in seen.items() if not r["fits"]), default=math.inf)
+        images = min(predicted(seen, target), too_many - 1)
+    return [seen[n] for n in fitting]
+
+
+def predicted(seen: dict[int, dict], target: devices.Target) -> int:
+    """The number of images at which the memory ends, by a line through what has been compiled."""
+    points = sorted((n, r["needed"]) for n, r in seen.items())
+    if len(points) == 1:
+        held = seen[points[0][0]]["held"]
+        points.insert(0, (0, sum(held.values()) + held["parameters"]))  # and the gradients
+    (a, at_a), (b, at_b) = points[-2:]
+    slope = max((at_b - at_a) / (b - a), 1)
+    return int(b + (room(target) - at_b) / slope)
+
+
+def next_size(config, target: devices.Target, images: int) -> list[dict]:
+    """Rows for twice as many images on a device, one for each way of KNOBS to save memory that is not in use yet.
+
+    "fsdp" shards parameters, optimizer state and teacher over all devices."""
+    settings = lambda c: (c.attention, c.remat, shape_of(c.mesh, target))
+    rows, tried = [], {settings(config)}
+    for knobs in KNOBS:
+        changed = per_device(config, target, 2 * images)
+        changed.remat = config.remat or knobs.get("remat", False)
+        changed.attention = knobs.get("attention", config.attention)
+        if knobs.get("fsdp"):
+            changed.mesh.data, changed.mesh.fsdp = 1, target.count
+        if settings(changed) not in tried:
+            tried.add(settings(changed))
+            rows.append(row(changed, target))
+    return rows
+
+
+def shape_of(mesh, target: devices.Target) -> str:
+    return f"{target.count // mesh.fsdp if mesh.data == -1 else mesh.data} x {mesh.fsdp}"
+
+
+def size(count: float) -> str:
+    return "–" if count is None else f"{count / GIB:.2f}"
+
+
+def sent(collectives: dict | None) -> str:
+    if collectives is None:
+        return "not told"
+    return ", ".join(f"{n} {kind} {size(b)}" for kind, (n, b) in collectives.items()) or "–"
+
+
+COLUMNS = {
+    "device": lambda r: r["device"],
+    "student": lambda r: r["student"] or "none",
+    "px": lambda r: str(r["resolution"]),
+    "images a device": lambda r: str(r["per_device"]),
+    "attention": lambda r: r["attention"],
+    "remat": lambda r: "yes" if r["remat"] else "no",
+    "data x fsdp": lambda r: r["mesh"],
+    "parameters": lambda r: size(r["held"]["parameters"]),
+    "optimizer, average": lambda r: size(r["held"]["optimizer"] + r["held"]["average"]),
+    "teacher": lambda r: size(r["held"]["teacher"]),
+    "batch": lambda r: size(r["held"]["batch"]),
+    "temporaries": lambda r: size(r["temporary"]),
+    "needed": lambda r: size(r["needed"]),
+    "there is": lambda r: size(r["memory"]),
+    "fits": lambda r: "yes" if r["fits"] else "no",
+    "TFLOP an image": lambda r: f"{r['image_flops'] / 1e12:.2f}",
+    "collectives": lambda r: sent(r["collectives"]),
+    "images/s": lambda r: f"{r['images_per_second']:,.0f}",
+    "hours": lambda r: f"{r['hours']:,.1f}",
+    "device-hours": lambda r: f"{r['device_hours']:,.0f}",
+}
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table, and below it where its figures come from."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 7 + "---:|" * (len(COLUMNS) - 7)]
+    lines += ["| " + " | ".join(cell(r) for cell in COLUMNS.values()) + " |" for r in rows]
+    lines += [
+        "",
+        "Sizes are GiB on one device, by the compiler; `needed` of what does not fit is what it asked for.",
+    ]
+    if not all(r["whole"] for r in rows):
+        lines += [
+            f"For a TPU, `needed` is without the machine code, for which {CODE / GIB:.0f} GiB is set aside."
+        ]
+    lines += [
+        "images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"
+    ]
+    lines += ["the utilisation that others have published, of the bfloat16 peak:", ""]
+    sources = {r["device"].split(":")[0]: f"{r['utilisation']:.0%} ({r['source']})" for r in rows}
+    return "\n".join(lines + [f"- {name}: {text}" for name, text in sources.items()]) + "\n"
+
+
+class told_while:
+    """Within it, a line says what is being done, and for how long."""
+
+    def __init__(self, what: str):
+        self.bar = tqdm(desc=what, bar_format="{desc} ({elapsed})", leave=False)
+        self.over = threading.Event()
+
+    def __enter__(self):
+        def tick():
+            while not self.over.wait(1.0):
+                self.bar.refresh()
+
+        self.thread = threading.Thread(target=tick, daemon=True)
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+        self.bar.close()

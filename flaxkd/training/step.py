@@ -1,0 +1,184 @@
+"""The train step that every task shares: gradients, accumulation, optimizer, EMA, in one sharded `jax.jit`.
+
+What is trained is a `Task`. The step knows neither UNet nor loss.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flaxkd.machine import sharding
+
+
+class Task(NamedTuple):
+    """What is trained, and against what.
+
+    params: {part: tree}, float32, trained. frozen: any tree, in compute precision; no gradient, never saved.
+    prepare(key, batch) -> inputs: draws all random numbers, for the whole batch at once, so that neither the
+    number of devices nor the accumulation changes them. The leaves of inputs have the batch as first axis.
+    loss(params, frozen, inputs) -> (loss, metrics): means over the batch, float32 scalars, no randomness.
+    configs: {part: its config.json} of what is trained.
+    """
+
+    params: dict
+    frozen: Any
+    prepare: Callable
+    loss: Callable
+    configs: dict[str, dict]
+
+
+class Health(NamedTuple):
+    """Of the steps so far. usual: float32[], their loss on average; the others int32[], numbers of steps."""
+
+    usual: jax.Array  # over the good ones, the last MEMORY of them or so
+    good: jax.Array
+    skipped: jax.Array
+    in_a_row: jax.Array  # skipped, up to the last step
+
+
+MEMORY = 100  # steps
+
+
+class State(NamedTuple):
+    """What a checkpoint holds. step: int32[], steps done. ema: like params, or empty if there is no average."""
+
+    step: jax.Array
+    params: dict
+    opt_state: Any
+    ema: dict
+    health: Health
+
+
+def learning_rate(config) -> Callable:
+    """Any optax schedule by its name: `config.learning_rate` is {"schedule": name, **arguments}.
+
+    Raises ValueError for a name or arguments that optax does not have."""
+    arguments = dict(config.learning_rate)
+    name = arguments.pop("schedule")
+    schedule = getattr(optax.schedules, str(name), None)
+    if schedule is None:
+        raise ValueError(
+            f"learning_rate.schedule = {name!r} is not in optax.schedules ({', '.join(_schedules())})"
+        )
+    try:
+        return schedule(**arguments)
+    except TypeError as error:
+        raise ValueError(f"learning_rate: optax.schedules.{error}") from error
+
+
+def _schedules() -> list[str]:
+    return [name for name in dir(optax.schedules) if name.endswith("schedule") and "inject" not in name]
+
+
+def optimizer(config) -> optax.GradientTransformation:
+    """Clipping by the global norm (None: none), then AdamW or another optimizer of optax by name."""
+    arguments = dict(config.optimizer)
+    name = arguments.pop("name")
+    make = getattr(optax, str(name), None)
+    if make is None:
+        raise ValueError(f"optimizer.name = {name!r} is not in optax")
+    clip = (
+        optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
+    )
+    try:
+        return optax.chain(clip, make(learning_rate(config), **arguments))
+    except TypeError as error:
+        raise ValueError(f"optimizer: optax.{error}") from error
+
+
+def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> State:
+    """The state before the first step. Its parameters are copies: the step donates them, the caller's stay."""
+    params = jax.tree.map(jnp.copy, params)
+    average = jax.tree.map(jnp.copy, params) if ema else {}
+    health = Health(jnp.zeros((), jnp.float32), *jnp.zeros((3,), jnp.int32))
+    return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, health)
+
+
+def judge(health: Health, loss, grad_norm, spike: float | None) -> tuple[jax.Array, Health]:
+    """(bool[], health after it): is a step of this loss and gradient norm to be taken, or skipped?
+
+    Not if one of them is not finite, nor if the loss is `spike` times what is usual after MEMORY good steps."""
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if spike is not None:
+        good &= (health.good < MEMORY) | (loss <= spike * health.usual)
+    share = 1 / jnp.minimum(health.good + 1, MEMORY)
+    usual = jnp.where(good, health.usual + share * (loss - health.usual), health.usual)
+    in_a_row = jnp.where(good, 0, health.in_a_row + 1)
+    return good, Health(usual, health.good + good, health.skipped + ~good, in_a_row)
+
+
+def mean(function: Callable, inputs, parts: int):
+    """What `function` gives for a batch, where it gives means over its examples: of `parts` of it, one after another.
+
+    inputs: a tree of [b, ...], b a multiple of `parts` times the devices. It takes the memory of one part."""
+    if parts == 1:
+        return function(inputs)
+    # Every part takes examples from all devices: the batch axis is split from within.
+    split = lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None)
+    inputs = jax.tree.map(split, inputs)
+    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    total, _ = jax.lax.scan(add, zeros, inputs)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Callable]:
+    """(train_step, evaluate), both compiled once.
+
+    train_step(state, frozen, batch, key) -> (state, metrics): one update, or none if `judge` says so; `state` is
+    donated. All randomness is fold_in(key, step), and the key an argument, so that another seed is not another program
+    to compile.
+    evaluate(params, frozen, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call. It holds
+    no more examples at a time than a training step, so that what fits for one fits for the other.
+    """
+    schedule = learning_rate(config)
+    shardings = sharding.params(mesh, state)
+    frozen = sharding.params(mesh, task.frozen)
+    data, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
+
+    def gradients(params, frozen, inputs):
+        (_, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, inputs)
+        return grads, metrics
+
+    def train_step(state: State, frozen, batch, key):
+        inputs = task.prepare(jax.random.fold_in(key, state.step), batch)
+        grads, metrics = mean(lambda x: gradients(state.params, frozen, x), inputs, config.accumulate)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema:  # the average of few weights is short, or it would remember the start
+            decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)
+        grad_norm = optax.tree.norm(grads)
+        good, health = judge(state.health, metrics["loss"], grad_norm, config.bad_steps.spike)
+        made, before = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, before)
+        metrics |= {"learning_rate": schedule(state.step), "grad_norm": grad_norm}
+        metrics |= {"skipped": health.skipped, "skipped_in_a_row": health.in_a_row}
+        return State(state.step + 1, *kept, health), metrics
+
+    def evaluate(params, frozen, batch):
+        inputs = task.prepare(jax.random.key(0), batch)
+        examples = len(jax.tree.leaves(inputs)[0]) // mesh.size  # on a device
+        fitting = config.batch_size // config.accumulate // mesh.size
+        parts = next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= fitting)
+        return mean(lambda x: task.loss(params, frozen, x)[1], inputs, parts)
+
+    options = sharding.compiler_options(mesh.devices.flat[0].platform)
+    train = jax.jit(
+        train_step,
+        in_shardings=(shardings, frozen, data, everywhere),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+        compiler_options=options,
+    )
+    return train, jax.jit(
+        evaluate,
+        in_shardings=(shardings.params, frozen, data),
+        out_shardings=everywhere,
+        compiler_options=options,
+    )
