@@ -14,6 +14,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # What is trained.
     config.teacher = placeholder(str)  # pipeline folder, or hub id owner/name; None: the embedded miniature
     config.student = "sd_small"  # a row of `python -m flaxkd.students`; None: the teacher itself is trained
+    # a row of flaxkd/tasks/__init__.py, or "module:function" of your own; None: the one that trains the parts below
+    config.task = placeholder(str)
     config.train = ("unet",)  # parts that learn: ("unet",), ("unet", "text_encoder") or ("vae",)
     config.init = "teacher"  # weights as cut from it or as found; "random": the UNet starts from scratch
     config.blank = None  # architecture of a new pipeline to train from scratch, in place of `teacher`

@@ -7,64 +7,48 @@ OUT gets the json files, tokenizer/ and scheduler/ of the model, export.json, an
 makes a pipeline folder of it again. A training takes the pipeline folder itself: this is for use of the
 weights elsewhere."""
 
-import argparse
-import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
-from flaxkd import export, keys, pretrained
+from flaxkd import export
+from flaxkd.machine import command, files
+from flaxkd.pretrained import Folder
+from flaxkd.pretrained.writing import copy_tokenizer
 
 
 def convert(model: str | None, out: Path) -> dict[str, tuple[int, int]]:
     """Writes `out`; returns {part: (tensors, parameters)}. Raises ValueError if `out` exists and is not
-    empty, and like `pretrained.resolve`, `read_tensors` and `keys.from_tensors`."""
-    out, source = Path(out).absolute(), pretrained.resolve(model)
+    empty, and like `Folder.open` and `Folder.stored`."""
+    out, source = Path(out).absolute(), Folder.open(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: choose a new folder")
-    params, configs = {}, {}
-    for part in pretrained.MODELS:
-        configs[part] = pretrained.read_config(source, part)
-        like = pretrained.shapes(pretrained.build(part, configs[part]), part)
-        params[part] = keys.from_tensors(pretrained.read_tensors(source, part), like, f"{source}/{part}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
-        shutil.copyfile(source / "model_index.json", new / "model_index.json")
-        shutil.copytree(source / "scheduler", new / "scheduler")
-        pretrained.copy_tokenizer(source, new)
-        for part in pretrained.MODELS:
+    configs = {part: source.config(part) for part in source.parts}
+    params = {part: source.stored(part) for part in source.parts}
+    with files.whole_folder(out) as new:
+        shutil.copyfile(source.path / "model_index.json", new / "model_index.json")
+        shutil.copytree(source.path / "scheduler", new / "scheduler")
+        copy_tokenizer(source.path, new)
+        for part in configs:
             (new / part).mkdir()
-            shutil.copyfile(source / part / "config.json", new / part / "config.json")
-        export.plan(new, new, configs)
-        (new / "converted.json").write_text(json.dumps({"model": model}) + "\n")
+            shutil.copyfile(source.path / part / "config.json", new / part / "config.json")
+        export.write_record(new, Folder(new), configs)
+        files.write_json(new / "converted.json", {"model": model})
         with ocp.CheckpointManager(new / "checkpoints") as manager:
             manager.save(0, args=ocp.args.StandardSave({"params": params}))
-        if out.exists():
-            out.rmdir()
-        new.rename(out)
     leaves = {part: jax.tree.leaves(tree) for part, tree in params.items()}
     return {part: (len(arrays), sum(x.size for x in arrays)) for part, arrays in leaves.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.from_diffusers",
-        description="Converts a diffusers pipeline to an Orbax checkpoint.",
-    )
-    parser.add_argument(
-        "--model", help="pipeline folder or hub id (owner/name); without it the embedded teacher"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    parser = command.parser("convert.from_diffusers", __doc__)
+    command.add(parser, "model", help="pipeline folder or hub id (owner/name); default: the embedded teacher")
+    command.add(parser, "out", required=True, help="new folder")
     args = parser.parse_args(arguments)
-    try:
+    with command.reported():
         counts = convert(args.model, args.out)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(1, f"{error}\n")
     for part, (tensors, size) in counts.items():
         print(f"{part:13} {tensors:4} tensors  {size:13,} parameters")
     print(f"wrote {args.out}; and back: python -m convert.to_diffusers --workdir {args.out} --out DIR")

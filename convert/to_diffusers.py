@@ -1,11 +1,11 @@
 """A workdir of a training, or of `convert.from_diffusers` -> a whole pipeline folder of diffusers.
 
     python -m convert.to_diffusers --workdir DIR --out DIR [--dtype float16|float32] [--ema|--no-ema]
-    [--source DIR] [--push_to_hub OWNER/NAME [--private]]
+    [--source DIR] [--push-to-hub OWNER/NAME [--private]]
 
 What the newest readable checkpoint holds replaces the same parts of the source; the folder loads with
 StableDiffusionPipeline.from_pretrained. A training writes one itself at its end: this is for checkpoints in
-between. --push_to_hub uploads the folder too; log in with `hf auth login` before."""
+between. --push-to-hub uploads the folder too; log in with `hf auth login` before."""
 
 import argparse
 from collections.abc import Callable
@@ -13,41 +13,28 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxkd.export.workdir import export
-from flaxkd.pretrained import MODELS
+from flaxkd.export import export
+from flaxkd.machine import command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.to_diffusers",
-        description="Exports a workdir as a pipeline folder of diffusers.",
-    )
-    parser.add_argument(
-        "--workdir", type=Path, required=True, help="of flaxkd.train or convert.from_diffusers"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="new folder, or an earlier export to replace")
-    parser.add_argument(
-        "--dtype", choices=["float16", "float32"], help="of the trained parts; default: unchanged"
-    )
-    parser.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, help="the moving average; default: if there is one"
-    )
-    parser.add_argument(
-        "--source", help="pipeline folder or hub id of the other parts; default: as export.json says"
-    )
-    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it to this repository of the hub")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser = command.parser("convert.to_diffusers", __doc__)
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="of flaxkd.train or convert.from_diffusers")
+    command.add(parser, "out", required=True, help="new folder, or an earlier export to replace")
+    command.add(parser, "dtype", choices=["float16", "float32"], help="of the trained parts; default: unchanged")
+    add("--ema", action=argparse.BooleanOptionalAction, help="the moving average; default: if there is one")
+    add("--source", help="pipeline folder or hub id of the other parts; default: as export.json says")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload it to this repository of the hub")
+    add("--private", action="store_true", help="make the repository private if it is new")
     args = parser.parse_args(arguments)
     dtype = None if args.dtype is None else np.dtype(args.dtype)
-    try:
+    with command.reported():
         upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
         export(args.workdir, args.out, dtype, args.ema, args.source)
         address = upload(args.out) if upload else None
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(1, f"{error}\n")
-    for part in MODELS:
-        for path in sorted((args.out / part).glob("*.safetensors")):
-            print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    for path in sorted(args.out.glob("*/*.safetensors")):
+        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     print(f'wrote {args.out}; try: StableDiffusionPipeline.from_pretrained("{args.out}")')
     if address:
         print(f"uploaded to {address}")

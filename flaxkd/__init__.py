@@ -1,9 +1,9 @@
 """Knowledge distillation of Stable Diffusion UNets in JAX and Flax.
 
-In reading order: `train` (the order of things), `students` (the table), `distill` (the loss), `step` (the train
-step), `models` (UNet, autoencoder, text encoder), `keys` and `pretrained` (diffusers' files), `data` and `latents`
-(pictures to batches), `samplers` and `sampling` (drawing), `checkpoint` and `export` (what a run leaves), `pipeline`
-(drawing from Python) and `generate` (from the command line).
+A reader follows a run through five files: configs/small.py, tasks/distill.py (what is trained), training/step.py (the
+train step), training/checkpoint.py (nothing is lost), export/workdir.py (the student as a pipeline folder); train.py is
+the order of these. The tables are students/table.py, pretrained/families.py, tasks/__init__.py and
+diffusion/samplers.py. CONTRIBUTING.md says how to add a row.
 
 Shape letters: b batch, h w rows and columns of latents, H W of images, c channels, l text tokens, d text width.
 Arrays are NHWC. Names are diffusers': latents, noise_pred, timesteps, encoder_hidden_states.

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from flaxkd import pretrained
 from flaxkd.data import encoding, large, loader, openmoji, readers
 from flaxkd.data.filters import Recipe
 from flaxkd.machine import command, hosts, sharding
+from flaxkd.pretrained import Folder
 
 CONSUMED = 270  # images/s that a v5e-8 is estimated to take from a cache in Segmind's recipe
 
@@ -30,13 +30,12 @@ def run(args: argparse.Namespace) -> dict | None:
     """Makes the parts of the cache that are this process's. Returns {"train", "validation": pictures; "filtered",
     "skipped": {reason: pictures}} when all parts are there, else None.
 
-    Raises like `readers.open_chunks`, `pretrained.resolve` and `large.build`."""
+    Raises like `readers.open_chunks`, `Folder.open` and `large.build`."""
     chunks = readers.open_chunks(args.source, split=args.split, image_column=args.image_column)
-    source = pretrained.resolve(args.teacher)
-    tokenizer = pretrained.load_tokenizer(source)
+    folder = Folder.open(args.teacher)
     mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
     recipe = Recipe(
-        resolution=args.resolution or encoding.resolution(source),
+        resolution=args.resolution or folder.resolution,
         flip=args.flip,
         validation=args.validation,
         min_aesthetic=args.min_aesthetic,
@@ -44,10 +43,10 @@ def run(args: argparse.Namespace) -> dict | None:
         caption_column=args.caption_column,
         aesthetic_column=args.aesthetic_column,
     )
-    encoding.check_resolution(source, recipe.resolution, "--resolution")
+    folder.check_resolution(recipe.resolution, "--resolution")
     if jax.process_index() == 0:
         print(
-            f"source    {args.source}, {len(chunks):,} chunks\nteacher   {source}\n"
+            f"source    {args.source}, {len(chunks):,} chunks\nteacher   {folder.path}\n"
             f"machine   {jax.process_count()} x {mesh.size} x {mesh.devices.flat[0].device_kind}, "
             f"{np.dtype(dtype).name}\n"
             f"pictures  {recipe.resolution} pixels, {args.batch_size * mesh.size} at once in each process",
@@ -57,10 +56,10 @@ def run(args: argparse.Namespace) -> dict | None:
         chunks,
         args.out,
         recipe,
-        encode=encoding.encoder(source, dtype, mesh),
-        tokenize=lambda captions: pretrained.tokenize(tokenizer, captions),
+        encode=encoding.encoder(folder, dtype, mesh),
+        tokenize=folder.tokenize,
         batch_size=args.batch_size * mesh.size,
-        fingerprint=encoding.encoder_fingerprint(source, dtype),
+        fingerprint=encoding.encoder_fingerprint(folder, dtype),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=args.threads,
@@ -93,7 +92,7 @@ def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
 
 def bench(folder: str, batch_size: int, seconds: float) -> float:
     """Reads batches of a cache's train split as a training does, prints how fast, and returns it in images/s."""
-    batches = loader.batches(epath.Path(folder) / "train", batch_size, seed=0)
+    batches = loader.Records(epath.Path(folder) / "train").batches(batch_size, seed=0)
     next(batches)  # opens files and threads
     wall, cpu, count = time.monotonic(), time.process_time(), 0
     while time.monotonic() - wall < seconds:
@@ -108,53 +107,33 @@ def bench(folder: str, batch_size: int, seconds: float) -> float:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m flaxkd.cache",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("flaxkd.cache", __doc__)
     add = parser.add_argument
     add("--source", help="folder, file, pattern such as 'gs://bucket/*.tar', or name of a data set of TFDS")
-    add(
-        "--teacher",
-        help="pipeline folder or hub id, whose autoencoder and tokenizer are used (default: the miniature)",
-    )
-    add("--out", help="folder of the cache, may be gs://")
+    command.add(parser, "teacher", help="whose autoencoder and tokenizer are used; default: the embedded teacher")
+    command.add(parser, "out", type=str, help="folder of the cache, may be gs://")
     add("--resolution", type=int, help="pixels (default: what the teacher was made for)")
-    add(
-        "--flip",
-        action="store_true",
-        help="keep the mirrored pictures too, for data.random_flip: twice the size",
-    )
-    add(
-        "--validation",
-        type=float,
-        default=openmoji.VALIDATION_SHARE,
-        help="share of the captions held out (default: %(default)s)",
-    )
+    add("--flip", action="store_true", help="keep the mirrored pictures too, for data.random_flip: twice the size")
+    share = {"type": float, "default": openmoji.VALIDATION_SHARE}
+    add("--validation", **share, help="share of the captions held out (default: %(default)s)")
     add("--split", default="train", help="of the source, if it has several (default: %(default)s)")
-    add(
-        "--batch-size",
-        type=int,
-        default=encoding.BATCH,
-        help="pictures at once on a device (default: %(default)s)",
-    )
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
+    command.add(parser, "batch-size", default=encoding.BATCH, help="pictures on a device at a time")
+    command.add(parser, "dtype")
     add("--threads", type=int, help="that decode pictures (default: as many as cores)")
     hosts.add_arguments(parser)
-    of = parser.add_argument_group("what is kept")
-    of.add_argument("--min-aesthetic", type=float, help="least aesthetic score")
-    of.add_argument(
+    group = parser.add_argument_group("what is kept")
+    group.add_argument("--min-aesthetic", type=float, help="least aesthetic score")
+    group.add_argument(
         "--min-size", type=int, help="least shorter side in pixels, before the source was resized"
     )
-    of.add_argument("--caption-column", help="default: .txt, caption, text or prompt")
-    of.add_argument("--aesthetic-column", help="default: aesthetic or aesthetic_score")
-    of.add_argument("--image-column", help="of tables; default: image, jpg, jpeg, png, webp or img")
-    of = parser.add_argument_group("how fast is it read?")
-    of.add_argument(
+    group.add_argument("--caption-column", help="default: .txt, caption, text or prompt")
+    group.add_argument("--aesthetic-column", help="default: aesthetic or aesthetic_score")
+    group.add_argument("--image-column", help="of tables; default: image, jpg, jpeg, png, webp or img")
+    group = parser.add_argument_group("how fast is it read?")
+    group.add_argument(
         "--bench", metavar="DIR", help="read a finished cache in batches of 256, and nothing else"
     )
-    of.add_argument("--seconds", type=float, default=20, help="of the measurement (default: %(default)s)")
+    group.add_argument("--seconds", type=float, default=20, help="of the measurement (default: %(default)s)")
     args = parser.parse_args(arguments)
     if not args.bench and not (args.source and args.out):
         parser.error("give --source and --out, or --bench DIR")
@@ -164,7 +143,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     command.keep_compiled_programs()
-    with hosts.together(args), command.told(ValueError, OSError, ImportError):
+    with hosts.together(args), command.reported():
         try:
             bench(args.bench, 256, args.seconds) if args.bench else run(args)
         except ImportError as error:

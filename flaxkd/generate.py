@@ -55,7 +55,7 @@ def draw(args: argparse.Namespace) -> None:
             strength=args.strength,
             sampler=args.sampler,
             seed=args.seed,
-            batch_size=args.batch,
+            batch_size=args.batch_size,
         )
         columns[pipeline.name] = drawn
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,31 +69,27 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m flaxkd.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("flaxkd.generate", __doc__, {"--batch": "--batch-size"})
     add = parser.add_argument
-    add("--model", action="append", help="pipeline folder, hub id or workdir; default: the embedded teacher")
+    command.add(parser, "model", action="append", help=f"{command.MODEL}; repeat it for several columns")
     add("--prompt", action="append", default=[], help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="text file with a prompt a line")
-    add("--negative_prompt", default="", help="what not to draw")
-    add("--steps", type=int, default=25, help="calls of the UNet, pndm makes one more; default: 25")
+    add("--negative-prompt", default="", help="what not to draw")
+    command.add(parser, "steps")
     add("--guidance", type=float, default=7.5, help="1 is none; default: 7.5")
     add("--sampler", choices=samplers.KINDS, default="dpmsolver++", help="default: dpmsolver++")
-    add("--seed", type=int, default=0, help="of the first picture, the next has the next; default: 0")
+    command.add(parser, "seed", help="of the first picture, the next has the next; default: 0")
     add("--width", type=int, help="pixels; default: what the model was trained at")
     add("--height", type=int, help="pixels; default: what the model was trained at")
-    add("--batch", type=int, default=4, help="pictures at a time; default: 4")
+    command.add(parser, "batch-size", default=4)
     add("--image", type=Path, help="a picture to begin with, for all prompts")
     add("--strength", type=float, help="of the change of --image, above 0 and at most 1; default: 0.8")
-    add("--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16")
-    add("--out", type=Path, default=Path("picture.png"), help="default: picture.png")
+    command.add(parser, "dtype", choices=["float32", "bfloat16"])
+    command.add(parser, "out", default=Path("picture.png"))
     args = parser.parse_args(arguments)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     command.keep_compiled_programs()
-    with command.told(ValueError, FileNotFoundError, FloatingPointError):
+    with command.reported():
         draw(args)
 
 

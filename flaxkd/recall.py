@@ -15,6 +15,7 @@ import numpy as np
 from flaxkd.data import sources
 from flaxkd.drawing import grids
 from flaxkd.drawing.pipeline import Pipeline
+from flaxkd.machine import command
 
 BATCH = 32
 
@@ -22,12 +23,12 @@ BATCH = 32
 def draw(model: str | None, captions: list[str], *, steps: int, guidance: float, seed: int) -> np.ndarray:
     """Pictures uint8[n, H, W, 3] of captions, with a progress bar."""
     pipeline = Pipeline.from_pretrained(model)
-    size = pipeline.modules["unet"].config.sample_size
+    shape = (len(captions), *pipeline.folder.latent_shape())
     drawn = pipeline(
         captions,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        latents=np.random.default_rng(seed).standard_normal((len(captions), size, size, 4), np.float32),
+        latents=np.random.default_rng(seed).standard_normal(shape, np.float32),
         batch_size=BATCH,
     )
     return np.stack([np.asarray(image) for image in drawn])
@@ -45,16 +46,21 @@ def recall(order: np.ndarray, k: int) -> float:
     return float(np.mean([i in row[:k] for i, row in enumerate(order)]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flaxkd.recall", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="pipeline folder, hub id or workdir; without it the embedded teacher")
-    parser.add_argument("--captions", type=int, default=128)
-    parser.add_argument("--originals", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("recall.png"))
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    parser = command.parser("flaxkd.recall", __doc__)
+    command.add(parser, "model")
+    parser.add_argument("--captions", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--originals", type=int, default=512, help="default: %(default)s")
+    command.add(parser, "steps")
+    parser.add_argument("--guidance", type=float, default=4.0, help="default: %(default)s")
+    command.add(parser, "seed")
+    command.add(parser, "out", default=Path("recall.png"))
+    args = parser.parse_args(arguments)
+    with command.reported():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     source = sources.open_source("openmoji", "train")
     chosen = np.random.default_rng(args.seed).permutation(len(source))[: args.originals]
     examples = [source[int(i)] for i in chosen]

@@ -6,21 +6,22 @@ It shows what is there, also of a run that is not over yet. Before it, `python -
 DIR/evaluation` adds how the student compares with its teacher, and `python -m flaxkd.bench --out DIR/bench` its speed.
 """
 
-import argparse
 import base64
 import html
 import io
 import json
 import statistics
 import string
-import sys
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from flaxkd import blocks, export, pretrained, students
+from flaxkd import export, students
 from flaxkd.export import card
+from flaxkd.machine import command, files
+from flaxkd.pretrained import Folder, count
+from flaxkd.students import picture
 from flaxkd.training import metrics
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
@@ -36,16 +37,14 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir.absolute()} has no config.json: give a workdir of flaxkd.train")
     out = Path(out or workdir / "report.html")
-    scratch = out.with_name(f".{out.name}")
-    scratch.write_text(page(workdir), encoding="utf-8")
-    scratch.rename(out)
+    files.write_text(out, page(workdir))
     return out
 
 
 def page(workdir: Path) -> str:
     """The HTML of the report."""
-    run = json.loads((workdir / "config.json").read_text())
-    parts, source = export.read_plan(workdir)
+    run = files.read_json(workdir / "config.json")
+    parts, source = export.read_record(workdir)
     name, plain = card.names(run["teacher"])
     title, lead = card.headline(run, name, plain, list(parts))
     sections = {
@@ -75,7 +74,7 @@ def markdown(text: str) -> str:
     return rendered.replace("</table>", "</table></div>")
 
 
-def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Path) -> str:
+def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Folder) -> str:
     """The few numbers that a person asks for first."""
     records = metrics.read(workdir)
     step = max((record["step"] for record in records), default=0)
@@ -84,10 +83,7 @@ def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Path) -> str
         "images seen": f"{step * run['batch_size']:,}",
     }
     for part, config in parts.items():
-        own, before = (
-            card.parameters(part, config),
-            card.parameters(part, pretrained.read_config(source, part)),
-        )
+        own, before = count(part, config), source.count(part)
         share = f", {own / before:.0%} of the teacher's" if own != before else ""
         facts[f"parameters of the {part}{share}"] = f"{own / 1e6:,.1f} M"
     for loss in ("loss_output", "loss_feature", *(() if run["student"] else ("loss",))):
@@ -102,13 +98,13 @@ def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Path) -> str
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def blocks_of(run: dict, source: Path, teacher: str) -> str:
+def blocks_of(run: dict, source: Folder, teacher: str) -> str:
     """The picture of teacher and student, block by block; nothing for a run without a student."""
     if not run["student"]:
         return ""
     drawn = io.StringIO()
-    student, config = students.get(run["student"]), pretrained.read_config(source, "unet")
-    blocks.draw(drawn, (student,), config, teacher, format="svg")
+    student, config = students.get(run["student"]), source.config("unet")
+    picture.draw(drawn, (student,), config, teacher, format="svg")
     return f"<figure>{drawn.getvalue()[drawn.getvalue().index('<svg') :]}</figure>"
 
 
@@ -157,7 +153,7 @@ def measured(workdir: Path, name: str, alternative: str) -> str:
 def commands(workdir: Path) -> str:
     """How to make it again: the commands that were typed, each with its time, machine and versions."""
     found = []
-    for start in metrics.read(workdir, "starts.jsonl"):
+    for start in files.read_jsonl(workdir / metrics.STARTS):
         versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
         found.append(f"<p>{html.escape(start['time'])}, {html.escape(start['machine'])}; {versions}</p>")
         found.append(f"<pre><code>{html.escape(start['command'])}</code></pre>" if start["command"] else "")
@@ -169,18 +165,12 @@ def code(text: str, summary: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m flaxkd.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("flaxkd.report", __doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of a training, over or not")
-    parser.add_argument("--out", type=Path, help="default: WORKDIR/report.html")
+    command.add(parser, "out", help="default: WORKDIR/report.html")
     args = parser.parse_args(arguments)
-    try:
+    with command.reported():
         out = write(args.workdir, args.out)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
 

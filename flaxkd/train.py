@@ -1,340 +1,287 @@
-"""Trains what a configuration describes: a student, a teacher, or an autoencoder.
+"""Trains what a configuration describes: a student, a teacher, an autoencoder, or a task of one's own.
 
     python -m flaxkd.train --config configs/small.py [--workdir DIR] [--config.key=value ...]
 
-The only file that knows all the others. Read `run` from the top: it is the order of things. Several processes, on one
-host or many, all run it; --distributed says that there are others (see hosts.py).
+Read `run` from the top: set up, loop, end. What is trained is a `Task` (training/task.py); nothing here knows which.
+Several processes, on one host or many, all run this; --distributed says that there are others (see machine/hosts.py).
 """
 
 import os
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
-from flaxkd import autoencode, blank, distill, export, pretrained
-from flaxkd.data import encoding, loader, sources
-from flaxkd.diffusion import sampling
+from flaxkd import export, tasks
+from flaxkd.data import encoding, sources
 from flaxkd.drawing import grids
-from flaxkd.machine import hosts, sharding
-from flaxkd.machine.command import keep_memory, told
-from flaxkd.models.attention import DotProductAttention
+from flaxkd.machine import command, cpu, hosts, sharding
+from flaxkd.pretrained import Folder, fresh
+from flaxkd.tasks.samples import Sheet
 from flaxkd.training import checkpoint, curves, metrics
-from flaxkd.training.step import init_state, make_step, optimizer
+from flaxkd.training.signals import Stopped, stop_signals
+from flaxkd.training.step import State, init_state, make_step, optimizer, state_shapes
+from flaxkd.training.task import Task
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
+class Setup(NamedTuple):
+    """What a run works with, and does not change."""
+
+    config: Any
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    folder: Folder  # of the teacher
+    task: Task
+    batches: Any  # endless iterator of this process's rows of a batch, with a position
+    held_out: dict[str, jax.Array]
+    frozen: dict  # on the devices
+    key: jax.Array
+    train_step: Future  # of the compiled step
+    evaluate: Any
+    manager: Any  # of checkpoints
+    sheet: Sheet
+    writer: metrics.Writer
 
 
-# That a device draws at a time. On a TPU v5e: 0.8 GiB of temporaries at 512 pixels, 1.5 for a picture of 2.1 at 768.
-DRAWN_PIXELS = 512**2
-
-
-def run(config, workdir: Path, command: str | None = None) -> dict[str, float]:
+def run(config, workdir: Path, typed: str | None = None) -> dict[str, float]:
     """Trains until `config.steps`, and returns the last validation figures. Resumes what `workdir` holds.
 
-    Of several processes all compute, and the first one writes; `workdir` is one folder, which all of them see.
-    command: what a person typed, for the report.
+    All of several processes compute, and the first one writes; `workdir` is one folder, which all of them see.
+    typed: the command of a person, for the report.
 
     Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError when
     config.bad_steps.in_a_row steps had to be skipped, OSError when nothing can be written, Stopped after SIGTERM or
     Ctrl-C."""
-    started, first = time.time(), hosts.is_first()
-
-    # -- Mesh and precision ------------------------------------------------------------------------------------------
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sharding.check_batch(mesh, config.batch_size, config.accumulate)
-    dtype = sharding.compute_dtype(config.dtype)
-    tx = optimizer(config)
-
-    # -- Pictures: opened first, since a wrong folder is the likeliest mistake -----------------------------------------
-    splits = ("train", "validation")
-    data = {s: sources.open_source(config.data.source, s, resolution=config.data.resolution) for s in splits}
-
-    # -- Teacher -----------------------------------------------------------------------------------------------------
-    if config.blank is not None:
-        captions = [picture["caption"] for picture in data["train"]]
-        write = lambda: blank.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
-        if first:
-            write()
-        hosts.wait("blank")
-        source = write()  # of what is there, the name
-    else:
-        source = pretrained.resolve(config.teacher)
-    tokenizer = pretrained.load_tokenizer(source)
-
-    # -- What is trained ---------------------------------------------------------------------------------------------
-    of_pixels = tuple(config.train) == ("vae",)
-    task = (
-        autoencode.task(config, source, dtype)
-        if of_pixels
-        else distill.task(config, source, dtype, tokenizer, mesh)
-    )
-    checkpoint.claim(workdir, config.to_dict())
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    kind = mesh.devices.flat[0].device_kind
-    machine = f"{mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}, {dtype.name}"
-    if first:
-        export.plan(workdir, source.absolute(), task.configs)
-        metrics.note_start(workdir, command=command, machine=machine)
-        say(config, source, task, machine)
-
-    # -- Data: of a batch, each process reads what its devices hold ---------------------------------------------------
-    rows = sharding.rows(mesh, config.batch_size)
-    if of_pixels:
-        batches = loader.images(data["train"], config.batch_size, config.seed, rows=rows)
-        examples = range(min(config.validation.examples, len(data["validation"])))
-        validation = {"images": np.stack([data["validation"][i]["image"] for i in examples])}
-    else:
-        caches = [encoding.ensure(config, data[s], s, source, dtype, tokenizer) for s in splits]
-        options = {"variants": config.data.variants, "flip": config.data.random_flip, "rows": rows}
-        batches = loader.batches(caches[0], config.batch_size, config.seed, **options)
-        validation = loader.examples(caches[1], config.validation.examples)
-        validation = {name: validation[name] for name in ("moments", "input_ids")}
-    validation = {name: sharding.fill(x, len(x) // mesh.size or 1, mesh) for name, x in validation.items()}
-    validation = sharding.put(validation, sharding.batch(mesh))
-
-    # -- State: the newest checkpoint, or the beginning --------------------------------------------------------------
-    state = jax.eval_shape(lambda params: init_state(params, tx, bool(config.ema_decay)), task.params)
-    shardings = sharding.params(mesh, state)
-    manager = checkpoint.manager(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
-    restored = checkpoint.restore(manager, state, shardings)
-    if restored is None:
-        begin = jax.jit(lambda p: init_state(p, tx, bool(config.ema_decay)), out_shardings=shardings)
-        state = begin(sharding.put(task.params, shardings.params))
-        as_cut = state.params
-    else:
-        state, position = restored
-        as_cut = sharding.put(jax.tree.map(lambda x: x.astype(dtype), task.params), shardings.params)
-        batches.set_state(position)
-        if first:
-            print(f"resuming at step {int(state.step):,} of {config.steps:,}", flush=True)
-    frozen = sharding.put(task.frozen, sharding.params(mesh, task.frozen))
-    train_step, evaluate = make_step(task, config, tx, mesh, state)
-    key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
-    key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
-    if jax.process_count() == 1:  # several would have to compile in the same order
-        of = lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
-        like = {name: of(x) for name, x in validation.items()}
-        train_step = compiled_meanwhile(train_step, state, frozen, like, key)
-
-    # -- What is shown -----------------------------------------------------------------------------------------------
-    start = int(state.step)
-    writer = metrics.Writer(workdir if first else None, start, config.steps)
-    draw = drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut)
-    del as_cut  # drawn by now; at full size it may be a gigabyte of the device
-
-    def validate(step: int) -> dict[str, float]:
-        values = evaluate(state.ema or state.params, frozen, validation)
-        values = {f"validation/{name}": float(value) for name, value in values.items()}
-        writer.write(step, values)
-        return values
-
-    def draw_samples(step: int) -> None:
-        sheet = workdir / "samples" / f"{step:08}.png"  # all are kept, for the report
-        draw(state.ema or state.params, sheet)
-        if not first:
-            return
-        if sheet.exists():
-            grids.save(Image.open(sheet), workdir / "samples.png")
-        curves.draw(workdir)
-
-    # -- Loop --------------------------------------------------------------------------------------------------------
-    pending: list[tuple[int, dict]] = []
-    last_log = [time.time(), start]
-
-    def flush() -> None:
-        """Fetches what the steps since the last time measured. One wait for the device, not one per step."""
-        if not pending:
-            return
-        values = jax.device_get([m for _, m in pending])
-        for (step, _), m in zip(pending, values, strict=True):
-            if m["skipped_in_a_row"]:
-                what = f"step {step}: loss {m['loss']}, gradient norm {m['grad_norm']}: skipped"
-                writer.say(f"{what}, {m['skipped']} so far")
-            if m["skipped_in_a_row"] >= config.bad_steps.in_a_row:
-                checkpoint.wait(manager)
-                saved = manager.latest_step()
-                raise FloatingPointError(
-                    f"the loss of step {step} is {m['loss']} and its gradient norm {m['grad_norm']}, where a loss of "
-                    f"{float(state.health.usual):.3g} is usual; the last {m['skipped_in_a_row']} steps were skipped. "
-                    f"The last good checkpoint is "
-                    f"{f'{manager.directory}/{saved}' if saved is not None else 'none yet'}. Lower the learning rate "
-                    "or max_grad_norm, or use float32, in a new workdir; or raise bad_steps, and go on from there."
-                )
-        step, now = pending[-1][0], time.time()
-        rate = (step - last_log[1]) * config.batch_size / max(now - last_log[0], 1e-9)
-        taken = [m for m in values if not m["skipped_in_a_row"]] or values
-        mean = {name: float(np.mean([m[name] for m in taken])) for name in values[0] if "skipped" not in name}
-        if skipped := int(values[-1]["skipped"]):
-            mean["skipped"] = skipped
-        writer.write(step, mean | {"images_per_second": rate})
-        pending.clear()
-        last_log[:] = [time.time(), step]
-
-    def save() -> None:
-        flush()
-        checkpoint.save(manager, state, batches.get_state())
-
-    figures, stopping = {}, False
-    with stop_signals() as stop:
-        if start == 0:
-            figures = validate(0)
-            draw_samples(0)
-        for step in range(start + 1, config.steps + 1):
-            state, values = train_step(
-                state, frozen, sharding.put_rows(next(batches), mesh, config.batch_size), key
-            )
-            pending.append((step, values))
-            writer.bar.update()
-            meeting = step % config.log_every == 0 or step == config.steps
-            if meeting:
-                flush()
-            if meeting or jax.process_count() == 1:  # several stop where they wait for each other anyway
-                stopping = hosts.any_of(stop.asked)
-            if step % config.validation.every == 0 or step == config.steps:
-                flush()
-                figures = validate(step)
-                last_log[0] = time.time()
-            if step % config.checkpoint.every == 0 or step == config.steps or stopping:
-                save()
-            if stopping:
-                checkpoint.wait(manager)
-                writer.close()
-                raise Stopped(f"stopped at step {step}; the same command goes on from there")
-            if step % config.sample.every == 0 and step != config.steps:
-                draw_samples(step)
-                last_log[0] = time.time()
-    checkpoint.wait(manager)
-    draw_samples(config.steps)
-    writer.close()
-
-    # -- Export ------------------------------------------------------------------------------------------------------
-    params = sharding.whole(state.ema or state.params, mesh)
-    if of_pixels:
-        task.configs["vae"]["scaling_factor"] = autoencode.scaling_factor(
-            source, params["vae"], validation["images"]
-        )
-    manager.close()
-    if not first:
-        return figures
-    if of_pixels:
-        export.plan(workdir, source.absolute(), task.configs)
-    out = export.write(
-        workdir,
-        workdir / "diffusers",
-        params,
-        step=config.steps,
-        averaged=bool(state.ema),
-        dtype=np.float16,
-    )
-    conclude(config, workdir, out, figures, time.time() - started)
+    started = time.time()
+    setup, state = set_up(config, workdir, typed)
+    state, figures = loop(setup, state)
+    end(setup, state, figures, started)
     return figures
 
 
-def drawer(config, source, task, frozen, dtype, mesh, tokenizer, as_cut) -> Callable:
-    """(params, path) -> None: draws the validation prompts with the network as it is, beside what it is compared with.
+# -- Set up ----------------------------------------------------------------------------------------------------------
 
-    All processes compute, since the parameters may lie on the devices of all; the first one writes.
 
-    With a student the columns are the teacher, the student as cut and the student now; else the network now."""
-    if tuple(config.train) == ("vae",):
-        return lambda params, path: None
-    vae, vae_params = pretrained.load(source, "vae", dtype)
-    attend = DotProductAttention(mesh, config.attention)
-    unet = pretrained.build("unet", task.configs["unet"], dtype, attend=attend)
-    text_encoder = pretrained.build("text_encoder", pretrained.read_config(source, "text_encoder"), dtype)
-    vae_params = sharding.put(vae_params, sharding.replicated(mesh))
-    prompts = list(config.sample.prompts)
-    plan = sampling.plan(
-        config.sample.sampler, pretrained.read_config(source, "scheduler"), config.sample.steps
+def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
+    """Everything before the first step, and the state of the newest checkpoint or of the beginning.
+
+    Cheap checks come first: a wrong setting or folder is reported before anything is computed or written."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    dtype, tx = sharding.compute_dtype(config.dtype), optimizer(config)
+    source, resolution = config.data.source, config.data.resolution
+    pictures = {split: sources.open_source(source, split, resolution=resolution) for split in ("train", "validation")}
+    folder = open_teacher(config, workdir, pictures["train"])
+    task = tasks.make(config, folder, dtype, mesh)
+
+    checkpoint.claim(workdir, config.to_dict())
+    machine = describe_machine(mesh, dtype)
+    if hosts.is_first():
+        export.write_record(workdir, folder, task.configs)
+        metrics.note_start(workdir, command=typed, machine=machine)
+        introduce(config, folder, task, machine)
+
+    data = {name: encoding.open_data(task.batch, config, x, name, folder, dtype) for name, x in pictures.items()}
+    batches = data["train"].batches(
+        config.batch_size,
+        config.seed,
+        variants=config.data.variants,
+        flip=config.data.random_flip,
+        rows=sharding.rows(mesh, config.batch_size),  # a process reads what its devices hold
     )
-    size = config.data.resolution // vae.config.factor
-    noise = np.random.default_rng(config.seed).standard_normal((len(prompts), size, size, 4), np.float32)
-    ids = pretrained.tokenize(tokenizer, prompts)
-    empty = pretrained.tokenize(tokenizer, [""] * len(prompts))
-    # All devices draw, a few each at a time: at full size, more would take more memory than training.
-    together = max(DRAWN_PIXELS // config.data.resolution**2, 1)
-    each = min(-(-len(prompts) // mesh.size), together)
-    parts = -(-len(prompts) // (each * mesh.size))
-    given = [np.split(sharding.fill(x, parts * each, mesh), parts) for x in (ids, empty, noise)]
-    given = sharding.put(list(zip(*given, strict=True)), sharding.batch(mesh))
+    held_out = data["validation"].examples(config.validation.examples)
+    held_out = {name: sharding.fill(x, len(x) // mesh.size or 1, mesh) for name, x in held_out.items()}
+    held_out = sharding.put(held_out, sharding.batch(mesh))
 
-    def images(module, unet_params, text_params) -> np.ndarray:
-        params = {"unet": unet_params, "vae": vae_params, "text_encoder": text_params}
-        draw = lambda *of: sampling.text_to_image(
-            module, vae, text_encoder, params, *of, plan, config.sample.guidance
-        )
-        drawn = np.concatenate([sharding.whole(draw(*part), mesh) for part in given])
-        return np.round(drawn[: len(prompts)] * 255).astype(np.uint8)
-
-    before = {}
-    if config.student:
-        teacher = pretrained.build("unet", pretrained.read_config(source, "unet"), dtype, attend=attend)
-        text = frozen.get("text_encoder", as_cut.get("text_encoder"))
-        before["teacher"] = images(teacher, frozen["teacher"], text)
-        before["student as cut"] = images(unet, as_cut["unet"], text)
-    now = "student, distilled" if config.student else "model"
-
-    def draw(params, path: Path) -> None:
-        text = params.get("text_encoder", frozen.get("text_encoder"))
-        columns = before | {now: images(unet, params["unet"], text)}
+    like = state_shapes(task, config, tx)
+    shardings = sharding.params(mesh, like)
+    frozen = sharding.put(task.frozen, sharding.params(mesh, task.frozen))
+    train_step, evaluate = make_step(task, config, tx, mesh, like)
+    manager = checkpoint.manager(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
+    if restored := checkpoint.restore(manager, like, shardings):
+        state, position = restored
+        batches.set_state(position)
+        begun = sharding.put(jax.tree.map(lambda x: x.astype(dtype), task.trained), shardings.params)
         if hosts.is_first():
-            grids.grid(columns, prompts, path)
+            print(f"resuming at step {int(state.step):,} of {config.steps:,}", flush=True)
+    else:
+        begin = jax.jit(lambda p: init_state(p, tx, bool(config.ema_decay)), out_shardings=shardings)
+        state = begin(sharding.put(task.trained, shardings.params))
+        begun = state.params
 
-    return draw
+    key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+    key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
+    compiled = compile_step(train_step, state, frozen, task.shapes(config.batch_size), key)
+    sheet = Sheet(config, folder, task, begun, frozen, dtype, mesh)
+    writer = metrics.Writer(workdir if hosts.is_first() else None, int(state.step), config.steps)
+    setup = Setup(
+        config, workdir, mesh, folder, task, batches, held_out, frozen, key, compiled, evaluate, manager, sheet, writer
+    )
+    return setup, state
 
 
-def compiled_meanwhile(train_step: Callable, *like) -> Callable:
+def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
+    """The teacher's pipeline folder; for `config.blank`, a new one with random weights in the workdir."""
+    if config.blank is None:
+        return Folder.open(config.teacher)
+    captions = [picture["caption"] for picture in pictures]
+    write = lambda: fresh.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
+    if hosts.is_first():
+        write()
+    hosts.wait("blank")
+    return write()  # which leaves what is there alone
+
+
+def compile_step(train_step, *arguments) -> Future:
     """The step, which compiles, or comes from the cache, while the first pictures are drawn: the sooner it begins."""
+    if jax.process_count() > 1:  # processes have to compile in the same order
+        done: Future = Future()
+        done.set_result(train_step)
+        return done
     pool = ThreadPoolExecutor(1)
-    made = pool.submit(lambda: train_step.lower(*like).compile())
+    compiled = pool.submit(lambda: train_step.lower(*arguments).compile())
     pool.shutdown(wait=False)
-    return lambda *arguments: made.result()(*arguments)
+    return compiled
 
 
-class stop_signals:
-    """Within it, SIGTERM and Ctrl-C set `asked`, which the loop reads between steps; a second Ctrl-C interrupts."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        def ask(number, frame):
-            if self.asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.asked = True
-            print(f"\n{signal.Signals(number).name}: saving, then leaving", file=sys.stderr, flush=True)
-
-        self.before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+# -- Loop ------------------------------------------------------------------------------------------------------------
 
 
-def say(config, source: Path, task, machine: str) -> None:
+def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
+    """Steps until `config.steps`, and what is due between them. Returns the state and the last validation figures."""
+    config, start, figures = s.config, int(state.step), {}
+    with stop_signals() as stop:
+        if start == 0:
+            figures = validate(s, state)
+            draw_samples(s, state)
+        train_step, stopping = s.train_step.result(), False
+        for step in range(start + 1, config.steps + 1):
+            batch = sharding.put_rows(next(s.batches), s.mesh, config.batch_size)
+            state, values = train_step(state, s.frozen, batch, s.key)
+            s.writer.add(step, values)
+
+            if due(config, step, config.log_every):
+                log(s, state)
+            # Several processes stop where they wait for each other anyway.
+            if due(config, step, config.log_every) or jax.process_count() == 1:
+                stopping = hosts.any_of(stop.asked)
+            if due(config, step, config.validation.every):
+                log(s, state)
+                figures = validate(s, state)
+            if due(config, step, config.checkpoint.every) or stopping:
+                log(s, state)
+                checkpoint.save(s.manager, state, s.batches.get_state())
+            if stopping:
+                checkpoint.wait(s.manager)
+                s.writer.close()
+                raise Stopped(f"stopped at step {step}; the same command goes on from there")
+            if due(config, step, config.sample.every) and step != config.steps:
+                draw_samples(s, state)
+    return state, figures
+
+
+def due(config, step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is done after this one; after the last, all is."""
+    return step % every == 0 or step == config.steps
+
+
+def log(s: Setup, state: State) -> None:
+    """Writes what the steps since the last time measured. Raises FloatingPointError if too many were skipped."""
+    fetched = s.writer.fetch()
+    for step, values in fetched:
+        if values["skipped_in_a_row"]:
+            what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped"
+            s.writer.say(f"{what}, {values['skipped']} so far")
+        if values["skipped_in_a_row"] >= s.config.bad_steps.in_a_row:
+            checkpoint.wait(s.manager)
+            saved = s.manager.latest_step()
+            raise FloatingPointError(
+                f"the loss of step {step} is {values['loss']} and its gradient norm {values['grad_norm']}, where a "
+                f"loss of {float(state.health.usual):.3g} is usual; the last {values['skipped_in_a_row']} steps were "
+                "skipped. The last good checkpoint is "
+                f"{f'{s.manager.directory}/{saved}' if saved is not None else 'none yet'}. Lower the learning rate "
+                "or max_grad_norm, or use float32, in a new workdir; or raise bad_steps, and go on from there."
+            )
+    if fetched:
+        s.writer.log(fetched, s.config.batch_size)
+
+
+def shown(state: State) -> dict:
+    """The weights that are measured, drawn and exported: the moving average, if there is one."""
+    return state.ema or state.params
+
+
+def validate(s: Setup, state: State) -> dict[str, float]:
+    """The loss on held-out examples, written and returned: {"validation/loss": float, ...}."""
+    values = s.evaluate(shown(state), s.frozen, state.ema, s.held_out)
+    values = {f"validation/{name}": float(value) for name, value in values.items()}
+    s.writer.write(int(state.step), values)
+    s.writer.restart()
+    return values
+
+
+def draw_samples(s: Setup, state: State) -> None:
+    """Draws the sheet of this step, which is kept for the report, and samples.png and curves.png anew."""
+    path = s.workdir / "samples" / f"{int(state.step):08}.png"
+    s.sheet.draw(shown(state), s.frozen, path)
+    if hosts.is_first():
+        if path.exists():
+            grids.save(Image.open(path), s.workdir / "samples.png")
+        curves.draw(s.workdir)
+    s.writer.restart()
+
+
+# -- End -------------------------------------------------------------------------------------------------------------
+
+
+def end(s: Setup, state: State, figures: dict[str, float], started: float) -> None:
+    """The last sheet of samples, the export, and what a person does next."""
+    checkpoint.wait(s.manager)
+    draw_samples(s, state)
+    s.writer.close()
+    assembled = s.task.assemble(shown(state), s.frozen)
+    params = sharding.whole({part: assembled[part] for part in s.task.configs}, s.mesh)
+    configs = {**s.task.configs, **s.task.finish(params, s.held_out)}
+    s.manager.close()
+    if not hosts.is_first():
+        return
+    export.write_record(s.workdir, s.folder, configs)
+    out, step = s.workdir / export.EXPORT, s.config.steps
+    export.write(
+        s.workdir, out, s.folder, configs, params, step=step, averaged=bool(state.ema), dtype=np.dtype("float16")
+    )
+    conclude(s.config, s.workdir, figures, time.time() - started)
+
+
+# -- What a person reads ---------------------------------------------------------------------------------------------
+
+
+def describe_machine(mesh, dtype) -> str:
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}, {dtype.name}"
+
+
+def introduce(config, folder: Folder, task: Task, machine: str) -> None:
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    parts = ", ".join(f"{part} {count(tree):,}" for part, tree in task.params.items())
+    parts = ", ".join(f"{part} {count(tree):,}" for part, tree in task.trained.items())
     print(
-        f"teacher   {source}\nstudent   {config.student or 'none: the teacher itself is trained'}\n"
-        f"trained   {parts} parameters\n"
+        f"teacher   {folder.path}\n"
+        + f"student   {config.student}\n" * bool(config.student)
+        + f"trained   {parts} parameters\n"
         f"machine   {machine}\n"
         f"batch     {config.batch_size} images, {config.steps:,} steps",
         flush=True,
     )
 
 
-def conclude(config, workdir: Path, out: Path, figures: dict[str, float], seconds: float) -> None:
+def conclude(config, workdir: Path, figures: dict[str, float], seconds: float) -> None:
     start = next((r for r in metrics.read(workdir) if "validation/loss" in r), {})
     print(f"\ndone in {seconds / 60:.1f} minutes. Validation, at the start and now:")
     for name in (n for n in figures if "feature/" not in n):
@@ -342,7 +289,7 @@ def conclude(config, workdir: Path, out: Path, figures: dict[str, float], second
             f"  {name.removeprefix('validation/'):14} {start.get(name, float('nan')):10.5f} {figures[name]:10.5f}"
         )
     made = {"samples.png": "the validation prompts, drawn", "curves.png": "all figures over time"}
-    made |= {"metrics.jsonl": "the figures", "diffusers": "a whole pipeline folder, for diffusers"}
+    made |= {metrics.FILE: "the figures", export.EXPORT: "a whole pipeline folder, for diffusers"}
     for name, what in made.items():
         if (workdir / name).exists():
             print(f"  {workdir / name}  {what}")
@@ -353,6 +300,9 @@ def conclude(config, workdir: Path, out: Path, figures: dict[str, float], second
         f"  python -m flaxkd.generate --model {here} --guidance {config.sample.guidance} --prompt {prompt}\n"
         f"  python -m flaxkd.report --workdir {here}"
     )
+
+
+# -- Command ---------------------------------------------------------------------------------------------------------
 
 
 def default_workdir(config_filename: str) -> Path:
@@ -371,12 +321,11 @@ def main(_=None) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    typed = shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]])
     status = 0
-    with hosts.together(FLAGS), told(ValueError, OSError, FloatingPointError):
-        keep_memory()
+    with hosts.together(FLAGS), command.reported():
+        cpu.keep_memory()
         try:
-            run(config, workdir, command=typed)
+            run(config, workdir, shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]]))
         except Stopped as stopped:
             print(stopped, flush=True)
             status = 143
@@ -392,4 +341,4 @@ if __name__ == "__main__":
     hosts.define_flags()
     flags.mark_flag_as_required("config")
     FLAGS = flags.FLAGS
-    app.run(main)
+    app.run(main, argv=command.underscored(sys.argv, FLAGS))

@@ -215,7 +215,7 @@ def plain(home) -> dict:
         cross_attention_dim=8,
         attention_head_dim=2,
     )
-    from flaxkd import blank
+    from flaxkd.pretrained import fresh
 
     vae = VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
     text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -227,8 +227,8 @@ def plain(home) -> dict:
         scheduler=SCHEDULER | {"_class_name": "PNDMScheduler"},
         vocab_size=520,
     )
-    folder = blank.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)
-    return {"teacher": folder, "student": ""}
+    folder = fresh.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)
+    return {"teacher": folder.path, "student": ""}
 
 
 def finish(process, code=0, timeout=600) -> str:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_configs import load
 
-from flaxkd import pretrained
 from flaxkd.bench import benchmark, torch_works, works
 from flaxkd.bench.works import Prepared
 from flaxkd.plan import devices
+from flaxkd.pretrained import Folder
 
 
 def small(tiny_pipeline, **changes):
@@ -24,9 +24,9 @@ def small(tiny_pipeline, **changes):
 
 def test_both_sides_compute_the_same_loss(tiny_pipeline):
     """sd_tiny has a pair of blocks with unequal names, and no mid block."""
-    subject = works.subject("sd_tiny", small(tiny_pipeline), tiny_pipeline, steps=2)
+    subject = works.subject("sd_tiny", small(tiny_pipeline), Folder.open(tiny_pipeline), steps=2)
     inputs = subject.task.prepare(jax.random.key(1), subject.batch)
-    _, ours = jax.jit(subject.task.loss)(subject.task.params, subject.task.frozen, inputs)
+    _, ours = jax.jit(subject.task.loss)(subject.task.trained, subject.task.frozen, {}, inputs)
     networks = torch_works._networks(subject)
     arrays = (inputs.noisy_latents, inputs.timesteps, inputs.input_ids, inputs.target)
     tensors = torch_works._tensors(subject, *(np.asarray(x) for x in arrays))
@@ -37,7 +37,7 @@ def test_both_sides_compute_the_same_loss(tiny_pipeline):
 
 
 def test_a_step_in_torch_moves_the_student_alone(tiny_pipeline):
-    subject = works.subject("sd_tiny", small(tiny_pipeline), tiny_pipeline, steps=2)
+    subject = works.subject("sd_tiny", small(tiny_pipeline), Folder.open(tiny_pipeline), steps=2)
     networks = torch_works._networks(subject)
     before = [p.detach().clone() for p in (*networks.unet.parameters(), *networks.teacher.parameters())]
     losses = [torch_works._train(subject, networks, compiled=False)() for _ in range(2)]
@@ -165,10 +165,10 @@ def test_the_training_step_costs_little_more_than_it_must(monkeypatch):
     flops = {}
     config = load("small")
     config.batch_size = jax.device_count()
-    subject = works.subject("sd_small", config, pretrained.resolve(None), steps=2)
+    subject = works.subject("sd_small", config, Folder.open(None), steps=2)
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: lowered)
     flops["step"] = works._train(subject)[1].cost_analysis()["flops"]
     for name in ("teacher", "sd_small"):
-        student = works.subject(name, config, pretrained.resolve(None), steps=2)
+        student = works.subject(name, config, Folder.open(None), steps=2)
         flops[name] = works._denoise(student)[1].cost_analysis()["flops"] / 2
     assert 1 < flops["step"] / (flops["teacher"] + 3 * flops["sd_small"]) < 1.05

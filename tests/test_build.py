@@ -17,6 +17,7 @@ from PIL import Image
 
 from flaxkd.data import large, loader, openmoji, readers, records, sources
 from flaxkd.data.filters import Recipe
+from flaxkd.machine.files import DiskFull
 
 N = 24  # pictures of a source, of which 4 are held out
 CAPTIONS = [f"picture {i}" for i in range(N)]
@@ -121,7 +122,7 @@ def make(source, out, recipe=RECIPE, rows=10, **changes):
 def contents(out, split="train", kind="moments"):
     """{caption: (moments, ids)} of a finished cache, which a training can open."""
     about = records.read_about(sources.open_source(str(out), split).cache)
-    found = [records.unpack(record) for record in loader._records(out / split, about, kind)]
+    found = [records.unpack(record) for record in loader.open_records(out / split, about, kind)]
     return {record["caption"]: (record["moments"], record["input_ids"]) for record in found}
 
 
@@ -150,7 +151,7 @@ def test_mirrored_pictures(tmp_path):
     for caption in plain:
         np.testing.assert_array_equal(plain[caption][0][:, ::-1], flipped[caption][0])
     drawn = lambda flip: [
-        next(loader.batches(out / "train", 20, seed, flip=flip))["moments"] for seed in range(4)
+        next(loader.Records(out / "train").batches(20, seed, flip=flip))["moments"] for seed in range(4)
     ]
     mirrored = lambda batch: int((np.abs(batch[:, 0, 0, 0]) < np.abs(batch[:, 0, 1, 0])).sum())
     assert 0 < sum(map(mirrored, drawn(None))) < 2 * 20 and sum(map(mirrored, drawn(False))) == 0
@@ -274,7 +275,7 @@ def test_it_goes_on_where_it_was_killed(tmp_path):
     assert files(out) == files(tmp_path / "straight")
     make(source, out, encode=killed)
     assert len(calls) == 7
-    with pytest.raises(ValueError, match=r"min_size was None, is 9.*another --out"):
+    with pytest.raises(ValueError, match=r"min_size: None there, 9 here\n.*another --out"):
         make(source, out, Recipe(resolution=8, validation=0.2, min_size=9))
 
 
@@ -297,7 +298,7 @@ def test_a_full_disk_stops_it_and_it_goes_on_later(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(records, "ArrayRecordWriter", full)
         with pytest.raises(
-            files.DiskFull, match=f"no space is left in {out}/.* make room, and run the same command"
+            DiskFull, match=f"no space is left in {out}/.* make room, and run the same command"
         ):
             make(source, out)
     assert [path.stem for path in (out / "done").iterdir()] == ["00000-of-00003"]

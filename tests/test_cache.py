@@ -64,12 +64,13 @@ def test_cache_holds_what_the_encoder_says_and_is_reused(tmp_path):
 
     folder = ensure(source, tmp_path, encode=counted, shard_size=6)
     assert calls == [(4, 8, 8, 3)] * 4  # 6 + 5 pictures: always full batches
-    found = loader.examples(folder, 99)
+    found = loader.Records(folder).examples(99)
     want = [source[i] for i in range(11)]
-    assert found["captions"] == [example["caption"] for example in want]
+    captions = loader.Records(folder).captions(99)
+    assert captions == [example["caption"] for example in want]
     np.testing.assert_allclose(found["moments"], encode(np.stack([e["image"] for e in want])), atol=1e-4)
-    np.testing.assert_array_equal(found["input_ids"], tokenize(found["captions"]))
-    assert loader.examples(folder, 3)["moments"].shape == (3, 2, 2, 6)
+    np.testing.assert_array_equal(found["input_ids"], tokenize(captions))
+    assert loader.Records(folder).examples(3)["moments"].shape == (3, 2, 2, 6)
     assert ensure(source, tmp_path, encode=counted, shard_size=6) == folder and len(calls) == 4
     others = {
         ensure(source, tmp_path, fingerprint="another vae", shard_size=6),
@@ -94,8 +95,8 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     (folder,) = tmp_path.iterdir()
-    with pytest.raises(FileNotFoundError, match=r"no records.json"):
-        loader.examples(folder, 1)
+    with pytest.raises(FileNotFoundError, match=r"no cache.json"):
+        loader.Records(folder).examples(1)
     calls = []
 
     def counted(images):
@@ -104,7 +105,7 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
 
     assert ensure(numbered(40), tmp_path, shard_size=4, encode=counted) == folder
     assert 0 < len(calls) <= 8  # of 10 shards, two at least were kept
-    assert loader.examples(folder, 40)["captions"] == [f"picture {i}" for i in range(40)]
+    assert loader.Records(folder).captions(40) == [f"picture {i}" for i in range(40)]
 
 
 def _build_slowly(folder):
@@ -120,7 +121,7 @@ def test_processes_that_build_the_same_cache(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     (folder,) = tmp_path.iterdir()
-    assert loader.examples(folder, 40)["captions"] == [f"picture {i}" for i in range(40)]
+    assert loader.Records(folder).captions(40) == [f"picture {i}" for i in range(40)]
     assert len(list(folder.iterdir())) == 11
 
 
@@ -137,7 +138,7 @@ def test_moments_that_float16_cannot_hold_are_refused(tmp_path):
 
 def test_batches_are_shuffled_endless_and_deterministic(tmp_path):
     folder = ensure(numbered(20), tmp_path)
-    iterator = loader.batches(folder, 6, seed=0)
+    iterator = loader.Records(folder).batches(6, seed=0)
     first = [next(iterator) for _ in range(10)]  # three epochs
     assert first[0]["moments"].shape == (6, 2, 2, 6) and first[0]["moments"].dtype == np.float32
     assert first[0]["input_ids"].shape == (6, 5) and first[0]["input_ids"].dtype == np.int32
@@ -145,21 +146,21 @@ def test_batches_are_shuffled_endless_and_deterministic(tmp_path):
     epochs = [drawn[i : i + 20] for i in (0, 20, 40)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != list(range(20)) and epochs[0] != epochs[1]
-    again = loader.batches(folder, 6, seed=0)
+    again = loader.Records(folder).batches(6, seed=0)
     assert [i for _ in range(10) for i in order(next(again))] == drawn
-    assert order(next(loader.batches(folder, 6, seed=1))) != drawn[:6]
-    assert len(order(next(loader.batches(folder, 50, seed=0)))) == 50  # more than the cache has
+    assert order(next(loader.Records(folder).batches(6, seed=1))) != drawn[:6]
+    assert len(order(next(loader.Records(folder).batches(50, seed=0)))) == 50  # more than the cache has
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_position_is_restored(tmp_path, flip):
     folder = ensure(numbered(20), tmp_path, flip=flip)
-    iterator = loader.batches(folder, 6, seed=3)
+    iterator = loader.Records(folder).batches(6, seed=3)
     for _ in range(5):
         next(iterator)
     state = json.dumps(iterator.get_state())
     want = [next(iterator) for _ in range(5)]
-    other = loader.batches(folder, 6, seed=3)
+    other = loader.Records(folder).batches(6, seed=3)
     other.set_state(json.loads(state))
     for batch in want:
         found = next(other)
@@ -169,9 +170,9 @@ def test_the_position_is_restored(tmp_path, flip):
 
 def test_the_global_batch_does_not_depend_on_the_number_of_processes(tmp_path):
     folder = ensure(numbered(20), tmp_path, flip=True)
-    whole = loader.batches(folder, 8, seed=0)
+    whole = loader.Records(folder).batches(8, seed=0)
     rows = [[0, 4], [1, 5], [2, 6], [3, 7]]  # as a mesh may deal them out, which need not be in order
-    parts = [loader.batches(folder, 8, seed=0, rows=own) for own in rows]
+    parts = [loader.Records(folder).batches(8, seed=0, rows=own) for own in rows]
     for _ in range(6):
         batch = next(whole)
         for own, part in zip(rows, parts, strict=True):
@@ -195,15 +196,15 @@ def test_processes_share_the_encoding_out_and_need_no_common_folder(tmp_path, sh
 
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(build, range(2)))
-    batches = [next(loader.batches(folder, 6, seed=0)) for folder in folders]
+    batches = [next(loader.Records(folder).batches(6, seed=0)) for folder in folders]
     for name in batches[0]:
         np.testing.assert_array_equal(batches[0][name], batches[1][name])
     assert calls == ([3, 3] if shared else [6, 6])  # of six files
 
 
 def test_mirrored_pictures_are_drawn_half_the_time(tmp_path):
-    plain = loader.batches(ensure(numbered(20), tmp_path), 10, seed=0)
-    flipped = loader.batches(ensure(numbered(20), tmp_path, flip=True), 10, seed=0)
+    plain = loader.Records(ensure(numbered(20), tmp_path)).batches(10, seed=0)
+    flipped = loader.Records(ensure(numbered(20), tmp_path, flip=True)).batches(10, seed=0)
 
     def mirrored(batch):
         left, right = batch["moments"][:, 0, 0, 0], batch["moments"][:, 0, 1, 0]
@@ -215,7 +216,7 @@ def test_mirrored_pictures_are_drawn_half_the_time(tmp_path):
 
 
 def test_of_variants_an_epoch_draws_one(tmp_path):
-    iterator = loader.batches(ensure(numbered(20), tmp_path), 2, seed=0, variants=r"\d$")
+    iterator = loader.Records(ensure(numbered(20), tmp_path)).batches(2, seed=0, variants=r"\d$")
     epochs = [order(next(iterator)) for _ in range(200)]
     assert all(sorted(i // 10 for i in epoch) == [0, 1] for epoch in epochs)  # "picture " and "picture 1"
     assert {i for epoch in epochs for i in epoch} == set(range(20))
@@ -225,8 +226,8 @@ def test_a_damaged_cache_is_refused(tmp_path):
     folder = ensure(numbered(5), tmp_path)
     about = json.loads((folder / "cache.json").read_text())
     (folder / "cache.json").write_text(json.dumps({**about, "size": 6}))
-    with pytest.raises(ValueError, match=r"has 5 moments, its records.json says 6"):
-        loader.batches(folder, 2, seed=0)
+    with pytest.raises(ValueError, match=r"has 5 moments, its cache.json says 6"):
+        loader.Records(folder).batches(2, seed=0)
     (folder / records.shard_name("moments", 0, 1)).unlink()
     with pytest.raises(FileNotFoundError, match="the cache lacks"):
-        loader.examples(folder, 1)
+        loader.Records(folder).examples(1)

@@ -5,9 +5,10 @@ import pytest
 from ml_collections import ConfigDict
 from test_build import CAPTIONS, N, listed, tars
 
-from flaxkd import cache, pretrained
+from flaxkd import cache
 from flaxkd.data import encoding, loader, sources
 from flaxkd.machine import sharding
+from flaxkd.pretrained import Folder, hub
 
 TRAINING = ConfigDict(dict(data=dict(resolution=32, random_flip=False)))
 
@@ -27,9 +28,7 @@ def made(tmp_path_factory, tiny_pipeline):
 def opened(folder, split, source, config=TRAINING):
     """The cache as `train.run` comes to it."""
     pictures = sources.open_source(str(folder), split, resolution=config.data.resolution)
-    return encoding.ensure(
-        config, pictures, split, source, sharding.compute_dtype(), pretrained.load_tokenizer(source)
-    )
+    return encoding.ensure(config, pictures, split, Folder.open(source), sharding.compute_dtype())
 
 
 def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeypatch):
@@ -39,15 +38,15 @@ def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeyp
     for split in ("train", "validation"):
         assert opened(made, split, tiny_pipeline) == made / split
         for entry, where in ((found, made), (own, folder)):
-            batch = loader.examples(opened(where, split, tiny_pipeline), N)
-            entry |= dict(
-                zip(batch["captions"], zip(batch["moments"], batch["input_ids"], strict=True), strict=True)
-            )
+            reader = loader.Records(opened(where, split, tiny_pipeline))
+            batch = reader.examples(N)
+            pairs = zip(batch["moments"], batch["input_ids"], strict=True)
+            entry |= dict(zip(reader.captions(N), pairs, strict=True))
     assert set(found) == set(own) == set(CAPTIONS)
     for caption in CAPTIONS:
         np.testing.assert_allclose(found[caption][0], own[caption][0], atol=0.02, rtol=0.01)
         np.testing.assert_array_equal(found[caption][1], own[caption][1])
-    batch = next(loader.batches(opened(made, "train", tiny_pipeline), 8, seed=0, flip=False))
+    batch = next(loader.Records(opened(made, "train", tiny_pipeline)).batches(8, seed=0, flip=False))
     assert batch["moments"].shape == (8, 8, 8, 8) and batch["input_ids"].shape == (8, 16)
 
 
@@ -61,7 +60,7 @@ def test_what_does_not_fit_a_training_is_refused(made, tiny_pipeline):
         with pytest.raises(ValueError, match=message):
             opened(made, "train", tiny_pipeline, config)
     with pytest.raises(ValueError, match="was made with another autoencoder or tokenizer"):
-        opened(made, "train", pretrained.EMBEDDED)
+        opened(made, "train", hub.EMBEDDED)
     with pytest.raises(ValueError, match="has latents and no pictures"):
         sources.open_source(str(made), "train")[0]
 
@@ -78,7 +77,7 @@ def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
     )
     assert "encoding: 100%" in said.err and "4/4" in said.err
     for other, message in [
-        (["--flip"], "flip was False, is True"),
+        (["--flip"], "flip: False there, True here"),
         (["--resolution", "30"], "--resolution = 30 pixels is no multiple of 4"),
         (["--source", "gone/"], "there is no gone/"),
         (["--source", str(tmp_path)], "has no pictures, tars or tables"),

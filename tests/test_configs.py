@@ -99,6 +99,8 @@ def chains(path: Path) -> set[str]:
             node = node.value
         if isinstance(node, ast.Name):
             found.add(".".join([node.id, *reversed(words)]))
+            if node.id == "s":  # the Setup of a run, which holds its configuration
+                found.add(".".join(reversed(words)))
     return found
 
 
@@ -116,8 +118,8 @@ def test_every_key_that_is_read_exists():
     known = {*known, *(key.rpartition(".")[0] for key in known), "blank.to_dict", "to_dict"}
     known |= {"copy_and_resolve_references"}
     signs = {"config.seed", "config.data", "config.learning_rate"}
-    takes_it = [path for path in (ROOT / "flaxkd").glob("*.py") if signs & chains(path)]
-    assert {"train", "step", "distill", "latents"} <= {path.stem for path in takes_it}
+    takes_it = [path for path in (ROOT / "flaxkd").rglob("*.py") if signs & chains(path)]
+    assert {"train", "step", "distill", "encoding"} <= {path.stem for path in takes_it}
     for path in takes_it:
         read = {chain.partition(".")[2] for chain in chains(path) if chain.startswith("config.")}
         assert not read - known, path.name
@@ -161,6 +163,7 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "max_grad_norm": 2.0,
         "ema_decay": 0.99,
         "dtype": "bfloat16",
+        "task": "distill",
         "attention": "plain",
         "checkpoint.keep_every": 10_000,
         "data.variants": r"\d$",

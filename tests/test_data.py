@@ -18,7 +18,7 @@ SPLITS = ("train", "validation")
 
 NO_TENSORFLOW = """
 import sys
-from flaxkd.data import cache, loader, openmoji, sources
+from flaxkd.data import records, loader, openmoji, sources
 from pathlib import Path
 builder = openmoji.build(Path(sys.argv[1]), limit=40)
 source = sources.open_source("openmoji", "train", sys.argv[1])

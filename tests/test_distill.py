@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from flaxkd import diffusion
-from flaxkd.distill import Prediction, kd_loss, mse, prepare
+from flaxkd.tasks.inputs import prepare
+from flaxkd.tasks.losses import Prediction, kd_loss, mse
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
 WEIGHT = ConfigDict(dict(noise=1.0, output=0.5, feature=0.25))

@@ -8,12 +8,12 @@ import pytest
 from conftest import CAPTIONS
 from PIL import Image
 
-from flaxkd import pretrained, students
+from flaxkd import export, pretrained, students
 from flaxkd.data import sources
-from flaxkd.drawing import pipeline
+from flaxkd.drawing import batches
 from flaxkd.evaluate import evaluation, fidelity, scores
 from flaxkd.evaluate.__main__ import main
-from flaxkd.export import card
+from flaxkd.pretrained import Folder
 
 FEW = ["--sampler=ddim", "--steps=2", "--batch-size=4"]
 
@@ -31,12 +31,12 @@ def home(tiny_pipeline, tmp_path_factory):
             file.write(json.dumps({"file_name": f"{i}.png", "text": f"{CAPTIONS[i % 5]} {i}"}) + "\n")
     student = students.get("bk_tiny")
     config, (_, teacher) = (
-        pretrained.read_config(tiny_pipeline, "unet"),
-        pretrained.load(tiny_pipeline, "unet"),
+        Folder.open(tiny_pipeline).config("unet"),
+        Folder.open(tiny_pipeline).load("unet"),
     )
     config = students.config(student, config)
-    params = students.take(student, teacher, pretrained.shapes(pretrained.build("unet", config), "unet"))
-    pretrained.save(home / "student", source=tiny_pipeline, parts={"unet": (config, params)})
+    params = students.take(student, teacher, pretrained.shapes("unet", config))
+    pretrained.save(home / "student", source=Folder.open(tiny_pipeline), parts={"unet": (config, params)})
     return home
 
 
@@ -114,10 +114,10 @@ def test_the_published_protocol(home, tiny_pipeline, clip_folder, inception, mon
     )
     assert result["settings"]["prompts"].startswith("20 of ") and (out / "real.npz").is_file()
 
-    def nothing(*_):
+    def nothing(*_, **__):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(evaluation, "drawer", lambda *_: nothing)
+    monkeypatch.setattr(batches, "draw", nothing)
     main([*arguments, "--real", str(out / "real.npz"), "--out", str(out)])  # all pictures are there
     again = json.loads((out / "evaluation.json").read_text())
     assert again["rows"] == result["rows"]
@@ -127,16 +127,16 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
     """Its newest checkpoint replaces what it trained."""
     workdir = home / "workdir"
     workdir.mkdir()
-    config = pretrained.read_config(home / "student", "unet")
+    config = Folder.open(home / "student").config("unet")
     plan = {"source": str(tiny_pipeline), "parts": {"unet": config}}
     (workdir / "export.json").write_text(json.dumps(plan))
-    _, params = pretrained.load(home / "student", "unet")
-    monkeypatch.setattr(pipeline.export, "restore", lambda folder: (7, {"unet": params}, False))
+    _, params = Folder.open(home / "student").load("unet")
+    monkeypatch.setattr(export.workdir, "restore", lambda folder: (7, {"unet": params}, False))
     mesh = evaluation.sharding.local_mesh()
     loaded = evaluation.load(evaluation.find(str(workdir)), np.float32, mesh)
     folder = evaluation.load(evaluation.find(str(home / "student")), np.float32, mesh)
     assert loaded.name == "workdir" and loaded.fingerprint == folder.fingerprint
-    assert card.parameters("unet", loaded.configs["unet"]) == sum(x.size for x in jax.tree.leaves(params))
+    assert loaded.folder.count("unet") == sum(x.size for x in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_mistakes_are_found_before_any_compute(
 ):
     other = home / "other"
     if not other.exists():
-        pretrained.save(other, source=tiny_pipeline, parts={})
-        scheduler = pretrained.read_config(other, "scheduler") | {"prediction_type": "v_prediction"}
+        pretrained.save(other, source=Folder.open(tiny_pipeline), parts={})
+        scheduler = Folder.open(other).config("scheduler") | {"prediction_type": "v_prediction"}
         (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     monkeypatch.setattr(evaluation, "load", None)
     arguments = [text.format(student=home / "student", other=other) for text in arguments]

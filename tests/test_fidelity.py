@@ -11,6 +11,8 @@ from flaxkd import diffusion, students
 from flaxkd.evaluate import fidelity
 from flaxkd.machine import sharding
 from flaxkd.models.layers import emit
+from flaxkd.pretrained import families
+from flaxkd.pretrained.families import text_states
 
 SCHEDULE = diffusion.NoiseSchedule.from_config(
     dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -30,8 +32,8 @@ class UNet(nn.Module):
     names: tuple[str, ...]
 
     @nn.compact
-    def __call__(self, x, timesteps, states):
-        x = x + states.mean((1, 2))[:, None, None, None] + timesteps[:, None, None, None] / 1000
+    def __call__(self, x, timesteps, encoder_hidden_states):
+        x = x + encoder_hidden_states.mean((1, 2))[:, None, None, None] + timesteps[:, None, None, None] / 1000
         for name in self.names:
             x = Block(name=name)(x)
         return x
@@ -49,7 +51,8 @@ def network(seed, names):
     key = jax.random.key(seed)
     text_params = text.init(key, ids)["params"]
     unet_params = unet.init(key, np.zeros((1, 4, 4, 4)), np.zeros(1), np.zeros((1, 3, 4)))["params"]
-    return fidelity.Network(unet, text, {"unet": unet_params, "text_encoder": text_params}, ids)
+    modules, params = {"unet": unet, "text_encoder": text}, {"unet": unet_params, "text_encoder": text_params}
+    return fidelity.Network(modules, text_states, params, ids)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_bins_cover_all_timesteps():
 
 @pytest.mark.parametrize("name", ["bk_small", "sd_tiny"])
 def test_a_student_is_known_by_its_parameters(name):
-    teacher = students.SD15 | dict(block_out_channels=[32, 32, 64, 64])
+    teacher = families.SD15 | dict(block_out_channels=[32, 32, 64, 64])
     unet_config = students.config(students.get(name), teacher)
     kind, pairs = fidelity.relation(unet_config | {"sample_size": 32}, teacher, "bksdm")
     assert name in kind.split(" = ")
@@ -136,7 +139,7 @@ def test_a_student_is_known_by_its_parameters(name):
 
 
 def test_the_teacher_and_a_stranger_are_known_too():
-    teacher = students.SD15 | dict(block_out_channels=[32, 32, 64, 64])
+    teacher = families.SD15 | dict(block_out_channels=[32, 32, 64, 64])
     kind, pairs = fidelity.relation(teacher, teacher, "segmind")
     assert kind == "same network" and len(pairs) == 9 and pairs[4] == ("mid_block", "mid_block")
     assert fidelity.relation(teacher | dict(block_out_channels=[32] * 4), teacher, "segmind") == (None, ())

@@ -11,22 +11,23 @@ SETTINGS = {"sampler": "ddim", "steps": 2}
 
 
 class Drawer:
-    """Draws the noise, and counts; dies after so many batches."""
+    """Draws the noise of its pictures, and counts; dies after so many."""
 
-    def __init__(self, batches=100):
-        self.batches, self.drawn = batches, []
+    def __init__(self, pictures=100, shape=(4, 4, 4)):
+        self.pictures, self.shape, self.drawn = pictures, shape, []
 
-    def __call__(self, prompts, latents):
-        assert len(prompts) == len(latents) == 2 and latents.dtype == np.float32
-        if self.batches == 0:
-            raise KeyboardInterrupt
-        self.batches -= 1
-        self.drawn += prompts
-        return np.uint8(np.clip(latents[..., :3] * 50 + 128, 0, 255))
+    def __call__(self, indices):
+        for i in indices:
+            if self.pictures == 0:
+                raise KeyboardInterrupt
+            self.pictures -= 1
+            self.drawn.append(i)
+            noise = resumable.noise_of(3, i, self.shape)
+            assert noise.dtype == np.float32
+            yield np.uint8(np.clip(noise[..., :3] * 50 + 128, 0, 255))
 
 
 def draw(folder, drawer, settings=SETTINGS, **options):
-    options = {"latents": (4, 4, 4), "seed": 3, "batch_size": 2} | options
     return resumable.draw(folder, PROMPTS, drawer, settings=settings, **options)
 
 
@@ -37,11 +38,11 @@ def content(paths):
 def test_it_goes_on_where_it_was_killed(tmp_path):
     whole = content(draw(tmp_path / "whole", Drawer()))
     with pytest.raises(KeyboardInterrupt):
-        draw(tmp_path / "killed", Drawer(batches=2))
+        draw(tmp_path / "killed", Drawer(pictures=4))
     (tmp_path / "killed" / ".000004.png").write_bytes(b"half")  # what a kill leaves behind
     drawer = Drawer()
     assert content(draw(tmp_path / "killed", drawer)) == whole
-    assert drawer.drawn == ["picture 4", "picture 5", "picture 6", "picture 6"]
+    assert drawer.drawn == [4, 5, 6]
     drawer = Drawer()
     assert content(draw(tmp_path / "killed", drawer)) == whole and not drawer.drawn
 
@@ -52,17 +53,17 @@ def test_processes_share_the_prompts_out(tmp_path):
     for i, drawer in enumerate(drawers):
         paths = draw(tmp_path / "three", drawer, process_index=i, process_count=3)
     assert content(paths) == whole
-    assert set(drawers[1].drawn) == {"picture 1", "picture 4"}
+    assert drawers[1].drawn == [1, 4]
 
 
 def test_pictures_of_other_settings_are_refused(tmp_path):
     draw(tmp_path, Drawer())
-    with pytest.raises(ValueError, match=r"steps was 2 and is 3; weights was None and is 'x'.*remove"):
+    with pytest.raises(ValueError, match=r"steps: 2 there, 3 here\n  weights: None there, 'x' here\nRemove"):
         draw(tmp_path, Drawer(), {"sampler": "ddim", "steps": 3, "weights": "x"})
 
 
 def test_pictures_are_resized_and_kept_as_asked(tmp_path):
-    paths = draw(tmp_path, Drawer(), latents=(8, 8, 4), size=4, suffix=".jpg")
+    paths = draw(tmp_path, Drawer(shape=(8, 8, 4)), size=4, suffix=".jpg")
     with Image.open(paths[0]) as picture:
         assert picture.size == (4, 4) and picture.format == "JPEG"
     assert resumable.read(paths[0], 2).shape == (2, 2, 3)

@@ -78,15 +78,14 @@ def test_devices_share_the_pictures_and_send_each_other_nothing(pipeline, drawn,
     assert pipeline.mesh.size == jax.device_count() > 1
     assert all(levels(a, b) <= 1 for a, b in zip(drawn, one(BOTH, seed=3, **FEW), strict=True))
 
-    modules = ("unet", "vae", "text_encoder")
-    program = jax.jit(sampling.text_to_image.__wrapped__, static_argnames=modules)
+    program = jax.jit(sampling.text_to_image.__wrapped__, static_argnames=("modules", "condition"))
 
     def sent(**arguments):
         found.append(compiling.collectives(program.lower(**arguments).compile().as_text()))
         return np.zeros((jax.device_count(), 32, 32, 3))
 
     found = []
-    monkeypatch.setattr("flaxkd.diffusion.sampling.text_to_image", sent)
+    monkeypatch.setattr(sampling, "text_to_image", sent)
     pipeline(BOTH, **FEW)
     assert found == [{}]
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import perturb
 
-from flaxkd import keys, pretrained, students
+from flaxkd import pretrained, students
 from flaxkd.models.layers import FEATURES, features
 from flaxkd.models.unet import UNetConfig
+from flaxkd.pretrained import keys
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -84,7 +85,7 @@ def normal(seed, *shape):
 
 def params_of(module, model, part):
     tensors = {key: value.numpy() for key, value in model.state_dict().items()}
-    return keys.from_tensors(tensors, pretrained.shapes(module, part), part)
+    return keys.from_tensors(tensors, pretrained.families._shapes(part, module.config), part)
 
 
 def assert_close(ours, theirs, name):

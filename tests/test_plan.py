@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from configs import small
-from flaxkd import architectures, pretrained, students
+from flaxkd import pretrained, students
 from flaxkd.machine import sharding
 from flaxkd.plan import compiling, devices, table
+from flaxkd.pretrained import Folder, families, hub
+from flaxkd.tasks import distill
 
 
 @pytest.mark.parametrize(
@@ -28,22 +30,22 @@ def test_an_unknown_machine_is_answered_with_examples(name):
 
 
 def count(part: str, config: dict) -> int:
-    return sum(x.size for x in jax.tree.leaves(pretrained.shapes(pretrained.build(part, config), part)))
+    return pretrained.count(part, config)
 
 
 def test_the_published_architectures_have_their_published_sizes():
     parts = ("unet", "text_encoder", "vae")
     sizes = {
         name: tuple(count(part, getattr(row, part)) for part in parts)
-        for name, row in architectures.ARCHITECTURES.items()
+        for name, row in pretrained.ARCHITECTURES.items()
     }
     assert sizes == {
         "sd15": (859_520_964, 123_060_480, 83_653_863),
         "sd21_base": (865_910_724, 340_387_840, 83_653_863),
         "sd21": (865_910_724, 340_387_840, 83_653_863),
     }
-    assert architectures.find("CompVis/stable-diffusion-v1-4") is architectures.ARCHITECTURES["sd15"]
-    assert architectures.find(None) is architectures.find("somebody/else") is None
+    assert pretrained.published("CompVis/stable-diffusion-v1-4") is pretrained.ARCHITECTURES["sd15"]
+    assert pretrained.published(None) is pretrained.published("somebody/else") is None
 
 
 @pytest.fixture
@@ -65,17 +67,19 @@ def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shape
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1)
     lowered = compiling.lower(config_of(mesh={"data": -1, "fsdp": fsdp}), here)
     teacher = 2 * sum(
-        count(part, pretrained.read_config(pretrained.EMBEDDED, part)) for part in ("unet", "text_encoder")
+        count(part, Folder.open(hub.EMBEDDED).config(part)) for part in ("unet", "text_encoder")
     )
     assert lowered.held["parameters"] == pytest.approx(4 * 5_903_940 / fsdp, rel=0.01)
     assert lowered.held["optimizer"] == pytest.approx(2 * lowered.held["parameters"], rel=1e-3)
     assert lowered.held["teacher"] == pytest.approx(teacher / fsdp, rel=0.01)
     assert lowered.held["average"] == 0 and lowered.attention == "once"  # 256 tokens, on a CPU
-    unet = pretrained.read_config(pretrained.EMBEDDED, "unet")
-    assert lowered.student == students.config(students.get("sd_small"), unet)
-    forward = {name: students.cost(c)[1] for name, c in (("t", lowered.teacher), ("s", lowered.student))}
-    assert table.image_flops(lowered, remat=False) == forward["t"] + 3 * forward["s"]
-    assert table.image_flops(lowered, remat=True) == forward["t"] + 4 * forward["s"]
+    unet = Folder.open(hub.EMBEDDED).config("unet")
+    student = students.config(students.get("sd_small"), unet)
+    assert lowered.passes == ((unet, 1), (student, 3))
+    forward = {name: students.cost(c)[1] for name, c in (("t", unet), ("s", student))}
+    assert table.image_flops(lowered) == forward["t"] + 3 * forward["s"]
+    again = distill.task(config_of(remat=True), Folder.open(), jnp.float32)
+    assert again.passes == ((unet, 1), (student, 4))
 
 
 def test_the_attention_of_a_program_is_the_one_that_pays_there(monkeypatch):
@@ -84,9 +88,9 @@ def test_the_attention_of_a_program_is_the_one_that_pays_there(monkeypatch):
 
     name = lambda config, unet, size: compiling.longest_attention(config, Mesh(), unet, size, jnp.bfloat16)
     assert (
-        name(config_of(), students.SD15, 64) == "splash" and name(config_of(), students.SD15, 16) == "plain"
+        name(config_of(), families.SD15, 64) == "splash" and name(config_of(), families.SD15, 16) == "plain"
     )
-    assert name(config_of(attention="blocked"), students.SD15, 64) == "blocked"
+    assert name(config_of(attention="blocked"), families.SD15, 64) == "blocked"
 
 
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_traced(here):
@@ -139,7 +143,7 @@ def test_what_this_jaxlib_cannot_read_of_a_program_is_left_out(monkeypatch, tmp_
         as_text = staticmethod(lambda: "the program")
         compile = staticmethod(lambda options: compiled)
 
-    lowered = compiling.Lowered(Program, {}, {}, None, 8, "plain", "libtpu")
+    lowered = compiling.Lowered(Program, {}, (), 8, "plain", "libtpu")
     first, again = (
         compiling.kept(compiling.whole, None, lowered, devices.target("v5e:2x2")) for _ in range(2)
     )
@@ -189,12 +193,11 @@ def test_what_would_make_twice_as_many_fit(monkeypatch):
 def test_a_plan_as_a_table(monkeypatch):
     here = devices.target("v5e:2x2")
     result = compiling.Compiled(3 * 2**30, 2**30, 1e12, {"all-reduce": (2, 2**29)}, 1.0)
-    unet = students.SD15 | {"sample_size": 8}
+    unet = families.SD15 | {"sample_size": 8}
     lowered = compiling.Lowered(
         None,
         {"parameters": 1, "optimizer": 2, "average": 0, "teacher": 3, "batch": 4},
-        unet,
-        unet,
+        ((unet, 1), (unet, 3)),
         8,
         "plain",
         "libtpu",

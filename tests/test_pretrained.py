@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flaxkd import keys, pretrained
+from flaxkd import pretrained
+from flaxkd.pretrained import Folder, hub, keys
 
 torch = pytest.importorskip("torch")
 
@@ -28,42 +29,42 @@ def copy(tiny_pipeline, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def exported(tiny_pipeline, tmp_path_factory) -> tuple[Path, dict]:
     """A folder with a new UNet, all else from the tiny pipeline; and the parameters of that UNet."""
-    _, params = pretrained.load(tiny_pipeline, "unet")
+    _, params = Folder.open(tiny_pipeline).load("unet")
     params = jax.tree.map(lambda x: x + np.float32(0.5), params)
-    config = pretrained.read_config(tiny_pipeline, "unet")
+    config = Folder.open(tiny_pipeline).config("unet")
     out = tmp_path_factory.mktemp("exported") / "pipeline"
     pretrained.save(
-        out, source=tiny_pipeline, parts={"unet": (config, params)}, dtype=np.float32, card="# card\n"
+        out, source=Folder.open(tiny_pipeline), parts={"unet": (config, params)}, dtype=np.float32, card="# card\n"
     )
     return out, params
 
 
 def weights(folder: Path, part: str) -> Path:
-    return folder / part / f"{pretrained.STEMS[part]}.safetensors"
+    return folder / part / f"{pretrained.PARTS[part].stem}.safetensors"
 
 
 def same_trees(a, b) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
 
 
-@pytest.mark.parametrize("part", pretrained.MODELS)
+@pytest.mark.parametrize("part", pretrained.PARTS)
 def test_load_gives_every_tensor_of_the_file(tiny_pipeline, part):
-    module, params = pretrained.load(tiny_pipeline, part)
+    module, params = Folder.open(tiny_pipeline).load(part)
     stored = load_file(weights(tiny_pipeline, part))
     ours = {key.removeprefix("text_model."): x for key, x in keys.to_tensors(params).items()}
     assert ours.keys() == {key.removeprefix("text_model.") for key in stored}
     assert all(np.array_equal(ours[key.removeprefix("text_model.")], stored[key]) for key in stored)
     assert all(x.flags.c_contiguous and x.dtype == np.float32 for x in jax.tree.leaves(params))
-    assert isinstance(module, pretrained.MODELS[part][0])
+    assert isinstance(module, pretrained.PARTS[part][0])
 
 
 def test_load_in_another_dtype_and_from_bfloat16(copy):
     path = weights(copy, "text_encoder")
     stored = {key: x.astype(ml_dtypes.bfloat16) for key, x in load_file(path).items()}
     save_file(stored, path)
-    assert all(x.dtype == ml_dtypes.bfloat16 for x in pretrained.read_tensors(copy, "text_encoder").values())
-    _, params = pretrained.load(copy, "text_encoder")
-    module, half = pretrained.load(copy, "text_encoder", ml_dtypes.bfloat16)
+    assert all(x.dtype == ml_dtypes.bfloat16 for x in Folder.open(copy).tensors("text_encoder").values())
+    _, params = Folder.open(copy).load("text_encoder")
+    module, half = Folder.open(copy).load("text_encoder", ml_dtypes.bfloat16)
     assert module.dtype == ml_dtypes.bfloat16
     assert same_trees(half, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params))
 
@@ -80,13 +81,13 @@ def test_shards_and_half_precision_variant(copy):
     index.write_text(
         json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}})
     )
-    assert same_trees(pretrained.read_tensors(copy, "unet"), whole)
+    assert same_trees(Folder.open(copy).tensors("unet"), whole)
     (path.parent / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
-        pretrained.read_tensors(copy, "unet")
+        Folder.open(copy).tensors("unet")
     index.unlink()
     save_file(whole, path.parent / "diffusion_pytorch_model.fp16.safetensors")
-    assert same_trees(pretrained.read_tensors(copy, "unet"), whole)
+    assert same_trees(Folder.open(copy).tensors("unet"), whole)
 
 
 def test_a_pickle_is_refused_with_the_remedy(copy):
@@ -94,37 +95,37 @@ def test_a_pickle_is_refused_with_the_remedy(copy):
     torch.save(torch.nn.Linear(1, 1).state_dict(), path.with_suffix(".bin"))
     path.unlink()
     with pytest.raises(ValueError, match=r"pickle \(diffusion_pytorch_model\.bin\)") as error:
-        pretrained.load(copy, "unet")
+        Folder.open(copy).load("unet")
     assert "save_pretrained(" in str(error.value) and str(copy) in str(error.value)
     path.with_suffix(".bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors"):
-        pretrained.load(copy, "unet")
+        Folder.open(copy).load("unet")
 
 
 def test_a_truncated_file_names_itself(copy):
     path = weights(copy, "vae")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"vae/diffusion_pytorch_model\.safetensors cannot be read"):
-        pretrained.read_tensors(copy, "vae")
+        Folder.open(copy).tensors("vae")
 
 
 def test_resolve_folders(tiny_pipeline, tmp_path, monkeypatch):
-    assert pretrained.resolve(str(tiny_pipeline)) == tiny_pipeline
-    monkeypatch.setattr(pretrained, "EMBEDDED", tiny_pipeline)
-    assert pretrained.resolve(None) == tiny_pipeline
+    assert hub.resolve(str(tiny_pipeline)) == tiny_pipeline
+    monkeypatch.setattr(hub, "EMBEDDED", tiny_pipeline)
+    assert hub.resolve(None) == tiny_pipeline
     monkeypatch.setenv("HOME", str(tiny_pipeline.parent))
-    assert pretrained.resolve("~/pipeline") == tiny_pipeline
+    assert hub.resolve("~/pipeline") == tiny_pipeline
     with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
-        pretrained.resolve(tiny_pipeline / "unet")
+        hub.resolve(tiny_pipeline / "unet")
     for absent in ("./models/mine", "/models/mine", "~/models", "a/b/c", "mine", str(tmp_path / "absent")):
         with pytest.raises(FileNotFoundError, match="there is no folder"):
-            pretrained.resolve(absent)
+            hub.resolve(absent)
 
 
 def test_hub_id_without_network_fails_quickly_with_the_remedy():
     started = time.monotonic()
     with pytest.raises(FileNotFoundError) as error:
-        pretrained.resolve("someone/no-such-model")
+        hub.resolve("someone/no-such-model")
     assert time.monotonic() - started < 5
     assert "hf download someone/no-such-model --local-dir DIR" in str(error.value)
 
@@ -140,7 +141,7 @@ def test_hub_id_asks_only_for_what_is_used(tiny_pipeline, monkeypatch):
         "snapshot_download",
         lambda hub_id, **kwargs: asked.update(kwargs) or str(tiny_pipeline),
     )
-    assert pretrained.resolve("owner/name") == tiny_pipeline
+    assert hub.resolve("owner/name") == tiny_pipeline
     any_of = lambda name, patterns: any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
     wanted = lambda n: any_of(n, asked["allow_patterns"]) and not any_of(n, asked["ignore_patterns"])
     used = [str(path.relative_to(tiny_pipeline)) for path in tiny_pipeline.rglob("*.*") if path.is_file()]
@@ -163,7 +164,7 @@ def test_token_ids_are_those_of_the_diffusers_pipeline(tiny_pipeline):
     expected = theirs(
         PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="np"
     ).input_ids
-    ids = pretrained.tokenize(pretrained.load_tokenizer(tiny_pipeline), PROMPTS)
+    ids = Folder.open(tiny_pipeline).tokenize(PROMPTS)
     assert ids.dtype == np.int32 and ids.shape == (len(PROMPTS), 16)
     assert np.array_equal(ids, expected)
     assert len(set(map(tuple, ids))) == len(PROMPTS)
@@ -174,7 +175,7 @@ def test_the_two_formats_of_a_tokenizer_agree(tiny_pipeline, exported, tmp_path)
     shutil.copytree(exported[0] / "tokenizer", older)
     (older / "tokenizer.json").unlink()
     ids = [
-        pretrained.tokenize(pretrained.load_tokenizer(folder), PROMPTS)
+        Folder(folder).tokenize(PROMPTS)
         for folder in (tiny_pipeline, tmp_path)
     ]
     assert np.array_equal(*ids)
@@ -207,7 +208,7 @@ def test_a_saved_folder_loads_in_diffusers_with_every_tensor_equal(tiny_pipeline
     assert theirs.scheduler.config.steps_offset == 1
     assert (
         theirs.tokenizer("red apple").input_ids
-        == pretrained.load_tokenizer(tiny_pipeline)("red apple").input_ids
+        == Folder.open(tiny_pipeline).tokenizer("red apple").input_ids
     )
     assert theirs.vae_scale_factor == 4
     assert (out / "README.md").read_text() == "# card\n"
@@ -219,32 +220,32 @@ def test_text_encoder_files_have_the_prefix_that_transformers_4_needs(exported):
 
 def test_save_replaces_an_export_but_nothing_else(tiny_pipeline, exported, copy, tmp_path):
     out, _ = exported
-    before = pretrained.read_tensors(out, "unet")
+    before = Folder.open(out).tensors("unet")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photograph.png").touch()
     with pytest.raises(ValueError, match="not an earlier export"):
-        pretrained.save(tmp_path / "mine", source=out, parts={})
+        pretrained.save(tmp_path / "mine", source=Folder.open(out), parts={})
     for parent in (copy, copy.parent):
         with pytest.raises(ValueError, match=r"not an earlier export|would replace"):
-            pretrained.save(parent, source=copy, parts={})
+            pretrained.save(parent, source=Folder.open(copy), parts={})
     assert (tmp_path / "mine" / "photograph.png").exists() and (copy / "unet").exists()
 
-    pretrained.save(copy, source=out, parts={})
-    assert same_trees(pretrained.read_tensors(copy, "unet"), before)
+    pretrained.save(copy, source=Folder.open(out), parts={})
+    assert same_trees(Folder.open(copy).tensors("unet"), before)
     assert sorted(path.name for path in copy.parent.iterdir()) == ["copy", "mine"]
 
 
 def test_a_failed_save_leaves_the_earlier_export_as_it_was(exported, copy):
     out, params = exported
-    before = pretrained.read_tensors(copy, "unet")
-    config = pretrained.read_config(out, "unet")
+    before = Folder.open(copy).tensors("unet")
+    config = Folder.open(out).config("unet")
     wrong = config | {"block_out_channels": [8, 16, 16, 32]}
     with pytest.raises(ValueError, match="mis-shaped"):
-        pretrained.save(copy, source=out, parts={"unet": (wrong, params)})
+        pretrained.save(copy, source=Folder.open(out), parts={"unet": (wrong, params)})
     large = jax.tree.map(lambda x: x * np.float32(1e6), params)
     with pytest.raises(ValueError, match="too large for float16"):
-        pretrained.save(copy, source=out, parts={"unet": (config, large)}, dtype=np.float16)
-    assert same_trees(pretrained.read_tensors(copy, "unet"), before)
+        pretrained.save(copy, source=Folder.open(out), parts={"unet": (config, large)}, dtype=np.float16)
+    assert same_trees(Folder.open(copy).tensors("unet"), before)
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
@@ -253,4 +254,4 @@ def test_an_unsupported_pipeline_is_refused(copy, tmp_path):
     index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
     (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="StableDiffusionXLPipeline"):
-        pretrained.save(tmp_path / "out", source=copy, parts={})
+        pretrained.save(tmp_path / "out", source=Folder.open(copy), parts={})

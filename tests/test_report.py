@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxkd import blocks, export, pretrained, report, students
+from flaxkd import export, report, students
+from flaxkd.pretrained import Folder
+from flaxkd.students import picture
 from flaxkd.training import metrics
 
 
@@ -49,13 +51,13 @@ class Page(HTMLParser):
 @pytest.fixture
 def workdir(tiny_pipeline, tmp_path, monkeypatch):
     """A workdir of sd_tiny as a training leaves it, after 20 of 40 steps."""
-    monkeypatch.setattr(blocks, "parameters", lambda config: 1_234_567)
-    config = students.config(students.get("sd_tiny"), pretrained.read_config(tiny_pipeline, "unet"))
+    monkeypatch.setattr(picture, "count", lambda part, config: 1_234_567)
+    config = students.config(students.get("sd_tiny"), Folder.open(tiny_pipeline).config("unet"))
     workdir = tmp_path / "run"
     workdir.mkdir()
     run = dict(teacher=str(tiny_pipeline), student="sd_tiny", steps=40, batch_size=4, note="<b>&")
     (workdir / "config.json").write_text(json.dumps(run))
-    export.plan(workdir, tiny_pipeline, {"unet": config})
+    export.write_record(workdir, Folder(tiny_pipeline), {"unet": config})
     metrics.note_start(workdir, command="python -m flaxkd.train --config 'a&b.py'", machine="1 x cpu")
     records = [
         {"step": 0, "validation/loss_output": 0.5, "validation/loss_feature": 8.0},
@@ -123,7 +125,7 @@ def test_a_few_frames_stand_for_many_and_large_pictures_shrink(workdir):
 def test_a_run_without_a_student_has_no_picture_of_blocks(workdir, tiny_pipeline):
     run = json.loads((workdir / "config.json").read_text()) | {"student": None}
     (workdir / "config.json").write_text(json.dumps(run))
-    export.plan(workdir, tiny_pipeline, {"unet": pretrained.read_config(tiny_pipeline, "unet")})
+    export.write_record(workdir, Folder(tiny_pipeline), {"unet": Folder.open(tiny_pipeline).config("unet")})
     text = report.write(workdir).read_text()
     assert "<svg" not in text and "A text-to-image pipeline trained with flaxkd" in Page(text).headings
 

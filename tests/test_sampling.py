@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.core import FrozenDict
 
-from flaxkd.diffusion import sampling
+from flaxkd.diffusion import samplers, sampling
 from flaxkd.models.clip import CLIPTextConfig, CLIPTextModel
 from flaxkd.models.unet import UNet2DCondition, UNetConfig
 from flaxkd.models.vae import AutoencoderKL, VAEConfig
+from flaxkd.pretrained import families
 
 SD15 = {  # scheduler/scheduler_config.json of Stable Diffusion 1.5, whole
     "_class_name": "PNDMScheduler",
@@ -73,8 +75,8 @@ def model(xp, latents, t):
 solve = jax.jit(functools.partial(sampling.solve, functools.partial(model, jnp)))
 
 
-def noise_of(plan):
-    return None if plan.noise is None else NOISE[: len(plan.noise)]
+def noise_of(schedule):
+    return None if schedule.noise is None else NOISE[: len(schedule.noise)]
 
 
 def diffusers_scheduler(kind, config, steps):
@@ -102,14 +104,14 @@ def diffusers_solve(scheduler, noise_pred_fn, latents, begin=0):
 def test_equals_diffusers(kind, config, steps):
     torch = pytest.importorskip("torch")
     scheduler = diffusers_scheduler(kind, CONFIGS[config], steps)
-    plan = sampling.plan(kind, CONFIGS[config], steps)
-    np.testing.assert_array_equal(plan.timesteps, scheduler.timesteps)
+    schedule = samplers.schedule(kind, CONFIGS[config], steps)
+    np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps)
     latents = torch.from_numpy(LATENTS) * scheduler.init_noise_sigma
     expected = diffusers_solve(scheduler, functools.partial(model, torch), latents)
-    assert plan.start[0] == 0
+    assert schedule.start[0] == 0
     # Without signal at the start, diffusers' Euler has latents as large as 4096, and so its float32 errors are.
     atol = 1e-3 if scheduler.init_noise_sigma > 1000 else 1e-4
-    drawn = solve(plan.start[1] * LATENTS, plan, noise_of(plan))
+    drawn = solve(schedule.start[1] * LATENTS, schedule, noise_of(schedule))
     np.testing.assert_allclose(drawn, expected, atol=atol, rtol=0)
 
 
@@ -127,38 +129,38 @@ def test_image_to_image_equals_diffusers(kind, config, strength):
     first = scheduler.timesteps[begin : begin + 1].repeat(2)
     latents = scheduler.add_noise(torch.from_numpy(data), torch.from_numpy(LATENTS), first)
     expected = diffusers_solve(scheduler, functools.partial(model, torch), latents, begin)
-    plan = sampling.plan(kind, CONFIGS[config], 6, strength)
-    np.testing.assert_array_equal(plan.timesteps, scheduler.timesteps[begin:])
-    start = plan.start[0] * data + plan.start[1] * LATENTS
-    np.testing.assert_allclose(solve(start, plan, noise_of(plan)), expected, atol=1e-4, rtol=0)
+    schedule = samplers.schedule(kind, CONFIGS[config], 6, strength)
+    np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps[begin:])
+    start = schedule.start[0] * data + schedule.start[1] * LATENTS
+    np.testing.assert_allclose(solve(start, schedule, noise_of(schedule)), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("strength", [0, -0.1, 1.1, float("nan"), 0.1])
 def test_refuses_a_strength_that_leaves_no_step(strength):
     with pytest.raises(ValueError, match=f"strength = {strength}"):
-        sampling.plan("ddim", LEADING, 6, strength)
+        samplers.schedule("ddim", LEADING, 6, strength)
 
 
 @pytest.mark.parametrize(("kind", "noise"), [("ddim", NOISE[:6]), ("euler_ancestral", None)])
 def test_noise_between_the_steps_is_given_where_it_is_needed(kind, noise):
     with pytest.raises(ValueError, match=r"this sampler (draws no|needs) noise"):
-        sampling.solve(functools.partial(model, jnp), LATENTS, sampling.plan(kind, LEADING, 6), noise)
+        sampling.solve(functools.partial(model, jnp), LATENTS, samplers.schedule(kind, LEADING, 6), noise)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [61, 103])
 def test_trailing_never_asks_for_a_negative_timestep(kind, steps):
-    plan = sampling.plan(kind, CONFIGS["trailing"], steps)
-    assert len(plan.timesteps) == steps + (kind == "pndm") and plan.timesteps[-1] > 0
+    schedule = samplers.schedule(kind, CONFIGS["trailing"], steps)
+    assert len(schedule.timesteps) == steps + (kind == "pndm") and schedule.timesteps[-1] > 0
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])  # the last adds noise that is not the one in the latents
 def test_a_perfect_model_is_solved_exactly(kind):
     """If the noise predicted is that in the latents, every number of steps ends at the data."""
     data, noise = LATENTS
-    plan = sampling.plan(kind, {**LEADING, "set_alpha_to_one": True, "steps_offset": 0}, 7, strength=1.0)
-    alpha, sigma = plan.start
-    latents = sampling.solve(lambda latents, t: jnp.asarray(noise), alpha * data + sigma * noise, plan)
+    schedule = samplers.schedule(kind, {**LEADING, "set_alpha_to_one": True, "steps_offset": 0}, 7, strength=1.0)
+    alpha, sigma = schedule.start
+    latents = sampling.solve(lambda latents, t: jnp.asarray(noise), alpha * data + sigma * noise, schedule)
     np.testing.assert_allclose(latents, data, atol=1e-4)
 
 
@@ -184,19 +186,19 @@ REFUSED = [
 @pytest.mark.parametrize(("kind", "option", "message"), REFUSED)
 def test_refuses_what_would_differ_from_diffusers(kind, option, message):
     with pytest.raises(ValueError, match=message):
-        sampling.plan(kind, {**SD15, **option}, 5)
+        samplers.schedule(kind, {**SD15, **option}, 5)
 
 
 def test_ignores_options_of_other_schedulers():
-    plan = sampling.plan("ddim", {**SD15, "use_karras_sigmas": True, "solver_order": 3}, 5)
-    jax.tree.map(np.testing.assert_array_equal, plan, sampling.plan("ddim", SD15, 5))
+    schedule = samplers.schedule("ddim", {**SD15, "use_karras_sigmas": True, "solver_order": 3}, 5)
+    jax.tree.map(np.testing.assert_array_equal, schedule, samplers.schedule("ddim", SD15, 5))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [0, 1000, 1001])
 def test_refuses_impossible_steps(kind, steps):
     with pytest.raises(ValueError, match=f"{steps}"):
-        sampling.plan(kind, LEADING, steps)
+        samplers.schedule(kind, LEADING, steps)
 
 
 TRACES = []
@@ -227,7 +229,8 @@ class VAE(nn.Module):
 
 TABLE = np.random.default_rng(1).standard_normal((16, 4)).astype(np.float32)
 GAIN = np.float32(0.8)
-STAND_INS = UNet(), VAE(), TextEncoder()
+MODULES = FrozenDict({"unet": UNet(), "vae": VAE(), "text_encoder": TextEncoder()})
+STAND_INS = MODULES, families.text_states
 PARAMS = {"unet": {"gain": GAIN}, "vae": {}, "text_encoder": {"token_embedding": {"embedding": TABLE}}}
 POSITIVE, NEGATIVE = np.array([[1, 2, 3], [4, 5, 6]], np.int32), np.array([[7, 8, 9], [7, 8, 9]], np.int32)
 
@@ -247,9 +250,9 @@ def test_text_to_image_is_the_pipeline_of_diffusers(kind, guidance):
     scheduler = diffusers_scheduler(kind, LEADING, 6)
     latents = diffusers_solve(scheduler, noise_pred, torch.from_numpy(LATENTS) * scheduler.init_noise_sigma)
     expected = (np.kron(latents[..., :3] / 3, np.ones((2, 2, 1))) / 2 + 0.5).clip(0, 1)
-    plan = sampling.plan(kind, LEADING, 6)
-    arguments = PARAMS, POSITIVE, NEGATIVE, LATENTS, plan, guidance
-    images = sampling.text_to_image(*STAND_INS, *arguments, noise=noise_of(plan))
+    schedule = samplers.schedule(kind, LEADING, 6)
+    arguments = PARAMS, POSITIVE, NEGATIVE, LATENTS, schedule, guidance
+    images = sampling.text_to_image(*STAND_INS, *arguments, noise=noise_of(schedule))
     assert images.dtype == jnp.float32
     assert (expected % 1 > 0).mean() > 0.3  # the rest is clipped to 0 or 1, which would hide a difference
     np.testing.assert_allclose(images, expected, atol=1e-4)
@@ -263,8 +266,8 @@ def test_one_program_for_all_samplers_and_guidances():
         ("euler", 3.0, 9),
         ("pndm", 7.5, 8),
     ):
-        plan = sampling.plan(kind, LEADING, steps)
-        sampling.text_to_image(*STAND_INS, PARAMS, POSITIVE, NEGATIVE, LATENTS, plan, guidance)
+        schedule = samplers.schedule(kind, LEADING, steps)
+        sampling.text_to_image(*STAND_INS, PARAMS, POSITIVE, NEGATIVE, LATENTS, schedule, guidance)
     assert TRACES[before:] == [(4, 4, 4, 4)]  # the UNet is traced once, in the scan, on the doubled batch
 
 
@@ -283,6 +286,7 @@ def test_text_to_image_takes_the_real_modules():
         "vae": jax.eval_shape(vae.init, key, jnp.zeros((2, 32, 32, 3)))["params"],
         "text_encoder": jax.eval_shape(text_encoder.init, key, ids)["params"],
     }
-    draw = functools.partial(sampling.text_to_image, unet, vae, text_encoder)
-    images = jax.eval_shape(draw, params, ids, ids, latents, sampling.plan("ddim", LEADING, 4), 7.5)
+    modules = FrozenDict({"unet": unet, "vae": vae, "text_encoder": text_encoder})
+    draw = functools.partial(sampling.text_to_image, modules, families.text_states)
+    images = jax.eval_shape(draw, params, ids, ids, latents, samplers.schedule("ddim", LEADING, 4), 7.5)
     assert (images.shape, images.dtype) == ((2, 32, 32, 3), jnp.float32)

@@ -44,7 +44,7 @@ def test_a_decorated_function_is_compiled_once_per_static_argument():
 MEMORY = """
 import resource, sys
 import jax, jax.numpy as jnp
-from flaxkd.command import keep_memory
+from flaxkd.machine.cpu import keep_memory
 if sys.argv[1] == "kept":
     keep_memory()
 double, x = jax.jit(lambda x: 2 * x), jnp.ones((64, 2**18))  # 64 MiB, or 16,384 pages

@@ -1,5 +1,7 @@
 """The train step on a task of one matrix, where everything can be computed by hand; then on a UNet, sharded."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from jax.sharding import AxisType
 
 from configs import default
 from flaxkd.machine import sharding
-from flaxkd.training.step import MEMORY, Task, init_state, judge, learning_rate, make_step, optimizer
+from flaxkd.training.step import MEMORY, init_state, judge, learning_rate, make_step, optimizer
+from flaxkd.training.task import Task
 
 
 def config(**changes):
@@ -41,17 +44,17 @@ def linear_task():
     def prepare(key, batch):
         return batch["x"] + jax.random.normal(key, batch["x"].shape)
 
-    def loss(params, frozen, x):
+    def loss(params, frozen, average, x):
         value = jnp.mean((x @ params["unet"]["w"] - x @ frozen["teacher"]) ** 2)
         return value, {"loss": value}
 
-    return Task(params, frozen, prepare, loss, {})
+    return Task({"x": jax.ShapeDtypeStruct((4,), jnp.float32)}, params, frozen, prepare, loss)
 
 
 def train(task, c, steps=1, on=None):
     on = on or mesh()
     tx = optimizer(c)
-    state = init_state(jax.tree.map(jnp.array, task.params), tx, bool(c.ema_decay))
+    state = init_state(jax.tree.map(jnp.array, task.trained), tx, bool(c.ema_decay))
     state = jax.device_put(state, sharding.params(on, state))
     step, _ = make_step(task, c, tx, on, state)
     x = np.random.default_rng(1).standard_normal((c.batch_size, 4)).astype(np.float32)
@@ -70,7 +73,7 @@ def test_one_step_of_gradient_descent():
     x = np.asarray(
         task.prepare(key, {"x": np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)})
     )
-    w, teacher = task.params["unet"]["w"], task.frozen["teacher"]
+    w, teacher = task.trained["unet"]["w"], task.frozen["teacher"]
     gradient = 2 * x.T @ (x @ w - x @ teacher) / (8 * 3)
     np.testing.assert_allclose(params["unet"]["w"], w - 0.1 * gradient, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
@@ -83,7 +86,7 @@ def test_another_seed_is_not_another_program():
     for seed in (0, 1):
         task, c = linear_task(), config(seed=seed)
         tx = optimizer(c)
-        state = jax.eval_shape(lambda params, tx=tx: init_state(params, tx, False), task.params)
+        state = jax.eval_shape(lambda params, tx=tx: init_state(params, tx, False), task.trained)
         step, _ = make_step(task, c, tx, mesh(), state)
         batch = {"x": jax.ShapeDtypeStruct((c.batch_size, 4), np.float32)}
         programs.append(step.lower(state, task.frozen, batch, jax.random.key(seed)).as_text())
@@ -107,7 +110,7 @@ def test_randomness_follows_seed_and_step():
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(accumulate, bad):
     task, c = linear_task(), config(accumulate=accumulate, ema_decay=0.9, optimizer=dict(name="adamw"))
     tx = optimizer(c)
-    state = init_state(task.params, tx, True)
+    state = init_state(task.trained, tx, True)
     step, _ = make_step(task, c, tx, mesh(), state)
     x = np.random.default_rng(1).standard_normal((c.batch_size, 4)).astype(np.float32)
     poisoned = x.copy()
@@ -153,18 +156,18 @@ def test_accumulation_equals_the_whole_batch(accumulate):
 def test_validation_holds_no_more_examples_at_a_time_than_a_step():
     sizes, task = [], linear_task()
 
-    def loss(params, frozen, x):
+    def loss(params, frozen, average, x):
         sizes.append(len(x))
-        return task.loss(params, frozen, x)
+        return task.loss(params, frozen, average, x)
 
     x = np.random.default_rng(1).standard_normal((24, 4)).astype(np.float32)
-    whole = task.loss(task.params, task.frozen, task.prepare(jax.random.key(0), {"x": x}))[0]
+    whole = task.loss(task.trained, task.frozen, {}, task.prepare(jax.random.key(0), {"x": x}))[0]
     for on, accumulate, most in [(mesh(), 1, 8), (mesh(), 2, 4), (mesh(4), 1, 8), (mesh(2), 3, 2)]:
         c = config(accumulate=accumulate, batch_size=8 if accumulate < 3 else 6)
-        state = jax.eval_shape(lambda c=c: init_state(task.params, optimizer(c), False))
-        evaluate = make_step(task._replace(loss=loss), c, optimizer(c), on, state)[1]
+        state = jax.eval_shape(lambda c=c: init_state(task.trained, optimizer(c), False))
+        evaluate = make_step(dataclasses.replace(task, loss=loss), c, optimizer(c), on, state)[1]
         del sizes[:]
-        np.testing.assert_allclose(evaluate(task.params, task.frozen, {"x": x})["loss"], whole, rtol=1e-6)
+        np.testing.assert_allclose(evaluate(task.trained, task.frozen, {}, {"x": x})["loss"], whole, rtol=1e-6)
         assert set(sizes) == {most}
 
 
@@ -172,14 +175,14 @@ def test_clipping_bounds_the_update():
     task = linear_task()
     params = train(task, config(max_grad_norm=0.01))[1][0][0]
     np.testing.assert_allclose(
-        np.linalg.norm(params["unet"]["w"] - task.params["unet"]["w"]), 0.1 * 0.01, rtol=1e-4
+        np.linalg.norm(params["unet"]["w"] - task.trained["unet"]["w"]), 0.1 * 0.01, rtol=1e-4
     )
 
 
 def test_ema_follows_with_a_warm_up():
     task = linear_task()
     state, history = train(task, config(ema_decay=0.5), 12)
-    expected = task.params["unet"]["w"]
+    expected = task.trained["unet"]["w"]
     for i, (params, _) in enumerate(history):
         decay = min(0.5, (1 + i) / (10 + i))
         expected = decay * expected + (1 - decay) * params["unet"]["w"]

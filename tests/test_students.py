@@ -9,7 +9,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxkd import students
 from flaxkd.models.layers import features
-from flaxkd.students import SD15, SD21, STUDENTS, TABLE
+from flaxkd.pretrained.families import SD15, SD21
+from flaxkd.students import STUDENTS, TABLE
+from flaxkd.students.__main__ import main
 
 TEACHERS = {"sd15": SD15, "sd21": SD21}
 
@@ -236,9 +238,9 @@ def test_flops_agree_with_an_independent_count():
 
 
 def test_printout_names_every_student_and_the_clash(monkeypatch, capsys):
-    monkeypatch.setattr(students, "cost", lambda config: (1_000 * config["layers_per_block"], 2e9))
+    monkeypatch.setattr(students.cutting, "cost", lambda config: (1_000 * config["layers_per_block"], 2e9))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    students.main()
+    main()
     printed = capsys.readouterr().out
     for name in STUDENTS:
         assert name in printed

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 from jax.sharding import AxisType
 
 from configs import default
-from flaxkd import distill, pretrained
-from flaxkd.diffusion import sampling
+from flaxkd import tasks
+from flaxkd.diffusion import samplers, sampling
 from flaxkd.machine import sharding
+from flaxkd.pretrained import Folder
 from flaxkd.training.step import init_state, make_step, optimizer
 
 # (devices, fsdp). A UNet takes a minute for each to compile: FLAXKD_TEST_DEVICES=8 asks for all of 8 devices.
@@ -50,10 +52,9 @@ def run(tiny_pipeline):
                 devices=jax.devices()[:devices],
                 axis_types=(AxisType.Auto,) * 2,
             )
-            tokenizer = pretrained.load_tokenizer(tiny_pipeline)
-            task = distill.task(c, tiny_pipeline, jnp.float32, tokenizer, mesh)
+            task = tasks.make(c, Folder.open(tiny_pipeline), jnp.float32, mesh)
             tx = optimizer(c)
-            state = init_state(jax.tree.map(jnp.array, task.params), tx, True)
+            state = init_state(jax.tree.map(jnp.array, task.trained), tx, True)
             state = jax.device_put(state, sharding.params(mesh, state))
             frozen = jax.device_put(task.frozen, sharding.params(mesh, task.frozen))
             step, _ = make_step(task, c, tx, mesh, state)
@@ -82,9 +83,9 @@ def test_every_mesh_equals_one_device_on_a_unet(run, monkeypatch, devices, fsdp)
 
 def test_the_student_learns_and_the_teacher_stays(run, tiny_pipeline):
     state, history, frozen, task = run(1, 1)
-    _, teacher = pretrained.load(tiny_pipeline, "unet")
+    _, teacher = Folder.open(tiny_pipeline).load("unet")
     jax.tree.map(np.testing.assert_array_equal, frozen["teacher"], teacher)
-    before, after = jax.tree.leaves(task.params["unet"]), jax.tree.leaves(state.params["unet"])
+    before, after = jax.tree.leaves(task.trained["unet"]), jax.tree.leaves(state.params["unet"])
     moved = [not np.array_equal(x, y) for x, y in zip(before, after, strict=True)]
     assert np.mean(moved) > 0.99
     assert set(frozen) == {"teacher", "text_encoder"} and set(state.params) == {"unet"}
@@ -92,22 +93,18 @@ def test_the_student_learns_and_the_teacher_stays(run, tiny_pipeline):
 
 
 def test_the_frozen_parts_are_in_compute_precision_and_the_student_in_float32(tiny_pipeline):
-    tokenizer = pretrained.load_tokenizer(tiny_pipeline)
-    task = distill.task(config(), tiny_pipeline, jnp.bfloat16, tokenizer)
+    task = tasks.make(config(), Folder.open(tiny_pipeline), jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(task.frozen)} == {jnp.bfloat16.dtype}
-    assert {x.dtype for x in jax.tree.leaves(task.params)} == {np.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(task.trained)} == {np.dtype("float32")}
     shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     inputs = jax.eval_shape(task.prepare, jax.random.key(0), shapes(batch()))
-    loss, metrics = jax.eval_shape(task.loss, shapes(task.params), shapes(task.frozen), inputs)
+    loss, metrics = jax.eval_shape(task.loss, shapes(task.trained), shapes(task.frozen), {}, inputs)
     assert {x.dtype for x in [loss, *metrics.values()]} == {jnp.float32.dtype}
 
 
 def test_a_student_equal_to_the_teacher_has_no_distillation_loss(tiny_pipeline):
-    tokenizer = pretrained.load_tokenizer(tiny_pipeline)
-    task = distill.task(
-        config(student=None, train=("unet", "text_encoder")), tiny_pipeline, jnp.float32, tokenizer
-    )
-    assert set(task.params) == {"unet", "text_encoder"} and task.frozen == {}
+    task = tasks.make(config(student=None, train=("unet", "text_encoder")), Folder.open(tiny_pipeline), jnp.float32)
+    assert set(task.trained) == {"unet", "text_encoder"} and task.frozen == {}
     assert task.configs.keys() == {"unet", "text_encoder"}
 
 
@@ -130,17 +127,18 @@ def test_the_same_picture_as_diffusers_from_the_same_latents(tiny_pipeline, kind
         output_type="np",
     ).images
 
+    folder = Folder.open(tiny_pipeline)
     modules, params = {}, {}
-    for part in pretrained.MODELS:
-        modules[part], params[part] = pretrained.load(tiny_pipeline, part)
-    tokenizer = pretrained.load_tokenizer(tiny_pipeline)
+    for part in folder.parts:
+        modules[part], params[part] = folder.load(part)
     drawn = sampling.text_to_image(
-        **modules,
-        params=params,
-        input_ids=pretrained.tokenize(tokenizer, prompts),
-        negative_ids=pretrained.tokenize(tokenizer, ["", ""]),
+        FrozenDict(modules),
+        folder.family.condition,
+        params,
+        input_ids=folder.tokenize(prompts),
+        negative_ids=folder.tokenize(["", ""]),
         latents=latents,
-        plan=sampling.plan(kind, pretrained.read_config(tiny_pipeline, "scheduler"), 4),
+        schedule=samplers.schedule(kind, folder.config("scheduler"), 4),
         guidance=3.0,
     )
     assert np.std(expected) > 0.05  # not a blank picture

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.keep_compiled_programs()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
-        with command.told(ValueError, FileNotFoundError, ChildProcessError):
+        with command.reported():
             run(args, shlex.join(["python", "-m", "flaxkd.ablation", *arguments]))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from there", flush=True)

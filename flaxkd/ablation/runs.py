@@ -10,7 +10,6 @@ are there count. The result is ablation.md, ablation.json and ablation.png: see 
 
 import argparse
 import contextlib
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from flaxkd import students
 from flaxkd.ablation import table
 from flaxkd.evaluate import evaluation
+from flaxkd.machine import command, files
 from flaxkd.training import checkpoint, metrics
 
 # What the runs differ in. A row sets every key, so that what it is does not change with the defaults.
@@ -184,35 +184,31 @@ def measure(args: argparse.Namespace, runs: list[Run]) -> dict:
     options = {"out": out, "data": config.data.source, "resolution": config.data.resolution}
     options |= {"pairing": config.pairing, "examples": args.examples, "sampler": config.sample.sampler}
     options |= {"steps": config.sample.steps, "guidance": config.sample.guidance}
-    options |= {"reference": config.teacher} if config.teacher else {}
+    options |= {"teacher": config.teacher} if config.teacher else {}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     arguments += ["--model", *(str(run.workdir) for run in runs)]
     exports = [(run.workdir / "diffusers").stat().st_mtime_ns for run in runs]
     asked = {"arguments": arguments, "exports": exports}
     note = out / "asked.json"
-    if note.is_file() and json.loads(note.read_text()) == asked:
-        return json.loads((out / "evaluation.json").read_text())
+    if note.is_file() and files.read_json(note) == asked:
+        return files.read_json(out / "evaluation.json")
     note.unlink(missing_ok=True)
     result = evaluation.run(evaluation.parse(arguments))
-    note.write_text(json.dumps(asked, indent=2) + "\n")
+    files.write_json(note, asked)
     return result
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m flaxkd.ablation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"--config.KEY=VALUE is for all runs. They differ in {', '.join(OWN)}.",
-        allow_abbrev=False,
-    )
+    epilog = f"--config.KEY=VALUE is for all runs. They differ in {', '.join(OWN)}."
+    parser = command.parser("flaxkd.ablation", __doc__, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
     add("--config", required=True, help="of all runs, e.g. configs/small.py")
-    add("--students", nargs="+", default=["sd_small", "sd_tiny"], help="default: sd_small sd_tiny")
+    add("--students", nargs="+", action="extend", help="repeat it for several; default: sd_small and sd_tiny")
     add("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
     add("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs/ablation"), help="default: %(default)s")
+    command.add(parser, "out", default=Path("runs/ablation"), help="default: %(default)s")
     args, args.overrides = parser.parse_known_args(arguments)
+    args.students = args.students or ["sd_small", "sd_tiny"]
     for other in args.overrides:
         if not (other.startswith("--config.") and "=" in other):
             parser.error(f"unrecognized argument: {other} (keys of the configuration are --config.KEY=VALUE)")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flaxkd.drawing import figures
 from flaxkd.evaluate import table
+from flaxkd.machine import files
 
 # What is compared, and whether less or more of it is better. The first three are near to terms of the loss, of which
 # a variant trains some and not others; of the pictures, which the rest measure, no variant trains anything.
@@ -78,8 +79,8 @@ def result(settings: dict, variants: dict, teacher: dict, rows: dict, curves: di
 def write(out: Path, result: dict) -> list[Path]:
     """Writes ablation.json, .md and .png into `out`, and returns their paths."""
     paths = [Path(out) / f"ablation.{ending}" for ending in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    paths[1].write_text(markdown(result))
+    files.write_text(paths[0], json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    files.write_text(paths[1], markdown(result))
     picture(result, paths[2])
     return paths
 

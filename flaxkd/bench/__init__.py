@@ -1,0 +1,1 @@
+"""How fast are a teacher and its students? `python -m flaxkd.bench`; see benchmark.py."""

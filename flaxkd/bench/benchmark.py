@@ -23,12 +23,14 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from flaxkd import blank, pretrained, students
+from flaxkd import students
 from flaxkd.bench import torch_works, works
 from flaxkd.bench.works import Prepared, Subject
 from flaxkd.drawing import figures
 from flaxkd.evaluate import table
+from flaxkd.machine import files
 from flaxkd.plan import devices
+from flaxkd.pretrained import Folder, fresh, save, shapes
 
 OURS = "flaxkd"
 PAUSE = (
@@ -48,10 +50,10 @@ def run(
     if against:
         torch_works.check(config)
     with tempfile.TemporaryDirectory() as scratch:
-        source = pretrained.resolve(config.teacher)
+        folder = Folder.open(config.teacher)
         if unet:
-            source = other_architecture(source, unet, Path(scratch) / "pipeline", config.seed)
-        teacher_config = pretrained.read_config(source, "unet")
+            folder = other_architecture(folder, unet, Path(scratch) / "pipeline", config.seed)
+        teacher_config = folder.config("unet")
         for name in names:
             students.config(students.get(name), teacher_config)
         rows = []
@@ -59,7 +61,7 @@ def run(
             total=(1 + len(names)) * len(works.WORKS) * (1 + len(against)) * (1 + rounds), unit="run"
         ) as bar:
             for name in ("teacher", *names):
-                subject = works.subject(name, config, source, steps=steps)
+                subject = works.subject(name, config, folder, steps=steps)
                 rows += measure(subject, [OURS, *against], rounds, bar)
     settings = {
         "teacher": config.teacher or "the embedded miniature",
@@ -86,23 +88,22 @@ def versions(against: list[str]) -> dict[str, str]:
     return {n: platform.python_version() if n == "python" else importlib.metadata.version(n) for n in names}
 
 
-def other_architecture(source: Path, changes: dict, out: Path, seed: int) -> Path:
-    """The pipeline folder `source` with a UNet of another configuration and random weights, written to `out`."""
-    unet_config = pretrained.read_config(source, "unet")
-    known = {*unet_config, *pretrained.build("unet", unet_config).config.__dataclass_fields__}
+def other_architecture(folder: Folder, changes: dict, out: Path, seed: int) -> Folder:
+    """The pipeline folder with a UNet of another configuration and random weights, written to `out`."""
+    unet_config = folder.config("unet")
+    known = {*unet_config, *folder.module("unet").config.__dataclass_fields__}
     if wrong := sorted(changes.keys() - known):
         raise ValueError(
             f"--unet: unknown {', '.join(wrong)}; keys are those of unet/config.json ({sorted(known)})"
         )
-    unet_config |= changes
-    shapes = pretrained.shapes(pretrained.build("unet", unet_config), "unet")
-    parts = {"unet": (unet_config, blank.initial(shapes, seed))}
-    return pretrained.save(out, source=source, parts=parts)
+    unet_config = unet_config | changes
+    parts = {"unet": (unet_config, fresh.initial(shapes("unet", unet_config), seed))}
+    return Folder(save(out, source=folder, parts=parts))
 
 
 def measure(subject: Subject, rivals: list[str], rounds: int, bar: tqdm) -> list[dict]:
     """A row {"model", "by", "parameters", work: {...}} for each rival: see `table.COLUMNS`."""
-    size = sum(x.size for x in jax.tree.leaves(subject.task.params["unet"]))
+    size = sum(x.size for x in jax.tree.leaves(subject.unet))
     rows = {by: {"model": subject.name, "by": by, "parameters": size} for by in rivals}
     for work in works.WORKS:
         ready: dict[str, Prepared] = {}
@@ -178,8 +179,8 @@ def write(out: Path, result: dict) -> list[Path]:
     """Writes bench.json, .md and .png into `out` and returns their paths. result: {"settings", "rows"}."""
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"bench.{ending}" for ending in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(result, indent=2) + "\n")
-    paths[1].write_text(markdown(result))
+    files.write_json(paths[0], result)
+    files.write_text(paths[1], markdown(result))
     picture(result, paths[2])
     return paths
 

@@ -1,4 +1,4 @@
-"""The work of `workload` in PyTorch, for `flaxkd.bench --against torch`: what users of diffusers run today.
+"""The work of works.py in PyTorch, for `flaxkd.bench --against torch`: what users of diffusers run today.
 
 The training step is written as Segmind's distill-sd writes it: forward hooks on whole blocks, a sum of mean squared
 errors, `clip_grad_norm_` and AdamW; under autocast if the compute is not float32. Only here does flaxkd import torch
@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxkd import keys, pretrained, students
+from flaxkd import students
 from flaxkd.bench.works import Prepared, Subject
+from flaxkd.pretrained import keys
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 
@@ -39,6 +40,7 @@ def check(config) -> None:
         "snr_gamma": config.snr_gamma is not None,
         "noise_offset": bool(config.noise_offset),
         "caption_dropout": bool(config.caption_dropout),
+        "task": bool(config.task),
         "train": tuple(config.train) != ("unet",),
         "optimizer.name": config.optimizer.name != "adamw",
     }
@@ -49,7 +51,7 @@ def check(config) -> None:
 
 
 def prepare(subject: Subject, work: str, by: str) -> Prepared:
-    """One of `workload.WORKS` by EAGER or COMPILED, done once. The whole of torch's memory is not told."""
+    """One of `works.WORKS` by EAGER or COMPILED, done once. The whole of torch's memory is not told."""
     begin = time.perf_counter()
     make = {"denoise": _denoise, "image": _image, "train": _train}[work]
     call = make(subject, _networks(subject), by == COMPILED)
@@ -70,15 +72,15 @@ def _networks(subject: Subject) -> Networks:
 
     logging.disable_progress_bar()  # of loading; there is one of the benchmark
     of_transformers.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(subject.source, low_cpu_mem_usage=False).to(device())
+    pipeline = StableDiffusionPipeline.from_pretrained(subject.folder.path, low_cpu_mem_usage=False).to(device())
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
-    unet = _unet(subject.unet_config, subject.task.params["unet"])
+    unet = _unet(subject.unet_config, subject.unet)
     teacher = None
     if subject.config.student:
-        teacher_config = pretrained.read_config(subject.source, "unet")
+        teacher_config = subject.folder.config("unet")
         teacher = _unet(teacher_config, subject.task.frozen["teacher"]).requires_grad_(False)
     pipeline.register_modules(unet=unet)
     return Networks(unet, teacher, pipeline)

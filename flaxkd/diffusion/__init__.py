@@ -4,9 +4,9 @@ from flaxkd.diffusion.schedule import (
     NoiseSchedule,
     add_noise,
     alphas_cumprod,
-    draw_timesteps,
     min_snr_weights,
+    sample_timesteps,
     target,
 )
 
-__all__ = ["NoiseSchedule", "add_noise", "alphas_cumprod", "draw_timesteps", "min_snr_weights", "target"]
+__all__ = ["NoiseSchedule", "add_noise", "alphas_cumprod", "min_snr_weights", "sample_timesteps", "target"]

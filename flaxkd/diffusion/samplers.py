@@ -1,7 +1,7 @@
 """Samplers as data: what diffusers' scheduler objects compute between the calls of the UNet, computed once, in float64.
 
-A `Plan` is arrays of weights. `sampling.solve` is the only loop, and knows no sampler by name: to change the sampler
-is to change the arrays. To add one, write its function of weights and its entry in `_SAMPLERS`.
+A `Schedule` is arrays of weights. `sampling.solve` is the only loop, and knows no sampler by name: another sampler is
+other arrays. To add one, write its function of weights and its row in `_SAMPLERS`.
 """
 
 import functools
@@ -16,7 +16,7 @@ from flaxkd import diffusion
 PAST = 4  # noise_preds that a step may look back on
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """The steps of a sampler, each field but the first float32[steps]. A step of `sampling.solve` is
 
     data    = clip(data_latents * latents + data_noise_pred * noise_pred, -limit, limit)
@@ -40,8 +40,8 @@ class Plan(NamedTuple):
     noise: np.ndarray | None  # None: nothing is drawn between the steps
 
 
-def plan(kind: str, scheduler_config: dict, steps: int, strength: float | None = None) -> Plan:
-    """The plan that diffusers' scheduler of the same configuration follows for `steps` inference steps.
+def schedule(kind: str, scheduler_config: dict, steps: int, strength: float | None = None) -> Schedule:
+    """The schedule that diffusers' scheduler of the same configuration follows for `steps` inference steps.
 
     kind, and the class of diffusers that it is `from_config(scheduler_config)`:
         "dpmsolver++"      DPMSolverMultistepScheduler: 2M, Lu et al. 2022, arXiv:2211.01095, algorithm 2
@@ -86,17 +86,17 @@ def _begin(steps: int, strength: float) -> int:
     return steps - taken
 
 
-def _plan(timesteps, start, **weights) -> Plan:
+def _schedule(timesteps, start, **weights) -> Schedule:
     """The fields as float32[steps]; those not given are 0, which leaves their arrays out."""
-    fields = dict.fromkeys(Plan._fields[2:], 0.0) | {"limit": np.inf, "noise": None} | weights
+    fields = dict.fromkeys(Schedule._fields[2:], 0.0) | {"limit": np.inf, "noise": None} | weights
     shape = lambda name: (len(timesteps), PAST) if name == "noise_preds_before" else (len(timesteps),)
     spread = lambda name, x: None if x is None else np.float32(np.broadcast_to(x, shape(name)))
     fields = {name: spread(name, x) for name, x in fields.items()}
-    return Plan(start=np.float32(start), timesteps=np.float32(timesteps), **fields)
+    return Schedule(start=np.float32(start), timesteps=np.float32(timesteps), **fields)
 
 
 def _start(begin: int | None, alpha, sigma, pure=1.0) -> tuple[float, float]:
-    """Noise alone, with the standard deviation `pure`, or if the plan was cut the noisy latents of its first step."""
+    """Noise alone, with the standard deviation `pure`, or in a schedule that was cut, its first noisy latents."""
     return (0.0, pure) if begin is None else (alpha[0], sigma[0])
 
 
@@ -146,7 +146,7 @@ def _data(config: dict, alpha, sigma) -> dict[str, np.ndarray]:
     return {"data_latents": 1 / alpha, "data_noise_pred": -sigma / alpha}
 
 
-def _ddim(config, alphas_cumprod, steps, begin) -> Plan:
+def _ddim(config, alphas_cumprod, steps, begin) -> Schedule:
     """latents = alpha' * data + sigma' * noise, at the timestep T // steps below, whatever the spacing is."""
     stride = len(alphas_cumprod) // steps
     timesteps = _spaced(config, len(alphas_cumprod), steps).round().astype(int)[begin:]
@@ -154,7 +154,7 @@ def _ddim(config, alphas_cumprod, steps, begin) -> Plan:
     alpha, sigma = np.sqrt(alphas_cumprod[timesteps]), np.sqrt(1 - alphas_cumprod[timesteps])
     # The noise is the one predicted, not the one that the clipped data would imply, as in diffusers.
     v = config["prediction_type"] == "v_prediction"  # noise = sigma * latents + alpha * v
-    return _plan(
+    return _schedule(
         timesteps,
         _start(begin, alpha, sigma),
         **_data(config, alpha, sigma),
@@ -173,7 +173,7 @@ _PLMS = np.array([
 ]) / 24  # fmt: skip
 
 
-def _pndm(config, alphas_cumprod, steps, begin) -> Plan:
+def _pndm(config, alphas_cumprod, steps, begin) -> Schedule:
     """DDIM's step with a noise_pred extrapolated from the last four:
 
     latents = alpha' / alpha * latents + (sigma' - alpha' * sigma / alpha) * (noise_preds mixed by _PLMS)
@@ -193,10 +193,10 @@ def _pndm(config, alphas_cumprod, steps, begin) -> Plan:
     latents[1:2] /= latents[0]
     mixed[1:2, 1] -= latents[1:2] * noise_pred[0]
     weights = dict(latents=latents, noise_pred=mixed[:, 0], noise_preds_before=mixed[:, 1:])
-    return _plan(timesteps, _start(begin, alpha, sigma), **weights)
+    return _schedule(timesteps, _start(begin, alpha, sigma), **weights)
 
 
-def _dpm_solver(config, alphas_cumprod, steps, begin) -> Plan:
+def _dpm_solver(config, alphas_cumprod, steps, begin) -> Schedule:
     """Second order in the log signal-to-noise ratio lambda, first order in the first and the last step:
 
     latents = sigma' / sigma * latents + (alpha' - sigma' * alpha / sigma) * ((1 + r) * data - r * data_before)
@@ -216,7 +216,7 @@ def _dpm_solver(config, alphas_cumprod, steps, begin) -> Plan:
     r = np.zeros(len(timesteps))
     r[1:-1] = step[1:] / (2 * step[:-1])  # the step to sigma 0 is infinite in lambda, so it is of first order
     weight = alpha_after - sigma_after * alpha / sigma
-    return _plan(
+    return _schedule(
         timesteps,
         _start(begin, alpha, sigma),
         **_data(config, alpha, sigma),
@@ -226,7 +226,7 @@ def _dpm_solver(config, alphas_cumprod, steps, begin) -> Plan:
     )
 
 
-def _euler(config, alphas_cumprod, steps, begin, *, ancestral=False) -> Plan:
+def _euler(config, alphas_cumprod, steps, begin, *, ancestral=False) -> Schedule:
     """A straight line from the latents to the predicted data, as far as the noise has to fall.
 
     diffusers draws with latents / alpha here, whose noise has the standard deviation ratio = sigma / alpha:
@@ -242,7 +242,7 @@ def _euler(config, alphas_cumprod, steps, begin, *, ancestral=False) -> Plan:
     alpha, alpha_after = 1 / np.sqrt(1 + ratio**2), 1 / np.sqrt(1 + after**2)
     sigma = ratio * alpha
     pure = 1.0 if config["timestep_spacing"] == "leading" else sigma[0]  # diffusers' init_noise_sigma
-    return _plan(
+    return _schedule(
         timesteps,
         _start(begin, alpha, sigma, pure),
         noise=alpha_after * np.sqrt(after**2 - down**2) if ancestral else None,

@@ -1,7 +1,7 @@
 """Drawing: text to image and image to image with classifier-free guidance, the whole loop one compiled program.
 
-Which sampler is a matter of the arrays in a plan (`samplers.plan`), so that those with equal numbers of steps share
-one compiled program.
+The arrays of a schedule make the sampler (`samplers.schedule`): samplers with equal numbers of steps share one compiled
+program.
 """
 
 from collections.abc import Callable
@@ -9,27 +9,26 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
-from flaxkd.diffusion.samplers import PAST, Plan, plan
+from flaxkd.diffusion.samplers import PAST, Schedule
 from flaxkd.machine import sharding
-
-__all__ = ["Plan", "image_to_latents", "plan", "solve", "text_to_image"]  # who draws needs this module alone
 
 
 def solve(
-    noise_pred_fn: Callable, latents: jax.Array, plan: Plan, noise: jax.Array | None = None
+    noise_pred_fn: Callable, latents: jax.Array, schedule: Schedule, noise: jax.Array | None = None
 ) -> jax.Array:
-    """Follows `plan` from noise to data: float32[...] -> float32[...]. One `lax.scan`, traceable.
+    """Follows `schedule` from noise to data: float32[...] -> float32[...]. One `lax.scan`, traceable.
 
     noise_pred_fn: (latents float32[...], timestep float32[]) -> float[...], the UNet's output (noise or v).
-    latents: as `plan.start` says. noise: float32[steps, ...], unit Gaussian, for a plan that draws between its
-    steps, else None. Raises ValueError if one has it and the other has not.
+    latents: as `schedule.start` says. noise: float32[steps, ...], unit Gaussian, for a sampler that adds some between
+    its steps, else None. Raises ValueError if one has it and the other has not.
     """
-    if (plan.noise is None) != (noise is None):
-        needs = "draws no noise" if plan.noise is None else f"needs noise of shape [{len(plan.noise)}, ...]"
+    if (schedule.noise is None) != (noise is None):
+        needs = "draws no noise" if schedule.noise is None else f"needs noise of shape [{len(schedule.noise)}, ...]"
         raise ValueError(f"this sampler {needs} between its steps: noise is {getattr(noise, 'shape', None)}")
 
-    def step(carry, now: tuple[Plan, jax.Array | None]):
+    def step(carry, now: tuple[Schedule, jax.Array | None]):
         latents, data_before, noise_preds_before = carry
         now, noise = now
         noise_pred = noise_pred_fn(latents, now.timesteps).astype(jnp.float32)
@@ -47,21 +46,20 @@ def solve(
 
     latents = jnp.asarray(latents, jnp.float32)
     nothing = jnp.zeros_like(latents)
-    steps = jax.tree.map(jnp.asarray, (plan._replace(start=None), noise))  # all but the start is by step
+    steps = jax.tree.map(jnp.asarray, (schedule._replace(start=None), noise))  # all but the start is by step
     (latents, *_), _ = jax.lax.scan(step, (latents, nothing, (nothing,) * PAST), steps)
     return latents
 
 
-@sharding.jit(static_argnames=("unet", "vae", "text_encoder"))
+@sharding.jit(static_argnames=("modules", "condition"))
 def text_to_image(
-    unet: nn.Module,
-    vae: nn.Module,
-    text_encoder: nn.Module,
+    modules: FrozenDict[str, nn.Module],
+    condition: Callable,
     params: dict,
     input_ids: jax.Array,
     negative_ids: jax.Array,
     latents: jax.Array,
-    plan: Plan,
+    schedule: Schedule,
     guidance: jax.Array | float,
     image_latents: jax.Array | None = None,
     noise: jax.Array | None = None,
@@ -71,32 +69,33 @@ def text_to_image(
         noise_pred = negative + guidance * (positive - negative)        Ho & Salimans 2022, arXiv:2207.12598
 
     One program, compiled once per modules, shapes, number of steps, and whether the last two arguments are given;
-    `plan` and `guidance` are traced.
+    `schedule` and `guidance` are traced.
 
-    unet, vae, text_encoder: the modules, static. params: {"unet", "vae", "text_encoder"}, best on the device
-    already. negative_ids: int32[b, l], the token ids of what not to draw, or of "". latents: float32[b, h, w, 4],
-    unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the equation too, where diffusers
-    ignores `negative_ids`. image_latents: float32[b, h, w, 4] of `image_to_latents`, from which a plan with a
-    strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073). noise: float32[steps, b, h, w, 4] as in `solve`.
+    modules: the networks of a pipeline, static. condition: that of its family, static (see pretrained/families.py).
+    params: {part: tree}, best on the device already. negative_ids: int32[b, l], the token ids of what not to draw, or
+    of "". latents: float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the
+    equation too, where diffusers ignores `negative_ids`. image_latents: float32[b, h, w, 4] of `image_to_latents`,
+    from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073). noise: float32[steps, b,
+    h, w, 4] as in `solve`.
     """
     # One call on a doubled batch, the two of a picture side by side: where the batch is split over devices, each then
     # has its own, and nothing is sent.
     pairs = lambda negative, positive: jnp.stack([negative, positive], 1).reshape(-1, *positive.shape[1:])
     ids = pairs(negative_ids, input_ids)
-    encoder_hidden_states = text_encoder.apply({"params": params["text_encoder"]}, ids)
+    states = condition(modules, params, ids)
 
     def guided(latents, timestep):
         both = pairs(latents, latents)
-        noise_pred = unet.apply(
-            {"params": params["unet"]}, both, jnp.full(len(both), timestep), encoder_hidden_states
-        )
+        timesteps = jnp.full(len(both), timestep)
+        noise_pred = modules["unet"].apply({"params": params["unet"]}, both, timesteps, **states)
         noise_pred = noise_pred.astype(jnp.float32).reshape(-1, 2, *latents.shape[1:])
         negative, positive = noise_pred[:, 0], noise_pred[:, 1]
         return negative + guidance * (positive - negative)
 
-    of_data, of_noise = plan.start
+    of_data, of_noise = schedule.start
     latents = of_noise * latents if image_latents is None else of_data * image_latents + of_noise * latents
-    latents = solve(guided, latents, plan, noise)
+    latents = solve(guided, latents, schedule, noise)
+    vae = modules["vae"]
     images = vae.apply({"params": params["vae"]}, latents / vae.config.scaling_factor, method="decode")
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 

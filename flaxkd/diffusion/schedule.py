@@ -84,10 +84,10 @@ def min_snr_weights(schedule: NoiseSchedule, timesteps, gamma: float) -> jax.Arr
     return jnp.minimum(snr, gamma) / (snr + 1 if schedule.prediction_type == "v_prediction" else snr)
 
 
-def draw_timesteps(key, schedule: NoiseSchedule, count: int, gamma: float | None = None) -> jax.Array:
+def sample_timesteps(key, schedule: NoiseSchedule, count: int, gamma: float | None = None) -> jax.Array:
     """Timesteps int32[count]: each as likely as any other, or in proportion to its Min-SNR weight of gamma.
 
-    Drawn so, the loss is the weighted one up to a factor, and no example is computed to count for little."""
+    Sampled so, the loss is the weighted one up to a factor, and no example is computed to count for little."""
     steps = len(schedule.alphas_cumprod)
     if gamma is None:
         return jax.random.randint(key, (count,), 0, steps)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from flaxkd.machine import files
+
 INK, LINES = "#1b1f24", ["#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#57606a"]
 
 
@@ -9,7 +11,6 @@ def save(figure, path: Path) -> None:
     """A figure of matplotlib's pyplot as a PNG, whole or not at all, and closed."""
     import matplotlib.pyplot as plt
 
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, dpi=110)
+    with files.whole(path) as scratch:
+        figure.savefig(scratch, dpi=110, format="png")
     plt.close(figure)
-    scratch.rename(path)

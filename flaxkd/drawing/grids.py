@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from flaxkd.drawing.figures import INK
+from flaxkd.machine import files
 
 GAP, MARGIN = 6, 10  # pixels
 PAPER = "#ffffff"
@@ -72,11 +73,10 @@ def end_of(draw: ImageDraw.ImageDraw, text: str, width: int, font) -> str:
 
 def save(image: Image.Image, path: Path) -> None:
     """A PNG with the texts of `image.info`, written whole or not at all: somebody may be looking at the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = PngInfo()
     for name, value in image.info.items():
         if isinstance(value, str):
             texts.add_text(name, value)
-    scratch = path.with_name(f".{path.name}")
-    image.save(scratch, "PNG", pnginfo=texts)
-    scratch.rename(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(path) as scratch:
+        image.save(scratch, "PNG", pnginfo=texts)

@@ -5,26 +5,26 @@
     pipeline = Pipeline.from_pretrained("runs/small")
     pipeline("red apple", seed=0)[0].save("apple.png")
 
-`python -m flaxkd.generate` is the same as a command. What is computed is in `sampling`.
+`python -m flaxkd.generate` is the same as a command. What is computed is in diffusion/sampling.py.
 """
 
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from flax.core import FrozenDict
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from flaxkd import export, pretrained
-from flaxkd.diffusion import samplers, sampling
+from flaxkd import export
+from flaxkd.diffusion import samplers
+from flaxkd.drawing import batches
 from flaxkd.machine import sharding
 from flaxkd.models.attention import DotProductAttention
+from flaxkd.pretrained import Folder
 
 Picture = Image.Image | str | os.PathLike
 
@@ -33,15 +33,15 @@ Picture = Image.Image | str | os.PathLike
 class Pipeline:
     """What is needed to draw: `from_pretrained` reads it, a call draws.
 
-    name: for people. modules, params: {part: module}, {part: nested dict of arrays} of unet, vae and text_encoder.
-    tokenizer: its CLIPTokenizer. scheduler_config: its scheduler_config.json. mesh: the devices that draw."""
+    name: for people. folder: tokenizer and family. modules, params: {part: module}, {part: nested dict of arrays on
+    the devices} of its networks. scheduler_config: its scheduler_config.json. mesh: the devices that draw."""
 
     name: str
-    modules: dict[str, Any]
+    folder: Folder
+    modules: FrozenDict[str, Any]
     params: dict[str, dict]
-    tokenizer: Any
     scheduler_config: dict
-    mesh: jax.sharding.Mesh
+    mesh: Any
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike | None = None, dtype=None, mesh=None) -> "Pipeline":
@@ -52,26 +52,24 @@ class Pipeline:
         float32 on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`.
         Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it draws with
         more than a caption (SDXL, inpainting)."""
-        dtype = sharding.compute_dtype(dtype)
-        mesh = mesh or sharding.local_mesh()
-        folder, trained, name = locate(model)
-        configs = {part: pretrained.read_config(folder, part) for part in pretrained.MODELS} | trained
-        _check(folder, configs)
-        if trained:
-            step, restored, _ = export.restore(Path(model).expanduser() / "checkpoints")
-            name = f"{name}, step {step}"
-        scheduler_config = pretrained.read_config(folder, "scheduler")
-        tokenizer = pretrained.load_tokenizer(folder)
-        modules, params = {}, {}
-        for part, config in configs.items():
-            if part in trained:
-                modules[part] = pretrained.build(part, config, dtype)
-                params[part] = jax.tree.map(lambda x: np.asarray(x, dtype), restored[part])
-            else:
-                modules[part], params[part] = pretrained.load(folder, part, dtype)
-        modules["unet"] = modules["unet"].clone(attend=DotProductAttention(mesh))
-        params = jax.device_put(params, sharding.replicated(mesh))
-        return cls(name, modules, params, tokenizer, scheduler_config, mesh)
+        folder = export.open_model(model)
+        made = cls.from_folder(folder, "embedded teacher" if model is None else str(model), dtype, mesh)
+        return made if folder.step is None else dataclasses.replace(made, name=f"{model}, step {folder.step()}")
+
+    @classmethod
+    def from_folder(cls, folder: Folder, name: str, dtype=None, mesh=None, parts=None, params=None) -> "Pipeline":
+        """The same of a folder. parts: those to read, None for all. params: of the others, on the devices of `mesh`."""
+        dtype, mesh = sharding.compute_dtype(dtype), mesh or sharding.local_mesh()
+        attend = {"unet": {"attend": DotProductAttention(mesh)}}
+        modules = {part: folder.module(part, dtype, **attend.get(part, {})) for part in folder.parts}
+        read = {part: folder.params(part, dtype) for part in (folder.parts if parts is None else parts)}
+        on_devices = sharding.put(read, sharding.replicated(mesh)) | (params or {})
+        return cls(name, folder, FrozenDict(modules), on_devices, folder.config("scheduler"), mesh)
+
+    def with_parts(self, modules: dict[str, Any], params: dict[str, dict]) -> "Pipeline":
+        """The same pipeline with other networks or weights in place of its own."""
+        modules = FrozenDict({**self.modules, **modules})
+        return dataclasses.replace(self, modules=modules, params=self.params | params)
 
     def __call__(
         self,
@@ -96,8 +94,8 @@ class Pipeline:
         compiled per model, size, batch and number of steps (and one more if a sampler draws noise, or for an image).
 
         prompt: captions; what the text encoder cannot take in is named in a warning. negative_prompt: what not to
-        draw, one for all or one each. num_inference_steps, sampler: see `samplers.plan`. guidance_scale: how far from
-        the negative prompt to the prompt, 1 is none. height, width: None for those the model was trained at.
+        draw, one for all or one each. num_inference_steps, sampler: see `samplers.schedule`. guidance_scale: how far
+        from the negative prompt to the prompt, 1 is none. height, width: None for those the model was trained at.
         image: picture or its path, one for all or one each, from which to begin: scaled and cropped to the size.
         strength: of its change, in (0, 1], None is 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of
         those of the seeds. batch_size: pictures at a time, at least one on each device. progress: a bar on stderr.
@@ -123,43 +121,32 @@ class Pipeline:
             if isinstance(image, str | os.PathLike):
                 settings["image"] = image
             image = [_read(x, width, height) for x in _each("image", image, Picture, n)]
-        plan = samplers.plan(sampler, self.scheduler_config, num_inference_steps, strength)
-        vae = self.modules["vae"]
-        shape = (height // vae.config.factor, width // vae.config.factor, vae.config.latent_channels)
+        schedule = samplers.schedule(sampler, self.scheduler_config, num_inference_steps, strength)
+        factor, channels = self.folder.factor, self.modules["vae"].config.latent_channels
+        shape = (height // factor, width // factor, channels)
         if latents is not None and np.shape(latents) != (n, *shape):
             raise ValueError(f"latents have the shape {np.shape(latents)}, and must have {(n, *shape)}")
         self._warn([*prompts, *negatives])
 
-        input_ids = pretrained.tokenize(self.tokenizer, prompts)
-        negative_ids = pretrained.tokenize(self.tokenizer, negatives)
-        pictures = []
-        batch_size = -(-min(batch_size, n) // self.mesh.size) * self.mesh.size
-        put = lambda x: jax.device_put(x, sharding.batch(self.mesh))
-        for i in tqdm(range(0, n, batch_size), desc="drawing", unit="batch", disable=not progress):
-            rows = np.arange(i, i + batch_size).clip(max=n - 1)  # the last batch is filled up: one program
-            first, between = zip(*(_noise(seed + j, shape, plan) for j in rows), strict=True)
-            drawn = sampling.text_to_image(
-                **self.modules,
-                params=self.params,
-                input_ids=put(input_ids[rows]),
-                negative_ids=put(negative_ids[rows]),
-                latents=put(np.stack(first) if latents is None else np.asarray(latents, np.float32)[rows]),
-                plan=plan,
-                guidance=float(guidance_scale),  # an int would compile another program
-                image_latents=None
-                if image is None
-                else sampling.image_to_latents(
-                    vae, self.params["vae"], put(np.stack([image[j] for j in rows]))
-                ),
-                noise=None if plan.noise is None else np.stack(between, axis=1),
-            )
-            drawn = np.asarray(drawn)
-            if not np.isfinite(drawn).all():
-                raise FloatingPointError(
-                    f"{self.name} draws what is no number: load it with dtype float32, and if that does not help, "
-                    "look for the step at which its training went wrong"
-                )
-            pictures += [Image.fromarray(x) for x in np.round(drawn * 255).astype(np.uint8)]
+        def noise(i: int) -> tuple[np.ndarray, np.ndarray | None]:
+            rng = np.random.default_rng(seed + i)
+            first = rng.standard_normal(shape, np.float32)
+            added = schedule.noise
+            between = None if added is None else rng.standard_normal((len(added), *shape), np.float32)
+            return first if latents is None else np.asarray(latents[i], np.float32), between
+
+        drawn = batches.draw(
+            self,
+            prompts,
+            noise,
+            schedule,
+            guidance_scale,
+            batch_size=min(batch_size, n),
+            negatives=negatives,
+            images=image,
+        )
+        bar = tqdm(drawn, desc="drawing", total=n, unit=" pictures", disable=not progress)
+        pictures = [Image.fromarray(x) for x in bar]
         settings |= {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -168,27 +155,22 @@ class Pipeline:
             "height": height,
             "model": self.name,
         }
-        for i, picture in enumerate(pictures := pictures[:n]):
+        for i, picture in enumerate(pictures):
             info = {"prompt": prompts[i], "negative_prompt": negatives[i], "seed": seed + i} | settings
             picture.info = {name: str(value) for name, value in info.items()}
         return pictures
 
     def _pixels(self, name: str, value: int | None) -> int:
-        factor = self.modules["vae"].config.factor
         if value is None:
-            return self.modules["unet"].config.sample_size * factor
-        if value < factor or value % factor:
-            near = max(1, round(value / factor)) * factor
-            raise ValueError(
-                f"{name} = {value} pixels is no multiple of {factor}, the size of a latent: take {near}"
-            )
+            return self.folder.resolution
+        self.folder.check_resolution(value, name)
         return value
 
     def _warn(self, prompts: list[str]) -> None:
-        """Names the words that `pretrained.tokenize` cuts off, once for each text."""
-        length = self.tokenizer.model_max_length
+        """Names the words that `Folder.tokenize` cuts off, once for each text."""
+        length = self.folder.tokenizer.model_max_length
         for text in dict.fromkeys(prompts):
-            tokens = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+            tokens = self.folder.tokenizer(text, return_offsets_mapping=True, verbose=False)
             if len(tokens["input_ids"]) > length:  # the first and the last one are marks
                 cut = tokens["offset_mapping"][length - 1][0]
                 lost = " ".join(
@@ -199,33 +181,6 @@ class Pipeline:
                     f"{len(tokens['input_ids']) - 2}: not seen is {lost!r}",
                     stacklevel=3,
                 )
-
-
-def locate(model: str | os.PathLike | None) -> tuple[Path, dict[str, dict], str]:
-    """(pipeline folder, {part: config.json} of those that a checkpoint has in place of its own, name for people).
-
-    A workdir is its `diffusers/` if that is there, else the folder of its teacher with the parts of its newest
-    checkpoint. Raises FileNotFoundError like `pretrained.resolve` and `export.read_plan`."""
-    if model is None:
-        return pretrained.resolve(None), {}, "embedded teacher"
-    workdir = Path(model).expanduser()
-    if not (workdir / export.EXPORT).is_file():
-        return pretrained.resolve(model), {}, str(model)
-    if (workdir / "diffusers" / "model_index.json").is_file():
-        return workdir / "diffusers", {}, str(model)
-    configs, folder = export.read_plan(workdir)
-    return folder, configs, str(model)
-
-
-def _check(folder: Path, configs: dict[str, dict]) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    kind = index.get("_class_name", "")
-    channels = configs["unet"].get("in_channels", 4), configs["vae"].get("latent_channels", 4)
-    if "text_encoder_2" in index or not kind.startswith("StableDiffusion") or channels[0] != channels[1]:
-        raise ValueError(
-            f"{folder} is a {kind} whose UNet takes {channels[0]} channels for latents of {channels[1]}: "
-            "flaxkd draws with Stable Diffusion 1.x and 2.x from text alone, not with SDXL or inpainting models"
-        )
 
 
 def _each(name: str, value, kind: type, n: int) -> list:
@@ -249,10 +204,3 @@ def _read(picture: Picture, width: int, height: int) -> np.ndarray:
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(image, np.float32) / 255
-
-
-def _noise(seed: int, shape: tuple[int, ...], plan: samplers.Plan) -> tuple[np.ndarray, np.ndarray | None]:
-    """float32[h, w, c] to begin with, and float32[steps, h, w, c] if the sampler draws between its steps."""
-    rng = np.random.default_rng(seed)
-    first = rng.standard_normal(shape, np.float32)
-    return first, None if plan.noise is None else rng.standard_normal((len(plan.noise), *shape), np.float32)

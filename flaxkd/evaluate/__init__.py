@@ -1,0 +1,1 @@
+"""How good are students? `python -m flaxkd.evaluate`; see evaluation.py."""

@@ -7,7 +7,7 @@ from flaxkd.machine import command, hosts
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     command.keep_compiled_programs()
-    with hosts.together(args), command.told(ValueError, FileNotFoundError, ModuleNotFoundError):
+    with hosts.together(args), command.reported():
         run(args)
 
 

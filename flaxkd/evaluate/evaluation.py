@@ -1,45 +1,42 @@
 """How good are students? One table, the teacher first: fidelity to the teacher, and the published protocol.
 
-    python -m flaxkd.evaluate --model DIR|HUB_ID|WORKDIR ... [--reference DIR|HUB_ID|WORKDIR] [--out DIR]
+    python -m flaxkd.evaluate --model DIR|HUB_ID|WORKDIR ... [--teacher DIR|HUB_ID|WORKDIR] [--out DIR]
     python -m flaxkd.evaluate --model ... --prompts FILE --real DIR|FILE.npz [--inception FILE] [--clip DIR|HUB_ID]
 
 The first measures on held-out captions, with equal noise for all: see fidelity.py. With --prompts, pictures are drawn
-from every prompt as BK-SDM did, and scored with FID, inception score and CLIP score: see scores.py. Pictures that
-are there are kept, so that the same command goes on where it stopped.
+from every prompt as BK-SDM did, and scored with FID, inception score and CLIP score: see scores.py. Finished pictures
+are reused: the same command resumes.
 """
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from flaxkd import diffusion, pretrained
+from flaxkd import diffusion, export
 from flaxkd.data import encoding, sources
 from flaxkd.data import prompts as prompts_file
-from flaxkd.diffusion import sampling
-from flaxkd.drawing import grids, resumable
-from flaxkd.drawing.pipeline import Pipeline, locate
+from flaxkd.diffusion import samplers
+from flaxkd.drawing import batches, grids, resumable
+from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.evaluate import fidelity, scores, table
-from flaxkd.export import card
-from flaxkd.machine import hosts, sharding
+from flaxkd.machine import command, hosts, sharding
 from flaxkd.models.vae import sample_latents
+from flaxkd.pretrained import Folder
 
 SHOWN = 8  # prompts in samples.png
 
 
 class Candidate(NamedTuple):
-    """A pipeline folder, hub id or workdir, as `Pipeline.from_pretrained` takes it."""
+    """A model under evaluation: a pipeline folder, hub id or workdir, as `Pipeline.from_pretrained` takes it."""
 
     name: str
-    model: str | None
-    configs: dict[str, dict]  # unet, vae, text_encoder, scheduler
-    modules: dict[str, Any] = {}  # noqa: RUF012 - nothing writes it; the rest is empty until `load`
-    params: dict[str, Any] = {}  # noqa: RUF012
-    tokenizer: Any = None
+    folder: Folder
+    pipeline: Pipeline | None = None  # None until `load`
     fingerprint: str = ""
 
 
@@ -60,7 +57,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises ValueError, FileNotFoundError and ModuleNotFoundError before any compute."""
     if not args.fidelity and args.prompts is None:
         raise ValueError("--no-fidelity leaves the published protocol, which needs --prompts FILE")
-    models = [find(args.reference)]
+    models = [find(args.teacher)]
     models[0] = models[0]._replace(name=f"teacher ({models[0].name})")
     for model in args.models:
         models.append(find(model, tuple(m.name for m in models)))
@@ -81,10 +78,7 @@ def run(args: argparse.Namespace) -> dict:
         notes += [f"Not as published: {other}."] if other else []
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rows = [
-        {"model": model.name, "parameters": card.parameters("unet", model.configs["unet"])}
-        for model in models
-    ]
+    rows = [{"model": model.name, "parameters": model.folder.count("unet")} for model in models]
     written = []
     if args.fidelity and jax.process_index() == 0:
         written.append(measure_fidelity(setup, models, held, rows))
@@ -105,16 +99,16 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
     sharding.check_batch(mesh, args.batch_size, 1)
     dtype = sharding.compute_dtype(args.dtype)
     latents, resolution = sizes(models[0], args.resolution)
-    samplers = {"fidelity": args.sampler or "dpmsolver++"} if args.fidelity else {}
-    samplers |= {"protocol": args.sampler or scores.SAMPLER} if args.prompts else {}
+    kinds = {"fidelity": args.sampler or "dpmsolver++"} if args.fidelity else {}
+    kinds |= {"protocol": args.sampler or scores.SAMPLER} if args.prompts else {}
     for model in models:
-        for kind in samplers.values():
-            sampling.plan(kind, model.configs["scheduler"], args.steps)
+        for kind in kinds.values():
+            samplers.schedule(kind, model.folder.config("scheduler"), args.steps)
     settings = {
-        "teacher": str(args.reference or "the embedded miniature"),
+        "teacher": str(args.teacher or "the embedded miniature"),
         "models": ", ".join(args.models),
         "resolution": f"{resolution} pixels",
-        **{f"sampler ({what})": kind for what, kind in samplers.items()},
+        **{f"sampler ({what})": kind for what, kind in kinds.items()},
         "steps": args.steps,
         "guidance": args.guidance,
         "seed": args.seed,
@@ -123,23 +117,31 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
         "machine": f"{jax.process_count()} x {mesh.size} x {jax.local_devices()[0].device_kind}",
         "jax": jax.__version__,
     }
-    return Setup(args, mesh, dtype, latents, resolution, samplers), settings
+    return Setup(args, mesh, dtype, latents, resolution, kinds), settings
 
 
 def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **options) -> list[Path]:
     """Draws what is missing of the pictures of a loaded model for "fidelity" or "protocol"; the paths of all."""
     args = setup.args
-    plan = sampling.plan(setup.samplers[what], model.configs["scheduler"], args.steps)
+    schedule = samplers.schedule(setup.samplers[what], model.folder.config("scheduler"), args.steps)
     settings = {"weights": model.fingerprint, "sampler": setup.samplers[what], "steps": args.steps}
     settings |= {"guidance": args.guidance, "resolution": setup.resolution, "dtype": setup.dtype.name}
+
+    def pictures_of(indices: list[int]) -> Iterator[np.ndarray]:
+        return batches.draw(
+            model.pipeline,
+            [prompts[i] for i in indices],
+            lambda k: (resumable.noise_of(args.seed, indices[k], setup.latents), None),
+            schedule,
+            args.guidance,
+            batch_size=args.batch_size,
+        )
+
     return resumable.draw(
         args.out / "pictures" / what / re.sub(r"[^\w.-]+", "-", model.name).strip("-"),
         prompts,
-        drawer(model, plan, args.guidance, setup.mesh),
-        settings=settings,
-        latents=setup.latents,
-        seed=args.seed,
-        batch_size=args.batch_size,
+        pictures_of,
+        settings=settings | {"seed": args.seed},
         desc=f"{what}: drawing, {model.name}",
         **options,
     )
@@ -157,12 +159,12 @@ class HeldOut(NamedTuple):
 def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[str]) -> HeldOut:
     """Opens the validation split, and finds what each model is to the teacher. Raises ValueError if it is nothing."""
     args, teacher = setup.args, models[0]
-    schedule = diffusion.NoiseSchedule.from_config(teacher.configs["scheduler"])
+    schedule = diffusion.NoiseSchedule.from_config(teacher.folder.config("scheduler"))
     edges = fidelity.timestep_bins(len(schedule.alphas_cumprod), args.bins)
     pairs: list[tuple] = [()]
     for model in models[1:]:
         check(model, teacher)
-        kind, found = fidelity.relation(model.configs["unet"], teacher.configs["unet"], args.pairing)
+        kind, found = fidelity.relation(model.folder.config("unet"), teacher.folder.config("unet"), args.pairing)
         pairs.append(found)
         settings[f"{model.name} is"] = kind or "another network"
         if kind is None:
@@ -182,7 +184,7 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
     """Adds what fidelity.py measures to the rows, the teacher's first; writes samples.png and returns its path."""
     args, mesh = setup.args, setup.mesh
     teacher = load(models[0], setup.dtype, mesh)
-    scaling_factor = teacher.modules["vae"].config.scaling_factor
+    scaling_factor = teacher.folder.scaling_factor
     moments = encode(teacher, held.images, args.batch_size, mesh)
     noise = np.random.default_rng(args.seed).standard_normal((len(moments), *setup.latents), np.float32)
     latents = np.asarray(sample_latents(noise, moments, scaling_factor))
@@ -240,67 +242,61 @@ def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, row
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m flaxkd.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("flaxkd.evaluate", __doc__, {"--reference": "--teacher"})
     add = parser.add_argument
-    model = "pipeline folder, hub id, or workdir of a training (its export, else its newest checkpoint)"
-    rows = f"{model}; several make several rows"
-    add("--model", dest="models", action="extend", nargs="+", required=True, help=rows)
-    add("--reference", help=f"the teacher: {model}; default: the embedded miniature")
-    add("--out", type=Path, default=Path("evaluation"), help="folder of the result (default: %(default)s)")
-    add("--steps", type=int, default=scores.STEPS, help="of the sampler (default: %(default)s)")
+    rows = f"{command.MODEL}; repeat it for several rows"
+    command.add(parser, "model", dest="models", action="extend", nargs="+", required=True, help=rows)
+    command.add(parser, "teacher")
+    command.add(parser, "out", default=Path("evaluation"), help="folder of the result (default: %(default)s)")
+    command.add(parser, "steps", default=scores.STEPS, help="of the sampler (default: %(default)s)")
     add("--guidance", type=float, default=scores.GUIDANCE, help="default: %(default)s")
     add("--sampler", help="default: dpmsolver++ for fidelity, pndm for the protocol")
     add("--resolution", type=int, help="pixels (default: what the teacher was made for)")
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=16, help="pictures at once, over the devices of a process")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
+    command.add(parser, "seed")
+    command.add(parser, "batch-size", default=16, help="pictures at once, over the devices of a process")
+    command.add(parser, "dtype")
     hosts.add_arguments(parser)
-    of = parser.add_argument_group("fidelity to the teacher")
-    of.add_argument("--fidelity", action=argparse.BooleanOptionalAction, default=True)
-    of.add_argument(
+    group = parser.add_argument_group("fidelity to the teacher")
+    group.add_argument("--fidelity", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument(
         "--data", default="openmoji", help="'openmoji' or a folder of pictures with metadata.jsonl"
     )
-    of.add_argument("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
-    of.add_argument("--bins", type=int, default=10, help="ranges of timesteps (default: %(default)s)")
-    of.add_argument("--pairing", choices=["segmind", "bksdm"], default="segmind", help="feature pairs")
-    of = parser.add_argument_group("published protocol (needs the extra eval)")
-    of.add_argument("--prompts", type=Path, help=".txt (a prompt a line) or .csv (a column text)")
-    of.add_argument("--limit", type=int, help="take the first so many prompts")
-    of.add_argument(
+    group.add_argument("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
+    group.add_argument("--bins", type=int, default=10, help="ranges of timesteps (default: %(default)s)")
+    group.add_argument("--pairing", choices=["segmind", "bksdm"], default="segmind", help="feature pairs")
+    group = parser.add_argument_group("published protocol (needs the extra eval)")
+    group.add_argument("--prompts", type=Path, help=".txt (a prompt a line) or .csv (a column text)")
+    group.add_argument("--limit", type=int, help="take the first so many prompts")
+    group.add_argument(
         "--real", type=Path, help="folder of real pictures, or .npz with mu and sigma; without: no FID"
     )
-    of.add_argument(
+    group.add_argument(
         "--inception", type=Path, help="InceptionV3 weights of torch-fidelity (default: downloaded)"
     )
-    of.add_argument("--clip", default=scores.CLIP, help="CLIP of transformers (default: %(default)s)")
+    group.add_argument("--clip", default=scores.CLIP, help="CLIP of transformers (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def find(model: str | None, taken: tuple[str, ...] = ()) -> Candidate:
-    """The model with its configurations, without weights. taken: names of rows that are there already.
+    """The model without weights. taken: names of rows that are there already.
 
-    Raises FileNotFoundError like `pipeline.locate`."""
+    Raises FileNotFoundError like `export.open_model`."""
     path = None if model is None else Path(model).expanduser()
-    folder, parts, _ = locate(model)
+    folder = export.open_model(model)
     words = ("miniature",) if path is None else path.resolve().parts if path.is_dir() else path.parts
     name = "/".join(words[-2:] if words[-1] == "diffusers" or not (path and path.is_dir()) else words[-1:])
     name = next(n for n in (name, *(f"{name} ({i})" for i in range(2, 1000))) if n not in taken)
-    configs = {part: parts.get(part) or pretrained.read_config(folder, part) for part in pretrained.CONFIGS}
-    return Candidate(name, model, configs)
+    return Candidate(name, folder)
 
 
-def check(model: Candidate, reference: Candidate) -> None:
+def check(model: Candidate, teacher: Candidate) -> None:
     """Raises ValueError unless both see the same noisy latents and say the same of them."""
     wrong = []
-    vaes = [pretrained.build("vae", m.configs["vae"]).config for m in (model, reference)]
-    kinds = [diffusion.NoiseSchedule.from_config(m.configs["scheduler"]) for m in (model, reference)]
+    folders = [model.folder, teacher.folder]
+    kinds = [diffusion.NoiseSchedule.from_config(folder.config("scheduler")) for folder in folders]
     for what, (own, others) in {
-        "latents are scaled by": [vae.scaling_factor for vae in vaes],
-        "a latent is so many pixels wide:": [vae.factor for vae in vaes],
+        "latents are scaled by": [folder.scaling_factor for folder in folders],
+        "a latent is so many pixels wide:": [folder.factor for folder in folders],
         "prediction_type is": [kind.prediction_type for kind in kinds],
         "training timesteps are": [len(kind.alphas_cumprod) for kind in kinds],
     }.items():
@@ -310,69 +306,44 @@ def check(model: Candidate, reference: Candidate) -> None:
         wrong.append("the noise schedules (betas) differ")
     if wrong:
         raise ValueError(
-            f"{model.name} cannot be compared with {reference.name}: {'; '.join(wrong)}. Give the teacher that it was "
-            "distilled from with --reference, or --no-fidelity for the published protocol alone"
+            f"{model.name} cannot be compared with {teacher.name}: {'; '.join(wrong)}. Give the teacher that it was "
+            "distilled from with --teacher, or --no-fidelity for the published protocol alone"
         )
 
 
-def sizes(reference: Candidate, resolution: int | None) -> tuple[tuple[int, int, int], int]:
-    """((h, w, c) of the latents, pixels a side), None for the reference's own. ValueError if a UNet cannot take it."""
-    unet, vae = (pretrained.build(part, reference.configs[part]).config for part in ("unet", "vae"))
-    resolution = resolution or unet.sample_size * vae.factor
-    multiple = vae.factor * 2 ** (len(unet.block_out_channels) - 1)
+def sizes(teacher: Candidate, resolution: int | None) -> tuple[tuple[int, int, int], int]:
+    """((h, w, c) of the latents, pixels a side), None for the teacher's own. ValueError if its UNet cannot take it."""
+    folder = teacher.folder
+    resolution = resolution or folder.resolution
+    multiple = folder.factor * 2 ** (len(folder.module("unet").config.block_out_channels) - 1)
     if resolution < 1 or resolution % multiple:
         raise ValueError(
-            f"resolution {resolution} is no multiple of {multiple} pixels, which {reference.name} needs"
+            f"resolution {resolution} is no multiple of {multiple} pixels, which {teacher.name} needs"
         )
-    side = resolution // vae.factor
-    return (side, side, unet.in_channels), resolution
+    return folder.latent_shape(resolution), resolution
 
 
 def load(model: Candidate, dtype, mesh) -> Candidate:
-    """The model with modules, tokenizer, and weights on every device of the mesh."""
-    pipeline = Pipeline.from_pretrained(model.model, dtype, mesh)
-    return model._replace(
-        modules=pipeline.modules,
-        fingerprint=resumable.fingerprint(pipeline.params),
-        params=pipeline.params,
-        tokenizer=pipeline.tokenizer,
-    )
+    """The model with its weights on every device of the mesh."""
+    pipeline = Pipeline.from_folder(model.folder, model.name, dtype, mesh)
+    return model._replace(pipeline=pipeline, fingerprint=resumable.fingerprint(pipeline.params))
 
 
 def network(model: Candidate, captions: list[str]) -> fidelity.Network:
     """What of a loaded model predicts, and `captions` as its own tokenizer has them."""
-    params = {part: model.params[part] for part in ("unet", "text_encoder")}
-    ids = pretrained.tokenize(model.tokenizer, captions)
-    return fidelity.Network(model.modules["unet"], model.modules["text_encoder"], params, ids)
-
-
-def drawer(model: Candidate, plan: sampling.Plan, guidance: float, mesh) -> Callable:
-    """(b prompts, latents float32[b, h, w, c]) -> pictures uint8[b, H, W, 3], split over the devices of the mesh."""
-    put = lambda x: jax.device_put(x, sharding.batch(mesh))
-    tokenize = lambda prompts: put(pretrained.tokenize(model.tokenizer, prompts))
-
-    def draw(prompts: list[str], latents: np.ndarray) -> np.ndarray:
-        images = sampling.text_to_image(
-            **model.modules,
-            params=model.params,
-            input_ids=tokenize(prompts),
-            negative_ids=tokenize([""] * len(prompts)),
-            latents=put(latents),
-            plan=plan,
-            guidance=guidance,
-        )
-        return np.round(np.asarray(images) * 255).astype(np.uint8)
-
-    return draw
+    pipeline, folder = model.pipeline, model.folder
+    parts = ("unet", *folder.family.encoders)
+    modules = {part: pipeline.modules[part] for part in parts}
+    params = {part: pipeline.params[part] for part in parts}
+    return fidelity.Network(modules, folder.family.condition, params, folder.tokenize(captions))
 
 
 def encode(model: Candidate, images: np.ndarray, batch_size: int, mesh) -> np.ndarray:
     """Moments float32[n, h, w, 2c] of pictures uint8[n, H, W, 3], by the model's autoencoder."""
-    found = []
+    found, pipeline = [], model.pipeline
     for start in range(0, len(images), batch_size):
         here = np.arange(start, start + batch_size).clip(max=len(images) - 1)  # one shape: compiled once
         batch = jax.device_put(images[here], sharding.batch(mesh))
-        found.append(
-            np.asarray(encoding.moments(model.modules["vae"], model.params["vae"], batch), np.float32)
-        )
+        moments = encoding.moments(pipeline.modules["vae"], pipeline.params["vae"], batch)
+        found.append(np.asarray(moments, np.float32))
     return np.concatenate(found)[: len(images)]

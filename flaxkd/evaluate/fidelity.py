@@ -5,28 +5,30 @@ What is measured, and what 0 means: `errors` compares predictions and features o
 puts it together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import FrozenDict
 from tqdm import tqdm
 
-from flaxkd import diffusion, distill, students
+from flaxkd import diffusion, students
 from flaxkd.machine import sharding
 from flaxkd.models.unet import UNetConfig
+from flaxkd.tasks.losses import mse, predict
 
 PSNR_LIMIT = 100.0  # dB, that of equal pictures: infinity has no mean
 GRID = 4  # cells a side over which latents are averaged for `frechet_latent`: 64 numbers a picture
 
 
 class Network(NamedTuple):
-    """Who predicts: the modules, static under jit, their parameters by the same names, and tokenized captions."""
+    """Who predicts: the modules {"unet", encoders}, their parameters by the same names, and tokenized captions."""
 
-    unet: nn.Module
-    text_encoder: nn.Module
+    modules: Mapping[str, nn.Module]
+    condition: Callable  # of the family: (modules, params, input_ids) -> keyword arguments of the UNet
     params: dict
     input_ids: np.ndarray  # int32[n, l]
 
@@ -62,17 +64,16 @@ def _stages(unet_config: dict) -> tuple:
 def compare(modules, params, input_ids, noisy_latents, timesteps, target, pairs) -> dict[str, jax.Array]:
     """Mean squares of each example, {name: float32[b]}: student and teacher on the same noisy latents.
 
-    modules: ((unet, text_encoder) of the student, those of the teacher). params, input_ids: two likewise.
+    modules: ((modules, condition) of the student, those of the teacher). params, input_ids: two likewise.
     noisy_latents, target: float32[b, h, w, 4]. timesteps: int32[b]. pairs: ((student module, teacher module), ...).
-    The names are "loss_noise" and "loss_output" as in `distill.kd_loss`, "teacher/loss_noise", and for each pair
+    The names are "loss_noise" and "loss_output" as in `losses.kd_loss`, "teacher/loss_noise", and for each pair
     "feature/<student module>" and "square/<student module>", the square of the teacher's feature itself.
     """
     said = []
-    for (unet, text_encoder), p, ids in zip(modules, params, input_ids, strict=True):
-        states = text_encoder.apply({"params": p["text_encoder"]}, ids)
-        said.append(distill.predict(unet, p["unet"], noisy_latents, timesteps, states))
+    for (own, condition), p, ids in zip(modules, params, input_ids, strict=True):
+        said.append(predict(own["unet"], p["unet"], noisy_latents, timesteps, condition(own, p, ids)))
     student, teacher = said
-    each = jax.vmap(distill.mse)
+    each = jax.vmap(mse)
     values = {
         "loss_noise": each(student.noise_pred, target),
         "loss_output": each(student.noise_pred, teacher.noise_pred),
@@ -111,7 +112,7 @@ def errors(
     """
     edges, n = timestep_bins(len(schedule.alphas_cumprod), bins), len(latents)
     data = sharding.batch(mesh)
-    modules = tuple((network.unet, network.text_encoder) for network in (student, teacher))
+    modules = tuple((FrozenDict(network.modules), network.condition) for network in (student, teacher))
     params = student.params, teacher.params
     found: dict[str, list] = {}
     with tqdm(total=bins * n, desc=desc, unit=" predictions", mininterval=1) as bar:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from flaxkd.machine import files
+
 SAMPLER, STEPS, GUIDANCE, PIXELS, PROMPTS = "pndm", 25, 7.5, 512, 30_000
 SIZE, SUFFIX = 256, ".jpg"  # as kept
 CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # BK-SDM's, in open_clip
@@ -273,9 +275,8 @@ def real_statistics(scorer: Scorer, read: Callable, batch_size: int, out: Path) 
         return scorer
     features, _ = inception_features(scorer.real, read, scorer.inception, batch_size, "real pictures")
     mean, covariance = statistics(features)
-    scratch = out.with_name(f".{out.name}")
-    np.savez(scratch, mu=mean, sigma=covariance)
-    scratch.rename(out)
+    with files.whole(out) as scratch, scratch.open("wb") as file:
+        np.savez(file, mu=mean, sigma=covariance)
     return scorer._replace(real=(mean, covariance))
 
 

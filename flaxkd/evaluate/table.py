@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from flaxkd.drawing import figures
+from flaxkd.machine import files
 
 # (key of a row, title, digits after the point, what it is)
 COLUMNS = (
@@ -31,8 +32,8 @@ def write(out: Path, result: dict) -> list[Path]:
     "model" and as many of COLUMNS as were measured, perhaps "by_timestep" {name: [a number a bin]} and "features"
     {module: float}."""
     paths = [Path(out) / f"evaluation.{ending}" for ending in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n")
-    paths[1].write_text(markdown(result))
+    files.write_text(paths[0], json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n")
+    files.write_text(paths[1], markdown(result))
     picture(result, paths[2])
     return paths
 

@@ -1,5 +1,25 @@
-"""What a run leaves: its export record and newest weights (workdir.py), the model card of a pipeline (card.py)."""
+"""What a run leaves: its export record and newest weights (workdir), the model card of a pipeline (card)."""
 
-from flaxkd.export.workdir import EXPORT, export, plan, read_plan, restore, write
+from flaxkd.export.workdir import (
+    EXPORT,
+    RECORD,
+    export,
+    newest_step,
+    open_model,
+    read_record,
+    restore,
+    write,
+    write_record,
+)
 
-__all__ = ["EXPORT", "export", "plan", "read_plan", "restore", "write"]
+__all__ = [
+    "EXPORT",
+    "RECORD",
+    "export",
+    "newest_step",
+    "open_model",
+    "read_record",
+    "restore",
+    "write",
+    "write_record",
+]

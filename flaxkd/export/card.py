@@ -1,14 +1,13 @@
 """The model card of an exported pipeline: README.md with the front matter that the hub reads."""
 
 import json
-import math
 import re
 from pathlib import Path
 
-import jax
+from huggingface_hub import ModelCardData
 
-from flaxkd import pretrained
-from flaxkd.training import metrics
+from flaxkd.machine import files
+from flaxkd.pretrained import PARTS, Folder, count
 
 PREVIEW = "samples.png"
 
@@ -24,30 +23,30 @@ publish this model."""
 OWN = "The weights come from pictures of the one who trained them, who decides on the licence."
 
 
-def model_card(workdir: Path, source: Path, parts: dict[str, dict], step: int, averaged: bool) -> str:
+def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int, averaged: bool) -> str:
     """The text of README.md for the exported `parts` {part: config.json}.
 
     workdir: its config.json, metrics.jsonl and samples.png are shown as far as they exist. source: the
     pipeline folder of the teacher. step: of the checkpoint. averaged: whether the weights are the moving
     average."""
     run = _read_json(workdir / "config.json")  # empty for a workdir of convert.from_diffusers
-    teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source))
+    teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source.path))
     openmoji = (teacher is None and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
     name, plain = names(teacher)
     title, text = headline(run, name, plain, list(parts))
-    inherited = _licence(source)
+    inherited = _licence(source.path)
     licences = {"cc-by-sa-4.0"} if openmoji else set()
     licences |= {inherited} if inherited else set() if teacher is None else {"other"}
     [licence] = licences if len(licences) == 1 else ["other"]  # two that apply have no name together
-    front = {
-        "license": licence,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "base_model": teacher if name != plain else None,
-        "tags": ["text-to-image", "diffusers", "stable-diffusion"]
+    front = ModelCardData(
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=teacher if name != plain else None,
+        tags=["text-to-image", "diffusers", "stable-diffusion"]
         + ["knowledge-distillation"] * bool(run.get("student")),
-    }
-    blocks = [_front_matter(front), f"# {title}", text]
+    )
+    blocks = [f"---\n{front.to_yaml()}\n---", f"# {title}", text]
     if (workdir / PREVIEW).is_file():
         columns = "The columns are the teacher, the student as cut, and the student after distillation. "
         columns = columns if run.get("student") else ""
@@ -57,7 +56,7 @@ def model_card(workdir: Path, source: Path, parts: dict[str, dict], step: int, a
     blocks += [
         counts(parts, source),
         _usage(parts, source, prompts[0]),
-        figures(metrics.read(workdir)),
+        figures(files.read_jsonl(workdir / "metrics.jsonl")),
         measured(workdir, "evaluation"),
         measured(workdir, "bench"),
     ]
@@ -91,7 +90,7 @@ def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, s
         title, text = "A text-to-image pipeline trained with flaxkd", f"Trained here: {what}."
     else:
         title, text = "A converted text-to-image pipeline", f"Converted from {name}, unchanged."
-    if len(parts) < len(pretrained.MODELS):
+    if len(parts) < len(PARTS):
         text += f" New in this folder: {what}. All else is as in the source."
     return title, text
 
@@ -105,37 +104,19 @@ def _licence(source: Path) -> str | None:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
-def _front_matter(fields: dict) -> str:
-    lines = []
-    for name, value in fields.items():
-        if isinstance(value, list):
-            lines += [f"{name}:", *(f"- {item}" for item in value)]
-        elif value is not None:
-            lines.append(f"{name}: {value}")
-    return "\n".join(["---", *lines, "---"])
-
-
-def parameters(part: str, config: dict) -> int:
-    """The number of parameters of a part with this config.json."""
-    shapes = pretrained.shapes(pretrained.build(part, config), part)
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
-
-
-def counts(parts: dict[str, dict], source: Path) -> str:
+def counts(parts: dict[str, dict], source: Folder) -> str:
     """A table of the parameters of `parts` {part: config.json}, and of what they replace in the folder `source`."""
     lines = ["| part | parameters | of the source |", "|---|---:|---:|"]
     for part, config in parts.items():
-        before = parameters(part, pretrained.read_config(source, part))
-        lines.append(f"| {part} | {parameters(part, config):,} | {before:,} |")
+        lines.append(f"| {part} | {count(part, config):,} | {source.count(part):,} |")
     return "\n".join(lines)
 
 
-def _usage(parts: dict[str, dict], source: Path, prompt: str) -> str:
-    unet, vae = (parts.get(part) or pretrained.read_config(source, part) for part in ("unet", "vae"))
-    pixels = (unet.get("sample_size") or 64) * pretrained.build("vae", vae).config.factor
+def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
+    pixels = source.replace(parts, {}).resolution
     return f"""\
 ## Use
 ```python

@@ -55,6 +55,20 @@ def whole(file: os.PathLike) -> Iterator[Path]:
                 work.unlink()
 
 
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder to fill. After the block it is `out`, in place of what was there; if the block fails, nothing is."""
+    out = Path(out).absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        if out.exists():
+            out.rename(Path(scratch) / "old")
+        new.rename(out)
+
+
 def write_text(file: os.PathLike, text: str) -> None:
     with whole(file) as path:
         path.write_text(text, encoding="utf-8")
@@ -92,20 +106,19 @@ def claim(file: os.PathLike, settings: dict, *, differ: str, remedy: str, free: 
     settings: what JSON can hold. free: keys that may differ; the file then gets the new ones.
     Raises ValueError that names every other key that differs: "FOLDER {differ}", the keys, and `remedy`."""
     file = epath.Path(file)
-    settings = json.loads(json.dumps(settings))
-    compare(file, settings, differ=differ, remedy=remedy, free=free)
-    if not file.is_file() or read_json(file) != settings:
+    if compare(file, settings, differ=differ, remedy=remedy, free=free):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
 
 
-def compare(file: os.PathLike, settings: dict, *, differ: str, remedy: str, free: Sequence[str] = ()) -> None:
-    """Raises ValueError, as `claim` does, if `file` is there and holds other settings."""
+def compare(file: os.PathLike, settings: dict, *, differ: str, remedy: str, free: Sequence[str] = ()) -> bool:
+    """Whether `file` is absent, or has other values of `free` keys. Raises ValueError for others, as `claim` does."""
     file = epath.Path(file)
     if not file.is_file():
-        return
-    before = read_json(file)
+        return True
+    before, settings = read_json(file), json.loads(json.dumps(settings))  # JSON has no tuples
     keys = [key for key in sorted({*before, *settings} - {*free}) if before.get(key) != settings.get(key)]
     if keys:
         lines = "".join(f"\n  {key}: {before.get(key)!r} there, {settings.get(key)!r} here" for key in keys)
         raise ValueError(f"{file.parent} {differ}:{lines}\n{remedy}")
+    return before != settings

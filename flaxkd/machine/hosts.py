@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes")
     for name, (kind, meaning) in FLAGS.items():
         options = {"action": "store_true"} if kind is bool else {"type": kind}
-        group.add_argument(f"--{name}", help=meaning, **options)
+        group.add_argument(f"--{name.replace('_', '-')}", help=meaning, **options)
 
 
 def is_first() -> bool:

@@ -1,12 +1,12 @@
 """python -m flaxkd.plan: see table.py."""
 
-import json
+import sys
 import time
 from pathlib import Path
 
 import jax
 
-from flaxkd.machine.command import told
+from flaxkd.machine import command, files
 from flaxkd.plan import devices
 from flaxkd.plan.table import largest, markdown, next_size, row
 
@@ -14,11 +14,9 @@ from flaxkd.plan.table import largest, markdown, next_size, row
 def main(_=None) -> None:
     config, begin = FLAGS.config, time.time()
     rows = []
-    with told(ValueError, FileNotFoundError):
+    with command.reported():
         if FLAGS.largest and FLAGS.whole:
-            raise ValueError(
-                "--largest compiles several steps, which takes hours with --whole: leave one out"
-            )
+            raise ValueError("--largest compiles several steps, which takes hours with --whole: leave one out")
         targets = [devices.target(name) for name in FLAGS.device]
         for target in targets:
             if not FLAGS.largest:
@@ -30,14 +28,14 @@ def main(_=None) -> None:
                 rows += next_size(config, target, found[-1]["per_device"] // config.accumulate)
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (out / "plan.md").write_text(markdown(rows))
+    files.write_json(out / "plan.json", rows)
+    files.write_text(out / "plan.md", markdown(rows))
     print(markdown(rows))
     print(f"wrote {out / 'plan.json'}\nwrote {out / 'plan.md'}   ({time.time() - begin:.0f} s)")
 
 
 if __name__ == "__main__":
-    # A plan needs no accelerator, and a training may hold the one that is there.
+    # A plan needs no accelerator, and a training may hold the one of this machine.
     jax.config.update("jax_platforms", "cpu")
     from absl import app, flags
     from ml_collections import config_flags
@@ -51,4 +49,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "plan", "Folder of the result")
     flags.mark_flags_as_required(["config", "device"])
     FLAGS = flags.FLAGS
-    app.run(main)
+    app.run(main, argv=command.underscored(sys.argv, FLAGS))

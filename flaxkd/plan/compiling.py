@@ -4,6 +4,7 @@ TPU programs compile with libtpu, those of a GPU with JAX's CUDA plugin, on any 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,11 +22,13 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from flaxkd import architectures, distill, pretrained
+from flaxkd import tasks
 from flaxkd.machine import files, sharding
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.plan import devices
+from flaxkd.pretrained import Folder, build, fresh, published
 from flaxkd.training import step
+from flaxkd.training.task import Task
 
 
 class Lowered(NamedTuple):
@@ -33,9 +36,8 @@ class Lowered(NamedTuple):
 
     program: jax.stages.Lowered
     held: dict[str, int]  # "parameters", "optimizer", "average", "teacher", "batch"
-    teacher: dict  # its unet/config.json
-    student: dict | None  # its own; None if the teacher itself is trained
-    sample_size: int  # rows and columns of the latents
+    passes: tuple[tuple[dict, int], ...]  # as `Task.passes`, at the size of the latents
+    batch_size: int  # images
     attention: str  # the form that the longest takes, a name in models.attention.FORMS
     compiler: str  # what will compile it, and its version
 
@@ -87,10 +89,10 @@ def topology(target: devices.Target) -> list:
         ) from error
 
 
-def source_of(config, scratch: Path) -> Path:
-    """The teacher's pipeline folder; of a published one that is not at hand, a folder without weights."""
-    known = architectures.find(config.teacher)
-    return architectures.write(known, scratch) if known else pretrained.resolve(config.teacher)
+def teacher(config, scratch: Path) -> Folder:
+    """The teacher's pipeline folder; of a published one that is not on this machine, a folder without weights."""
+    known = published(config.teacher)
+    return fresh.skeleton(scratch, known) if known else Folder.open(config.teacher)
 
 
 def lower(config, target: devices.Target) -> Lowered:
@@ -102,19 +104,12 @@ def lower(config, target: devices.Target) -> Lowered:
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     dtype = sharding.compute_dtype(config.dtype or "bfloat16")
     with tempfile.TemporaryDirectory() as scratch:
-        source = source_of(config, Path(scratch))
-        task = _task(config, source, dtype, pretrained.load_tokenizer(source), mesh)
-        text = pretrained.read_config(source, "text_encoder")
-        teacher = pretrained.read_config(source, "unet")
-        factor = pretrained.build("vae", pretrained.read_config(source, "vae")).config.factor
+        folder = teacher(config, Path(scratch))
+        task = _task(config, folder, dtype, mesh)
+        size, unet = folder.latent_shape(config.data.resolution)[0], folder.config("unet")
     tx = step.optimizer(config)
-    state = jax.eval_shape(lambda params: step.init_state(params, tx, bool(config.ema_decay)), task.params)
-    size, channels = config.data.resolution // factor, task.configs["unet"]["in_channels"]
-    of = jax.ShapeDtypeStruct
-    batch = {
-        "moments": of((config.batch_size, size, size, 2 * channels), np.float32),
-        "input_ids": of((config.batch_size, text["max_position_embeddings"]), np.int32),
-    }
+    state = step.state_shapes(task, config, tx)
+    batch = task.shapes(config.batch_size)
     train_step, _ = step.make_step(task, config, tx, mesh, state)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shardings = sharding.params(mesh, state)
@@ -134,36 +129,29 @@ def lower(config, target: devices.Target) -> Lowered:
             f"cannot compile for {target.name}: {error}. Its attention is that of cuDNN, which comes with: "
             'pip install "flaxkd[plan-gpu]"; --config.attention=plain does without'
         ) from error
-    student = task.configs["unet"] if config.student else None
-    attention = longest_attention(config, mesh, teacher, size, dtype)
-    compiler = there[0].client.platform_version
-    return Lowered(program, held, teacher, student, size, attention, compiler)
+    attention = longest_attention(config, mesh, unet, size, dtype)
+    passes = tuple((unet | {"sample_size": size}, times) for unet, times in task.passes)
+    return Lowered(program, held, passes, config.batch_size, attention, there[0].client.platform_version)
 
 
 def longest_attention(config, mesh, unet: dict, size: int, dtype) -> str:
     """The form that self-attention takes at the outermost level of a UNet."""
-    outermost = pretrained.build("unet", unet).config.down[0]
+    outermost = build("unet", unet).config.down[0]
     attend = DotProductAttention(mesh, config.attention)
     return attend.name(attend.platform, dtype, size**2, size**2, outermost.channels // outermost.heads)
 
 
-def _task(config, source: Path, dtype, tokenizer, mesh) -> step.Task:
+def _task(config, folder: Folder, dtype, mesh) -> Task:
     """The task with shapes in place of parameters: its weights are tracers, which end as shapes."""
     made = []
 
     def weights(trees):
-        load = lambda folder, part: (
-            pretrained.build(part, pretrained.read_config(folder, part)),
-            trees[part],
-        )
-        made.append(distill.task(config, source, dtype, tokenizer, mesh, load))
-        return made[-1].params, made[-1].frozen
+        traced = folder.replace({}, {part: lambda part=part: trees[part] for part in trees})
+        made.append(tasks.make(config, traced, dtype, mesh))
+        return made[-1].trained, made[-1].frozen
 
-    parts = ("unet", "text_encoder")
-    modules = {part: pretrained.build(part, pretrained.read_config(source, part)) for part in parts}
-    trees = {part: pretrained.shapes(module, part) for part, module in modules.items()}
-    params, frozen = jax.eval_shape(weights, trees)
-    return made[-1]._replace(params=params, frozen=frozen)
+    trained, frozen = jax.eval_shape(weights, {part: folder.shapes(part) for part in folder.parts})
+    return dataclasses.replace(made[-1], trained=trained, frozen=frozen)
 
 
 def _bytes(tree, shardings) -> int:
@@ -186,7 +174,7 @@ def kept(make: Callable, config, lowered: Lowered, target: devices.Target) -> Co
     result = make(config, lowered, target)
     with contextlib.suppress(OSError):  # a full disk costs the next plan its time, and nothing else
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result._asdict()))
+        files.write_json(file, result._asdict())
     return result
 
 
@@ -245,9 +233,13 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-# -- As far as a TPU's memory is known --------------------------------------------------------------------------------
+# -- A TPU program as far as its memory is fixed -----------------------------------------------------------------------
+#
+# XLA fixes every buffer before it writes machine code, which may take half an hour more. A process of its own compiles
+# with XLA's dumps turned on, and is ended as soon as the buffers are in them. The bytes of the machine code stay unknown.
+
 DUMPS = "--xla_dump_to={} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train_step.*"
-# Of the dumps, in the order in which they are written. What the last one says is not needed, but that it is there.
+# XLA writes the dumps in this order. The last one is a mere sign that the others are whole.
 PROGRAM, BUFFERS, MEMORY, LAST = (
     f"*after_optimizations{rest}.txt"
     for rest in ("", "-buffer-assignment", "-memory-usage-report", "_after_buffer_assignment")
@@ -257,9 +249,9 @@ TEMPORARY = r"^allocation \d+: size (\d+), preallocated-temp"
 
 
 def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
-    """Of the step of `config` for a TPU; `lowered` is the same step, which the other process lowers again.
+    """What the step of `config` needs on a TPU; `lowered` is the same step, which the other process lowers again.
 
-    Where no such dumps are written, it takes as long as `whole`, and tells as much.
+    Where no such dumps are written, it takes as long as `whole`, and knows as much.
     Raises RuntimeError with what the compiler said if that is not that the program is too large."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="flaxkd-plan-") as scratch:
@@ -271,7 +263,7 @@ def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
         }
         with (folder / "said").open("w") as said:
             process = subprocess.Popen(
-                [sys.executable, "-m", "flaxkd.plan.tpu_memory", scratch],
+                [sys.executable, "-m", "flaxkd.plan.compiling", scratch],
                 env=environment,
                 stdout=said,
                 stderr=said,
@@ -300,7 +292,9 @@ def read(folder: Path, seconds: float) -> Compiled:
 
 
 if __name__ == "__main__":
+    from flaxkd.plan import compiling  # by its own name, or the other process could not read what is pickled
+
     jax.config.update("jax_platforms", "cpu")
     here = Path(sys.argv[1])
     job = pickle.loads((here / "job").read_bytes())
-    (here / "result").write_bytes(pickle.dumps(whole(job[0], lower(*job), job[1])))
+    (here / "result").write_bytes(pickle.dumps(compiling.whole(job[0], compiling.lower(*job), job[1])))

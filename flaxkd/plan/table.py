@@ -37,7 +37,7 @@ def row(config, target: devices.Target, whole: bool = False) -> dict:
         make = compiling.whole if whole or target.platform == "gpu" else compiling.assigned
         compiled = compiling.kept(make, config, lowered, target)
     fits = compiled.fits and compiled.needed <= room(target, make is compiling.whole)
-    flops = image_flops(lowered, config.remat)
+    flops = image_flops(lowered)
     kind = devices.KINDS[target.kind]
     rate = target.count * target.peak.flops_per_second * kind.utilisation / flops
     hours = config.steps * config.batch_size / rate / 3600
@@ -76,14 +76,11 @@ def room(target: devices.Target, whole: bool = False) -> float:
     return USABLE * target.peak.memory - (0 if whole else CODE)
 
 
-def image_flops(lowered: compiling.Lowered, remat: bool) -> float:
-    """The least FLOPs of training with one image: the teacher forward, the student forward and twice that back.
-
-    Rematerialisation goes forward in the student once more."""
-    passes = {"teacher": 1, "student": 3 + remat} if lowered.student else {"teacher": 3 + remat}
-    unets = {"teacher": lowered.teacher, "student": lowered.student}
-    cost = lambda unet: students.cost(unet | {"sample_size": lowered.sample_size})[1]
-    return sum(count * cost(unets[name]) for name, count in passes.items())
+def image_flops(lowered: compiling.Lowered) -> float:
+    """The least FLOPs of training with one image, by the passes of its task; of a task without UNets, XLA's count."""
+    if not lowered.passes:
+        return lowered.program.cost_analysis()["flops"] / lowered.batch_size
+    return sum(times * students.cost(unet)[1] for unet, times in lowered.passes)
 
 
 def per_device(config, target: devices.Target, images: int):

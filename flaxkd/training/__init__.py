@@ -1,0 +1,1 @@
+"""How anything is trained: what a task is (task), the step (step), checkpoints, metrics and curves."""

@@ -8,28 +8,28 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from flaxkd.machine import files
+
+FILE, STARTS = "metrics.jsonl", "starts.jsonl"
+SHOWN = ("loss", "loss_noise", "loss_output", "loss_feature", "images_per_second")  # in the bar
 
 
 def note_start(workdir: Path, **facts) -> None:
     """Appends one line to starts.jsonl: when this process began, with which versions, and `facts`."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
     record = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts, "versions": versions}
-    with (Path(workdir) / "starts.jsonl").open("a") as file:
+    with (Path(workdir) / STARTS).open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def read(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """The records of metrics.jsonl in order; a last line that a kill cut short is left out."""
-    path = Path(workdir) / name
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+def read(workdir: Path) -> list[dict]:
+    """The records of metrics.jsonl, in order."""
+    return files.read_jsonl(Path(workdir) / FILE)
 
 
 class Writer:
@@ -49,15 +49,44 @@ class Writer:
             mininterval=1,
             disable=workdir is None,
         )
+        self.pending: list[tuple[int, dict]] = []  # measured on the device, and not fetched yet
+        self.since, self.logged = time.time(), start
         self.events = None
         if workdir is None:
             return
-        self.path = Path(workdir) / "metrics.jsonl"
+        self.path = Path(workdir) / FILE
         kept = [record for record in read(workdir) if record["step"] <= start]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        scratch.rename(self.path)
+        files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
+
+    def add(self, step: int, values: dict) -> None:
+        """Keeps what a step measured, {name: scalar on the device}, for `fetch`."""
+        self.pending.append((step, values))
+        self.bar.update()
+
+    def fetch(self) -> list[tuple[int, dict]]:
+        """[(step, {name: number}), ...] since the last call. One wait for the device, not one per step."""
+        values = jax.device_get([values for _, values in self.pending])
+        fetched = [(step, found) for (step, _), found in zip(self.pending, values, strict=True)]
+        self.pending.clear()
+        return fetched
+
+    def log(self, fetched: list[tuple[int, dict]], batch_size: int) -> None:
+        """Writes the means over the steps that were taken, and the rate since the last time."""
+        step, now = fetched[-1][0], time.time()
+        rate = (step - self.logged) * batch_size / max(now - self.since, 1e-9)
+        values = [found for _, found in fetched]
+        taken = [found for found in values if not found["skipped_in_a_row"]] or values
+        mean = {name: float(np.mean([m[name] for m in taken])) for name in values[0] if "skipped" not in name}
+        if skipped := int(values[-1]["skipped"]):
+            mean["skipped"] = skipped
+        self.write(step, mean | {"images_per_second": rate})
+        self.logged = step
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins to measure the rate anew: what took the time until now was no step."""
+        self.since = time.time()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self.events is None:
@@ -68,14 +97,10 @@ class Writer:
         for name, value in record.items():
             if name != "step":
                 self.events.add_scalar(name, value, step)
-        shown = [
-            n
-            for n in ("loss", "loss_noise", "loss_output", "loss_feature", "images_per_second")
-            if n in record
-        ]
+        shown = {name: record[name] for name in SHOWN if name in record}
         if shown:
             self.bar.set_postfix(
-                {n.replace("images_per_second", "images/s"): f"{record[n]:.3g}" for n in shown}
+                {name.replace("images_per_second", "images/s"): f"{value:.3g}" for name, value in shown.items()}
             )
 
     def say(self, line: str) -> None:

@@ -1,6 +1,6 @@
 """The train step that every task shares: gradients, accumulation, optimizer, EMA, in one sharded `jax.jit`.
 
-What is trained is a `Task`. The step knows neither UNet nor loss.
+What is trained is a `Task` (task.py). The step knows neither UNet nor loss.
 """
 
 from collections.abc import Callable
@@ -11,23 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flaxkd.machine import sharding
-
-
-class Task(NamedTuple):
-    """What is trained, and against what.
-
-    params: {part: tree}, float32, trained. frozen: any tree, in compute precision; no gradient, never saved.
-    prepare(key, batch) -> inputs: draws all random numbers, for the whole batch at once, so that neither the
-    number of devices nor the accumulation changes them. The leaves of inputs have the batch as first axis.
-    loss(params, frozen, inputs) -> (loss, metrics): means over the batch, float32 scalars, no randomness.
-    configs: {part: its config.json} of what is trained.
-    """
-
-    params: dict
-    frozen: Any
-    prepare: Callable
-    loss: Callable
-    configs: dict[str, dict]
+from flaxkd.training.task import Task
 
 
 class Health(NamedTuple):
@@ -97,6 +81,11 @@ def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> Sta
     return State(jnp.zeros((), jnp.int32), params, tx.init(params), average, health)
 
 
+def state_shapes(task: Task, config, tx: optax.GradientTransformation) -> State:
+    """The state of a training as shapes, without compute."""
+    return jax.eval_shape(lambda trained: init_state(trained, tx, bool(config.ema_decay)), task.trained)
+
+
 def judge(health: Health, loss, grad_norm, spike: float | None) -> tuple[jax.Array, Health]:
     """(bool[], health after it): is a step of this loss and gradient norm to be taken, or skipped?
 
@@ -132,21 +121,21 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
     train_step(state, frozen, batch, key) -> (state, metrics): one update, or none if `judge` says so; `state` is
     donated. All randomness is fold_in(key, step), and the key an argument, so that another seed is not another program
     to compile.
-    evaluate(params, frozen, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call. It holds
-    no more examples at a time than a training step, so that what fits for one fits for the other.
+    evaluate(trained, frozen, average, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call.
+    It holds no more examples at a time than a training step, so that what fits for one fits for the other.
     """
     schedule = learning_rate(config)
     shardings = sharding.params(mesh, state)
     frozen = sharding.params(mesh, task.frozen)
     data, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
 
-    def gradients(params, frozen, inputs):
-        (_, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, inputs)
+    def gradients(trained, frozen, average, inputs):
+        (_, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(trained, frozen, average, inputs)
         return grads, metrics
 
     def train_step(state: State, frozen, batch, key):
         inputs = task.prepare(jax.random.fold_in(key, state.step), batch)
-        grads, metrics = mean(lambda x: gradients(state.params, frozen, x), inputs, config.accumulate)
+        grads, metrics = mean(lambda x: gradients(state.params, frozen, state.ema, x), inputs, config.accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -161,12 +150,12 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
         metrics |= {"skipped": health.skipped, "skipped_in_a_row": health.in_a_row}
         return State(state.step + 1, *kept, health), metrics
 
-    def evaluate(params, frozen, batch):
+    def evaluate(trained, frozen, average, batch):
         inputs = task.prepare(jax.random.key(0), batch)
         examples = len(jax.tree.leaves(inputs)[0]) // mesh.size  # on a device
         fitting = config.batch_size // config.accumulate // mesh.size
         parts = next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= fitting)
-        return mean(lambda x: task.loss(params, frozen, x)[1], inputs, parts)
+        return mean(lambda x: task.loss(trained, frozen, average, x)[1], inputs, parts)
 
     options = sharding.compiler_options(mesh.devices.flat[0].platform)
     train = jax.jit(
@@ -178,7 +167,7 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
     )
     return train, jax.jit(
         evaluate,
-        in_shardings=(shardings.params, frozen, data),
+        in_shardings=(shardings.params, frozen, shardings.ema, data),
         out_shardings=everywhere,
         compiler_options=options,
     )

@@ -11,7 +11,7 @@ change:
     norm          norm1.weight [c]           ("norm1", "scale")             unchanged
     any           conv_in.bias [o]           ("conv_in", "bias")            unchanged
 
-These are the only transposes of weights in flaxkd. Reading files is the business of `flaxkd.pretrained`.
+These are the only transposes of weights in flaxkd. Reading files is the business of folder.py.
 """
 
 import re
@@ -47,7 +47,7 @@ def to_diffusers(path: tuple[str, ...], array: np.ndarray) -> tuple[str, np.ndar
 def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
     """Makes the parameters of a module from the tensors of its file.
 
-    tensors: {diffusers key: array}. like: nested dict of anything with `.shape`, as by `pretrained.shapes`.
+    tensors: {diffusers key: array}. like: nested dict of anything with `.shape`, as by `families.shapes`.
     what: the name of the module in the error message. Returns a nested dict with the structure of `like`,
     whose leaves are views of the tensors in their own dtypes. Names that older libraries wrote, and newer
     ones, are understood (`_current`). Raises one ValueError that lists all missing, unexpected and mis-shaped

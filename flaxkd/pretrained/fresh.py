@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flaxkd import pretrained
+from flaxkd.machine import files
+from flaxkd.pretrained import families
+from flaxkd.pretrained.folder import CONFIGS, Folder
+from flaxkd.pretrained.writing import save
 
 # The last layer of every residual branch of the UNet starts at zero, so that a new network is nearly the identity.
 ZERO = ("conv2", "proj_out", "conv_out")
@@ -64,37 +67,41 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int, out: 
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's: a digit is a word of its own
 
 
-def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Path:
-    """Writes a pipeline folder with random weights, and returns `out`; one that is there already is left alone.
+def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Folder:
+    """Writes a pipeline folder with random weights, and returns it; one that is there already is left alone.
 
     architecture: {"unet", "vae", "text_encoder", "scheduler": their configurations, "vocab_size": int}."""
     out = Path(out)
     if (out / "model_index.json").is_file():
-        return out
+        return Folder(out)
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch)
+        path = Path(scratch)
         length = architecture["text_encoder"]["max_position_embeddings"]
-        train_tokenizer(captions, architecture["vocab_size"], length, source / "tokenizer")
-        (source / "scheduler").mkdir()
+        train_tokenizer(captions, architecture["vocab_size"], length, path / "tokenizer")
+        (path / "scheduler").mkdir()
         scheduler = architecture["scheduler"]
-        (source / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-        index = {
-            "_class_name": "StableDiffusionPipeline",
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-        }
-        (source / "model_index.json").write_text(json.dumps(index))
-        vocab_size = len(pretrained.load_tokenizer(source))
-        ends = {
-            "bos_token_id": vocab_size - 2,
-            "eos_token_id": vocab_size - 1,
-            "pad_token_id": vocab_size - 1,
-        }
-        configs = {part: dict(architecture[part]) for part in pretrained.MODELS}
+        files.write_json(path / "scheduler" / CONFIGS["scheduler"], scheduler)
+        index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", scheduler["_class_name"]]}
+        files.write_json(path / "model_index.json", index)
+        configs = {part: dict(architecture[part]) for part in families.PARTS}
+        source = Folder(path, configs)
+        vocab_size = len(source.tokenizer)
+        ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
         configs["text_encoder"] |= {"vocab_size": vocab_size, **ends}
         parts = {}
         for i, (part, config) in enumerate(configs.items()):
-            shapes = pretrained.shapes(pretrained.build(part, config), part)
-            parts[part] = config, initial(shapes, seed + i, ZERO if part == "unet" else ())
-        return pretrained.save(
-            out, source=source, parts=parts, card="A new pipeline: its weights are random.\n"
-        )
+            zero = ZERO if part == "unet" else ()
+            parts[part] = config, initial(families.shapes(part, config), seed + i, zero)
+        save(out, source=source, parts=parts, card="A new pipeline: its weights are random.\n")
+    return Folder(out)
+
+
+def skeleton(out: Path, architecture: families.Architecture) -> Folder:
+    """A pipeline folder without weights: configurations, and a tokenizer of the same length. For planning a run."""
+    for part, name in CONFIGS.items():
+        (out / part).mkdir(parents=True, exist_ok=True)
+        files.write_json(out / part / name, getattr(architecture, part))
+    files.write_json(out / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    length = architecture.text_encoder["max_position_embeddings"]
+    train_tokenizer(["a picture"], 520, length, out / "tokenizer")  # the words that it knows do not matter
+    return Folder(out)

@@ -1,0 +1,227 @@
+"""THE TABLE of families: the kinds of pipelines that flaxkd knows, their parts, and what conditions their UNet.
+
+A family is a row of `FAMILIES`; `of` finds the row of a folder. Nobody else tells one kind of pipeline from another.
+`ARCHITECTURES` are published members of the families as configurations without weights, which is what planning a run
+and the tables of students need.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flaxkd.models.clip import CLIPTextConfig, CLIPTextModel
+from flaxkd.models.unet import UNet2DCondition, UNetConfig
+from flaxkd.models.vae import AutoencoderKL, VAEConfig
+
+Inputs = list[jax.ShapeDtypeStruct]
+
+
+class Part(NamedTuple):
+    """A network of a pipeline folder: PART/config.json and PART/STEM.safetensors."""
+
+    module: type[nn.Module]
+    config: type  # its dataclass of configuration
+    library: str  # whose class loads it in PyTorch, as model_index.json names it
+    class_name: str
+    stem: str
+    inputs: Callable[[Any], Inputs]  # of its configuration: the smallest arguments of a call
+
+
+def _unet_inputs(c: UNetConfig) -> Inputs:
+    size = 2 ** (len(c.block_out_channels) - 1)
+    inputs = [_of(1, size, size, c.in_channels), _of(1), _of(1, 1, c.cross_attention_dim)]
+    if c.addition_embed_type == "text_time":
+        pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+        inputs += [_of(1, pooled), _of(1, 6)]
+    return inputs
+
+
+def _of(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+STEM = "diffusion_pytorch_model"
+PARTS = {
+    "unet": Part(UNet2DCondition, UNetConfig, "diffusers", "UNet2DConditionModel", STEM, _unet_inputs),
+    "vae": Part(AutoencoderKL, VAEConfig, "diffusers", "AutoencoderKL", STEM,
+                lambda c: [_of(1, c.factor, c.factor, c.in_channels)]),
+    "text_encoder": Part(CLIPTextModel, CLIPTextConfig, "transformers", "CLIPTextModel", "model",
+                         lambda c: [_of(1, 1, dtype=jnp.int32)]),
+}  # fmt: skip
+
+
+def build(part: str, config: dict, dtype=jnp.float32, **kwargs) -> nn.Module:
+    """The module of a part (a name in PARTS) with this config.json; `dtype` is that of the compute.
+
+    Raises ValueError that names what the configuration asks for and flaxkd does not have."""
+    row = PARTS[part]
+    return row.module(row.config.from_dict(config), dtype=dtype, **kwargs)
+
+
+def shapes(part: str, config: dict) -> dict:
+    """The parameters of a part with this config.json: nested dict of float32 jax.ShapeDtypeStruct, without compute."""
+    return jax.tree.map(lambda x: x, _shapes(part, PARTS[part].config.from_dict(config)))
+
+
+@functools.lru_cache(maxsize=16)  # tracing a UNet takes seconds
+def _shapes(part: str, config) -> dict:
+    row = PARTS[part]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(row.module(config).init, key, *row.inputs(config))["params"]
+
+
+def count(part: str, config: dict) -> int:
+    """The number of parameters of a part with this config.json."""
+    return sum(x.size for x in jax.tree.leaves(shapes(part, config)))
+
+
+def text_states(modules: Mapping, params: Mapping, input_ids) -> dict:
+    """The last states of one text encoder, float[b, l, d], of token ids int32[b, l]. Traceable."""
+    states = modules["text_encoder"].apply({"params": params["text_encoder"]}, input_ids)
+    return {"encoder_hidden_states": states}
+
+
+class Architecture(NamedTuple):
+    """A published member of a family: the configurations of its parts, and the hub ids of weights that have them."""
+
+    title: str
+    unet: dict
+    text_encoder: dict
+    scheduler: dict
+    vae: dict
+    hub_ids: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """A row: what all pipelines of a kind have in common."""
+
+    title: str
+    pipeline: str  # the class of diffusers that loads its folders
+    encoders: tuple[str, ...]  # parts that read the caption
+    unet: Mapping[str, Any]  # fields of unet/config.json that tell it from the other families; absent is False
+    condition: Callable[[Mapping, Mapping, Any], dict]  # (modules, params, input_ids) -> keyword arguments of its UNet
+    stages: int  # of the UNet
+    layers: int  # of a down block; an up block has one more
+    shown: str  # the architecture that stands for it in the tables of students
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("unet", "vae", *self.encoders)
+
+
+FAMILIES = {
+    "sd1": Family("Stable Diffusion 1.x", "StableDiffusionPipeline", ("text_encoder",),
+                  {"use_linear_projection": False}, text_states, stages=4, layers=2, shown="sd15"),
+    "sd2": Family("Stable Diffusion 2.x", "StableDiffusionPipeline", ("text_encoder",),
+                  {"use_linear_projection": True}, text_states, stages=4, layers=2, shown="sd21"),
+}  # fmt: skip
+
+
+def of(index: dict, unet: dict, vae: dict) -> Family | None:
+    """The row of a pipeline by its model_index.json, unet/config.json and vae/config.json; None if it is in none."""
+    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):  # inpainting and the like: more than a caption
+        return None
+    kind = str(index.get("_class_name", ""))
+    encoders = tuple(name for name in index if name.startswith("text_encoder"))
+    for family in FAMILIES.values():
+        same = all(bool(unet.get(name, False)) == value for name, value in family.unet.items())
+        # A pipeline for images (Img2Img, ...) has the same parts: its name goes on where the usual one ends.
+        if kind.startswith(family.pipeline.removesuffix("Pipeline")) and encoders in ((), family.encoders) and same:
+            return family
+    return None
+
+
+# vae/, scheduler/, text_encoder/ and unet/config.json of stable-diffusion-v1-5 and stable-diffusion-2-1 on the hub.
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "out_channels": 3,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+EPSILON = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+CLIP_L = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "vocab_size": 49408,
+}
+OPENCLIP_H = CLIP_L | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+}
+SD15 = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD21 = {
+    **SD15,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+SD21_BASE = SD21 | {"sample_size": 64, "upcast_attention": False}
+
+ARCHITECTURES = {
+    "sd15": Architecture(
+        "Stable Diffusion 1.5", SD15, CLIP_L, EPSILON, VAE,
+        ("SG161222/Realistic_Vision_V4.0", "CompVis/stable-diffusion-v1-4", "runwayml/stable-diffusion-v1-5",
+         "stable-diffusion-v1-5/stable-diffusion-v1-5")),
+    "sd21_base": Architecture(
+        "Stable Diffusion 2.1 base", SD21_BASE, OPENCLIP_H, EPSILON, VAE,
+        ("stabilityai/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-base")),
+    "sd21": Architecture(
+        "Stable Diffusion 2.1", SD21, OPENCLIP_H, EPSILON | {"prediction_type": "v_prediction"}, VAE,
+        ("stabilityai/stable-diffusion-2-1",)),
+}  # fmt: skip
+
+
+def published(teacher: str | None) -> Architecture | None:
+    """The architecture of that name or hub id, or None if it is in no row."""
+    rows = ARCHITECTURES.items()
+    return next((row for name, row in rows if teacher == name or teacher in row.hub_ids), None)

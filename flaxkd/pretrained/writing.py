@@ -1,0 +1,104 @@
+"""Writes pipeline folders that StableDiffusionPipeline.from_pretrained loads. Needs neither torch nor diffusers."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from flaxkd.machine import files
+from flaxkd.pretrained import families, keys
+from flaxkd.pretrained.folder import Folder
+
+
+def save(
+    out: Path,
+    *,
+    source: Folder,
+    parts: Mapping[str, tuple[dict, dict]],
+    dtype=None,
+    card: str | None = None,
+    beside: Mapping[str, Path] | None = None,
+) -> Path:
+    """Writes a whole pipeline folder, and returns `out`.
+
+    parts: {part: (config.json as a dict, params)} of those that are new, written as `dtype` (None: as they are). The
+    other networks come from the pipeline folder `source` in their own dtype, under today's names; tokenizer and
+    scheduler are copied. card: the text of README.md. beside: {name: path} of what is laid beside it. All is written
+    under another name and then renamed: an export that is killed leaves nothing half-written. An earlier export at
+    `out` is replaced. Raises ValueError if `out` is anything else, or holds `source`, if `source` is in no row of the
+    families, if parameters and configuration do not fit, or if a number is too large for `dtype`."""
+    out = Path(out).absolute()
+    _check_replaceable(out, source.path.absolute())
+    family = source.family
+    with files.whole_folder(out) as new:
+        for part in family.parts:
+            if part in parts:
+                config, params = parts[part]
+                tensors = _cast(keys.to_tensors(params), dtype, part)
+            else:
+                config, tensors = source.config(part), source.tensors(part)
+            # There and back: what is written fits its configuration and has today's names.
+            params = keys.from_tensors(tensors, families.shapes(part, config), f"{part} of {source.path}")
+            _write_part(new / part, part, config, keys.to_tensors(params))
+        shutil.copytree(source.path / "scheduler", new / "scheduler")
+        copy_tokenizer(source.path, new)
+        files.write_json(new / "model_index.json", _model_index(family, source.index))
+        for name, path in (beside or {}).items():
+            shutil.copyfile(path, new / name)
+        if card is not None:
+            (new / "README.md").write_text(card)
+    return out
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copies tokenizer/ with all its files: transformers 5 writes tokenizer.json, 4 reads the other two."""
+    folder = shutil.copytree(Path(source) / "tokenizer", Path(out) / "tokenizer")
+    if (folder / "vocab.json").is_file():
+        return
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def _check_replaceable(out: Path, source: Path) -> None:
+    earlier = (out / "model_index.json").is_file() and not (out / "checkpoints").exists()
+    if out.exists() and not earlier and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an earlier export: choose a new folder")
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"writing {out} would replace {source}, which it is made from: choose a new folder")
+
+
+def _cast(tensors: dict[str, np.ndarray], dtype, part: str) -> dict[str, np.ndarray]:
+    try:
+        with np.errstate(over="raise"):
+            return {key: x.astype(x.dtype if dtype is None else dtype) for key, x in tensors.items()}
+    except FloatingPointError:
+        raise ValueError(f"{part} has numbers too large for {np.dtype(dtype)}: export as float32") from None
+
+
+def _write_part(folder: Path, part: str, config: dict, tensors: dict[str, np.ndarray]) -> None:
+    row = families.PARTS[part]
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    if row.library == "transformers":
+        config = {"architectures": [row.class_name], "model_type": "clip_text_model"} | config
+        # transformers 5 loads in the dtype that it finds here, diffusers the UNet in float32 whatever is stored.
+        config = {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": "float32"}
+    else:
+        config = {"_class_name": row.class_name} | config
+    folder.mkdir(parents=True)
+    files.write_json(folder / "config.json", config)
+    save_file(tensors, folder / f"{row.stem}.safetensors", metadata={"format": "pt"})
+
+
+def _model_index(family: families.Family, source: dict) -> dict:
+    index = {key: value for key, value in source.items() if key == "_diffusers_version"}
+    index |= {"_class_name": family.pipeline, "requires_safety_checker": False}
+    index |= {name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}
+    rows = {part: families.PARTS[part] for part in family.parts}
+    index |= {part: [row.library, row.class_name] for part, row in rows.items()}
+    return index | {"scheduler": source["scheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}

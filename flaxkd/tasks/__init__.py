@@ -1,0 +1,43 @@
+"""THE TABLE of tasks: the kinds of training. `make` is how all commands get the task of a configuration."""
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flaxkd.pretrained import Folder
+from flaxkd.tasks import autoencoder, distill
+from flaxkd.training.task import Task
+
+
+class Row(NamedTuple):
+    make: Callable[..., Task]  # (config, folder, dtype, mesh) -> Task
+    trains: frozenset[str]  # the parts that `config.train` may name
+
+
+TASKS = {
+    "distill": Row(distill.task, frozenset({"unet", "text_encoder"})),
+    "autoencoder": Row(autoencoder.task, frozenset({"vae"})),
+}
+
+
+def make(config, folder: Folder, dtype, mesh=None) -> Task:
+    """The task of a configuration: `config.task` is a row of TASKS, or "module:function" outside of this package.
+
+    None is the row that trains the parts of `config.train`. folder: the teacher's. dtype: of the compute. mesh: the
+    devices that it will run on. Raises ValueError for a task that is not found, or that refuses the configuration."""
+    parts = frozenset(config.train)
+    name = config.task or next((name for name, row in TASKS.items() if parts and parts <= row.trains), None)
+    if name in TASKS:
+        return TASKS[name].make(config, folder, dtype, mesh)
+    if name is None:
+        known = "; ".join(f"{', '.join(sorted(row.trains, reverse=True))} ({n})" for n, row in TASKS.items())
+        raise ValueError(f"train = {tuple(config.train)}: parts that are trained together are {known}")
+    module, _, function = name.partition(":")
+    try:
+        own = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"task = {name!r} is not in the table ({', '.join(TASKS)}), and cannot be imported ({error}): give "
+            "module:function, of a module that Python finds from here"
+        ) from error
+    return own(config, folder, dtype, mesh)

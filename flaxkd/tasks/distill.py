@@ -1,0 +1,121 @@
+"""Distillation as BK-SDM and Segmind's distill-sd do it, with the loss of losses.py.
+
+The same task without a student trains a whole UNet (and text encoder) on the noise alone.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxkd import diffusion, pretrained, students
+from flaxkd.models.attention import DotProductAttention
+from flaxkd.pretrained import Folder, fresh
+from flaxkd.tasks.inputs import Inputs, prepare
+from flaxkd.tasks.losses import kd_loss, predict
+from flaxkd.training.task import Network, Task
+
+
+def task(config, folder: Folder, dtype, mesh=None) -> Task:
+    """The task that a configuration describes. folder: the teacher's; dtype: of the compute.
+
+    mesh: the devices that it will run on, for the kernels that are theirs; None: any, without.
+
+    Without `config.student` the teacher's own UNet is trained on the noise alone. `config.train` names the parts
+    that learn: ("unet",) or ("unet", "text_encoder"). Raises ValueError for a configuration that cannot be trained."""
+    _check(config)
+    family, teacher_config = folder.family, folder.config("unet")
+    student = students.get(config.student) if config.student else None
+    unet_config = students.config(student, teacher_config) if student else teacher_config
+    pairs = students.feature_pairs(student, config.pairing) if student else ()
+
+    attend = DotProductAttention(mesh, config.attention)
+    teacher_unet = folder.module("unet", dtype, attend=attend)
+    unet = pretrained.build("unet", unet_config, dtype, remat=config.remat, attend=attend)
+    encoders = {part: folder.module(part, dtype) for part in family.encoders}
+
+    params = {part: folder.params(part) for part in ("unet", *encoders)}
+    trained = {part: tree for part, tree in params.items() if part in config.train}
+    frozen = {part: tree for part, tree in params.items() if part not in config.train}
+    if student:
+        frozen["teacher"] = params["unet"]
+        trained["unet"] = students.take(student, params["unet"], pretrained.shapes("unet", unet_config))
+    if config.init == "random":
+        trained["unet"] = fresh.initial(pretrained.shapes("unet", unet_config), config.seed, fresh.ZERO)
+    frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
+
+    length, settings = folder.text_length, _settings(config, folder)
+
+    def loss(trained, frozen, average, inputs: Inputs):
+        condition = family.condition(encoders, assemble(trained, frozen), inputs.input_ids)
+        seen = inputs.noisy_latents, inputs.timesteps, condition
+        teacher = predict(teacher_unet, frozen["teacher"], *seen) if student else None
+        return kd_loss(
+            predict(unet, trained["unet"], *seen),
+            teacher,
+            inputs.target,
+            pairs,
+            config.weight,
+            noise_weights=inputs.noise_weights,
+            normalize=config.normalize_features,
+        )
+
+    def assemble(trained, frozen) -> dict:
+        return {part: trained.get(part, frozen.get(part)) for part in ("unet", *encoders)}
+
+    def columns(trained, frozen) -> dict:
+        title = "student, distilled" if student else "model"
+        return {title: Network({"unet": unet_config}, assemble(trained, frozen))}
+
+    def before(trained, frozen) -> dict:
+        if not student:
+            return {}
+        as_cut = assemble(trained, frozen)
+        teacher = Network({}, as_cut | {"unet": frozen["teacher"]})
+        return {"teacher": teacher, "student as cut": Network({"unet": unet_config}, as_cut)}
+
+    h, w, c = folder.latent_shape(config.data.resolution)
+    learning = (unet_config, 3 + config.remat)  # forward, and back as two; rematerialisation goes forward once more
+    return Task(
+        batch={
+            "moments": jax.ShapeDtypeStruct((h, w, 2 * c), jnp.float32),
+            "input_ids": jax.ShapeDtypeStruct((length,), jnp.int32),
+        },
+        trained=trained,
+        frozen=frozen,
+        prepare=lambda key, batch: prepare(key, batch, **settings),
+        loss=loss,
+        configs={part: folder.config(part) for part in config.train} | {"unet": unet_config},
+        assemble=assemble,
+        columns=columns,
+        before=before,
+        passes=((teacher_config, 1), learning) if student else (learning,),
+    )
+
+
+def _check(config) -> None:
+    """Raises ValueError for settings that do not go together."""
+    if "unet" not in config.train:
+        raise ValueError(f"train = {tuple(config.train)}: a text encoder is trained together with the 'unet'")
+    if config.init not in ("teacher", "random"):
+        raise ValueError(f"init = {config.init!r} is unknown (known: 'teacher', 'random')")
+    if config.timestep_sampling not in ("uniform", "min_snr"):
+        raise ValueError(
+            f"timestep_sampling = {config.timestep_sampling!r} is neither 'uniform' nor 'min_snr'"
+        )
+    if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
+        raise ValueError(
+            "timestep_sampling = 'min_snr' samples by the weights of snr_gamma: give it, 5.0 is usual"
+        )
+
+
+def _settings(config, folder: Folder) -> dict:
+    """The arguments of `inputs.prepare` but for the batch."""
+    return {
+        "schedule": diffusion.NoiseSchedule.from_config(folder.config("scheduler"), config.prediction_type),
+        "scaling_factor": folder.scaling_factor,
+        "empty_ids": np.asarray(folder.tokenize([""])[0]),
+        "caption_dropout": config.caption_dropout,
+        "noise_offset": config.noise_offset,
+        "snr_gamma": config.snr_gamma,
+        "timestep_sampling": config.timestep_sampling,
+    }

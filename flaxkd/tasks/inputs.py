@@ -1,0 +1,46 @@
+"""What the UNets of a task see, and what they should say: noise, timesteps and dropped captions, all sampled here."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxkd import diffusion
+from flaxkd.models.vae import sample_latents
+
+
+class Inputs(NamedTuple):
+    """What both UNets see, and what they should say. The leaves have the batch as first axis."""
+
+    noisy_latents: jax.Array  # float32[b, h, w, 4]
+    timesteps: jax.Array  # int32[b]
+    input_ids: jax.Array  # int32[b, l]
+    target: jax.Array  # float32[b, h, w, 4]
+    noise_weights: jax.Array  # float32[b]
+
+
+def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: float, empty_ids: np.ndarray,
+            caption_dropout: float, noise_offset: float, snr_gamma: float | None,
+            timestep_sampling: str = "uniform") -> Inputs:  # fmt: skip
+    """Samples latents, noise, timesteps and dropped captions for {"moments", "input_ids"}."""
+    moments, input_ids = batch["moments"], batch["input_ids"]
+    b = moments.shape[0]
+    key_latents, key_noise, key_offset, key_timesteps, key_dropout = jax.random.split(key, 5)
+    shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+    latents = sample_latents(jax.random.normal(key_latents, shape), moments, scaling_factor)
+    noise = jax.random.normal(key_noise, shape)
+    if noise_offset:  # a shift of whole channels, so that very dark and very bright pictures can be learnt
+        noise += noise_offset * jax.random.normal(key_offset, (b, 1, 1, latents.shape[-1]))
+    weighted = timestep_sampling == "uniform" and snr_gamma is not None
+    timesteps = diffusion.sample_timesteps(key_timesteps, schedule, b, None if weighted else snr_gamma)
+    if caption_dropout:
+        dropped = jax.random.bernoulli(key_dropout, caption_dropout, (b, 1))
+        input_ids = jnp.where(dropped, jnp.asarray(empty_ids), input_ids)
+    return Inputs(
+        diffusion.add_noise(schedule, latents, noise, timesteps),
+        timesteps,
+        input_ids,
+        diffusion.target(schedule, latents, noise, timesteps),
+        diffusion.min_snr_weights(schedule, timesteps, snr_gamma) if weighted else jnp.ones(b, jnp.float32),
+    )

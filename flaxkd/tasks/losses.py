@@ -1,0 +1,72 @@
+"""What a UNet says of noisy latents, and how far that is from what it should say: the equation of distillation."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flaxkd.models.layers import FEATURES, features
+
+
+class Prediction(NamedTuple):
+    """What a UNet says of noisy latents. noise_pred: float[b, h, w, 4]; features: {module name: float[...]}."""
+
+    noise_pred: jax.Array
+    features: dict[str, jax.Array]
+
+
+def predict(unet, params, noisy_latents, timesteps, condition: Mapping) -> Prediction:
+    """What a UNet says, with all its features (those that nobody reads cost nothing under jit). Traceable.
+
+    noisy_latents: float[b, h, w, 4]; timesteps: int32[b]; condition: the keyword arguments that `Family.condition`
+    makes of a caption."""
+    noise_pred, captured = unet.apply(
+        {"params": params}, noisy_latents, timesteps, **condition, mutable=[FEATURES]
+    )
+    return Prediction(noise_pred, features(captured))
+
+
+def mse(a, b, weights=None) -> jax.Array:
+    """Mean of squares in float32, of equal shapes (broadcasting would hide a wrong pair). weights: [b] or None."""
+    if a.shape != b.shape:
+        raise ValueError(f"cannot compare {a.shape} with {b.shape}")
+    squares = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))
+    if weights is not None:
+        squares = squares * weights.reshape(-1, *[1] * (a.ndim - 1))
+    return jnp.mean(squares)
+
+
+def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weight, *, noise_weights=None,
+            normalize: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """The distillation loss (Kim et al. 2023, arXiv:2305.15798, equations 1 to 4; distill-sd's README).
+
+        L = w_noise   mean|target - noise_S|^2
+          + w_output  mean|noise_T - noise_S|^2
+          + w_feature sum_l mean|f_T^l - f_S^l|^2
+
+    target: float32[b, h, w, 4], the noise or v. teacher: None if there is none; then L is its first term.
+    pairs: ((student module, teacher module), ...). weight: has `.noise`, `.output`, `.feature`.
+    noise_weights: float32[b] for the first term (Min-SNR), or None. normalize: divides each term of the sum by
+    mean|f_T^l|^2, so that no block outweighs the others by its scale alone (LAPTOP-Diff, arXiv:2404.11098).
+    Returns (L, {"loss", "loss_noise", "loss_output", "loss_feature", "feature/<student module>", ...}), float32
+    scalars. Raises KeyError naming a module that captured nothing, ValueError for a pair of unequal shapes.
+    """
+    loss_noise = mse(student.noise_pred, target, noise_weights)
+    if teacher is None:
+        return loss_noise, {"loss": loss_noise, "loss_noise": loss_noise}
+    terms = {s: mse(student.features[s], teacher.features[t]) for s, t in pairs}
+    if normalize:
+        terms = {
+            s: terms[s] / mse(teacher.features[t], jnp.zeros_like(teacher.features[t])) for s, t in pairs
+        }
+    loss_output = mse(student.noise_pred, teacher.noise_pred)
+    loss_feature = sum(terms.values(), jnp.zeros(()))
+    loss = weight.noise * loss_noise + weight.output * loss_output + weight.feature * loss_feature
+    metrics = {
+        "loss": loss,
+        "loss_noise": loss_noise,
+        "loss_output": loss_output,
+        "loss_feature": loss_feature,
+    }
+    return loss, metrics | {f"feature/{s}": term for s, term in terms.items()}

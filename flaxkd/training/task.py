@@ -1,0 +1,64 @@
+"""`Task`: what is trained, and against what. Trainer, planner and benchmark ask it, and know no kind of training."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Network(NamedTuple):
+    """A pipeline that a sheet of samples draws with: the teacher's folder, but for these parts."""
+
+    configs: Mapping[str, dict]  # {part: its config.json} of those with another architecture than the teacher's
+    params: Mapping[str, dict]  # {part: tree}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """What is trained, and against what. A function of (config, folder, dtype, mesh) makes one: see flaxkd.tasks.
+
+    batch: what an example is, {name: jax.ShapeDtypeStruct} without the batch axis; the names are those of
+        data/loader.py ("images"; "moments", "input_ids").
+    trained: {part: tree} in float32. frozen: {name: tree} in compute precision; no gradient, never saved.
+    prepare(key, batch) -> inputs: all randomness, for the whole batch at once, so that neither the number of devices
+        nor the accumulation changes it. The leaves of inputs have the batch as first axis.
+    loss(trained, frozen, average, inputs) -> (loss, metrics): means over the batch, float32 scalars, no randomness.
+        average: the moving average of `trained`, or {} if the run keeps none.
+    configs: {part: its config.json} of the parts that are exported.
+    assemble(trained, frozen) -> {part: whole parameters} of at least those parts.
+    columns(trained, frozen) -> {title: Network}: what a sheet of samples shows of these weights; {}: there is none.
+    before(trained, frozen) -> {title: Network}: what it shows beside them and training does not move, called once, with
+        the weights before the first step.
+    finish(trained, held_out) -> {part: config.json}: what only a finished run knows. held_out: a batch of examples.
+    passes: (a UNet's config.json, how often an example goes forward through it, twice that for going back), for
+        estimates; () if it trains no UNet.
+    """
+
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    trained: dict
+    frozen: dict
+    prepare: Callable[[Any, dict], Any]
+    loss: Callable[[dict, dict, dict, Any], tuple[jax.Array, dict]]
+    configs: Mapping[str, dict] = dataclasses.field(default_factory=dict)
+    assemble: Callable[[dict, dict], dict] = lambda trained, frozen: trained
+    columns: Callable[[dict, dict], dict[str, Network]] = lambda trained, frozen: {}
+    before: Callable[[dict, dict], dict[str, Network]] = lambda trained, frozen: {}
+    finish: Callable[[dict, dict], dict[str, dict]] = lambda trained, held_out: {}
+    passes: tuple[tuple[dict, int], ...] = ()
+
+    def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of n examples, as shapes."""
+        return {name: jax.ShapeDtypeStruct((n, *x.shape), x.dtype) for name, x in self.batch.items()}
+
+    def random_batch(self, n: int, seed: int) -> dict[str, np.ndarray]:
+        """A batch of n examples for measuring time: unit Gaussian floats, and integers of 0 to 99."""
+        rng = np.random.default_rng(seed)
+
+        def sample(x):
+            if np.issubdtype(x.dtype, np.integer):
+                return rng.integers(0, 100, x.shape).astype(x.dtype)
+            return rng.standard_normal(x.shape, np.float32).astype(x.dtype)
+
+        return {name: sample(x) for name, x in self.shapes(n).items()}
