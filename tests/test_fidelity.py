@@ -90,7 +90,7 @@ def test_errors_are_those_of_the_networks(measured):
         )
         x = x + timesteps[:, None, None, None] / 1000
         features = {}
-        for name in side.unet.names:
+        for name in side.modules["unet"].names:
             dense = side.params["unet"][name]["dense"]
             features[name] = x = np.tanh(x @ dense["kernel"] + dense["bias"])
         said.append((x, features))

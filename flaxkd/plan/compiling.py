@@ -235,8 +235,8 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
 
 # -- A TPU program as far as its memory is fixed -----------------------------------------------------------------------
 #
-# XLA fixes every buffer before it writes machine code, which may take half an hour more. A process of its own compiles
-# with XLA's dumps turned on, and is ended as soon as the buffers are in them. The bytes of the machine code stay unknown.
+# XLA fixes every buffer before it writes machine code, which may take half an hour more. A separate process compiles
+# with XLA's dumps turned on, and is ended as soon as the buffers are in them. The size of the machine code is unknown.
 
 DUMPS = "--xla_dump_to={} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train_step.*"
 # XLA writes the dumps in this order. The last one is a mere sign that the others are whole.
