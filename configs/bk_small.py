@@ -1,6 +1,6 @@
 """BK-SDM-Small: 482,346,884 parameters at SD 1.4. Segmind's SD-Small is another network (`configs/small.py`).
 
-By BK-SDM's own recipe, for TPU or GPU, with a folder of pictures and metadata.jsonl:
+BK-SDM's own recipe, for TPU or GPU, on a folder of pictures with metadata.jsonl:
 
     python -m flaxkd.train --config configs/bk_small.py --config.data.source=DIR
 """

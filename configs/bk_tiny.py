@@ -1,6 +1,6 @@
 """BK-SDM-Tiny: 323,384,964 parameters at SD 1.4. The network is the same as Segmind's SD-Tiny (`configs/tiny.py`).
 
-By BK-SDM's own recipe, for TPU or GPU, with a folder of pictures and metadata.jsonl:
+BK-SDM's own recipe, for TPU or GPU, on a folder of pictures with metadata.jsonl:
 
     python -m flaxkd.train --config configs/bk_tiny.py --config.data.source=DIR
 """

@@ -1,7 +1,7 @@
-"""Every key of a configuration, with its unit and where its value comes from. Other configs change a few.
+"""Every key of a configuration, with its unit and the source of its value. Other configs change a few.
 
-A key is overridden on the command line with `--config.key=value`; one that is not here fails with a suggestion.
-`placeholder(type)` is None until it is given a value.
+`--config.key=value` overrides a key on the command line; an unknown key fails with a suggestion.
+`placeholder(type)` is None until it gets a value.
 """
 
 from ml_collections import ConfigDict
@@ -14,12 +14,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # What is trained.
     config.teacher = placeholder(str)  # pipeline folder, or hub id owner/name; None: the embedded miniature
     config.student = "sd_small"  # a row of `python -m flaxkd.students`; None: the teacher itself is trained
-    # a row of flaxkd/tasks/__init__.py, or "module:function" of your own; None: the one that trains the parts below
+    # a row of flaxkd/tasks/__init__.py, or your own "module:function"; None: the row for the parts below
     config.task = placeholder(str)
-    config.train = ("unet",)  # parts that learn: ("unet",), ("unet", "text_encoder") or ("vae",)
-    config.init = "teacher"  # weights as cut from it or as found; "random": the UNet starts from scratch
+    config.train = ("unet",)  # trained parts: ("unet",), ("unet", "text_encoder") or ("vae",)
+    config.init = "teacher"  # its weights, cut for a student; "random": the UNet starts from scratch
     config.blank = None  # architecture of a new pipeline to train from scratch, in place of `teacher`
-    config.seed = 0  # of noise, timesteps, order of the data and everything else
+    config.seed = 0  # of noise, timesteps, data order and everything else
 
     # The loss: weight.noise * loss_noise + weight.output * loss_output + weight.feature * loss_feature.
     config.weight = ConfigDict()  # BK-SDM 1/1/1, Segmind's README 1/0.5/0.5
@@ -27,55 +27,55 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.weight.output = 1.0
     config.weight.feature = 1.0
     config.pairing = "segmind"  # features compared: "segmind" (9 or 6 pairs) or "bksdm" (8 or 6)
-    # divide each pair by the teacher's mean square (LAPTOP-Diff); neither original does, and docs/ablation.md says why
+    # divide each pair by the teacher's mean square (LAPTOP-Diff); neither original does; docs/ablation.md says why
     config.normalize_features = True
-    # "epsilon" or "v_prediction"; None: as the teacher's scheduler says
+    # "epsilon" or "v_prediction"; None: as in the teacher's scheduler
     config.prediction_type = placeholder(str)
-    # Min-SNR weighting of loss_noise, 5.0 in its paper; None: as both originals
+    # Min-SNR weighting of loss_noise, 5.0 in its paper; None: off, as in both originals
     config.snr_gamma = placeholder(float)
-    # "min_snr" draws timesteps in proportion to those weights, for all terms, in place of weighting loss_noise
+    # "min_snr" samples timesteps in proportion to those weights, for all terms, in place of weighting loss_noise
     config.timestep_sampling = "uniform"
     # standard deviation of a constant added to the noise per channel (0.1 is usual)
     config.noise_offset = 0.0
-    # share of captions replaced by ""; 0.1 for training with guidance from scratch
+    # share of captions replaced by ""; 0.1 to train from scratch for guidance
     config.caption_dropout = 0.0
-    config.kl_weight = 2e-3  # of ("vae",) alone
+    config.kl_weight = 2e-3  # for train = ("vae",) alone
 
-    # The optimizer: names and arguments of optax.
+    # The optimizer: names and arguments are those of optax.
     config.steps = 1000  # optimizer steps
     config.batch_size = 32  # images per optimizer step, over all devices and accumulation steps
-    config.accumulate = 1  # parts that a batch is split into, one after the other, to save memory
+    config.accumulate = 1  # splits a batch into this many pieces, one after another, to save memory
     # AdamW of both originals, and BK-SDM's learning rate.
     config.optimizer = ConfigDict(dict(name="adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2))
     config.learning_rate = ConfigDict(dict(schedule="constant_schedule", value=5e-5))
-    config.max_grad_norm = 1.0  # global norm, both originals; None: no clipping
-    # A step whose loss or gradient is not finite, or whose loss is `spike` times what is usual (None: however large),
-    # changes nothing and is counted; after so many in a row the run stops. May be changed when it resumes.
+    config.max_grad_norm = 1.0  # global norm, as in both originals; None: no clipping
+    # A step is skipped and counted if its loss or gradient is not finite, or if its loss is `spike` times the usual one
+    # (None: no limit). After `in_a_row` skipped steps in a row the run stops. Both may change when it resumes.
     config.bad_steps = ConfigDict(dict(spike=20.0, in_a_row=10))
     # moving average of the weights, e.g. 0.9999; BK-SDM found no difference
     config.ema_decay = placeholder(float)
 
     # The machine.
     config.dtype = placeholder(str)  # of the compute; None: "bfloat16" on accelerators, "float32" on CPU
-    config.remat = False  # recompute blocks in the backward pass: less memory, a third more compute of what is trained
-    # of long self-attention: "plain", "once", "blocked", "splash" (TPU) or "cudnn" (GPU); None: what pays on the device
+    config.remat = False  # recompute blocks in the backward pass: less memory, a third more compute for what is trained
+    # of long self-attention: "plain", "once", "blocked", "splash" (TPU) or "cudnn" (GPU); None: chosen for the device
     config.attention = placeholder(str)
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all that are left
-    # A CPU counts as so many devices: 2 on 2 cores may train a little faster. But XLA's collectives may then wait
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all the others
+    # A CPU counts as this many devices: 2 on 2 cores may train a little faster. But XLA's collectives may then wait
     # for each other forever (seen once in an hour; NPROC=6 in the environment helps).
     config.cpu_devices = 1
-    config.compilation_cache = "~/.cache/flaxkd/jax"  # of compiled programs, so that a restart begins at once
+    config.compilation_cache = "~/.cache/flaxkd/jax"  # of compiled programs: a restart begins at once
 
     # The data.
     config.data = ConfigDict()
-    # or a folder of images with metadata.jsonl (file_name, text), or one that `python -m flaxkd.cache` made
+    # or a folder of images with metadata.jsonl (file_name, text), or a cache made by `python -m flaxkd.cache`
     config.data.source = "openmoji"
     config.data.resolution = 64  # pixels; 512 for SD 1.x and 2.1-base, 768 for 2.1
-    # a pattern; of captions that differ in it alone, an epoch draws one
+    # a pattern; an epoch uses one of the captions that differ in its matches alone
     config.data.variants = placeholder(str)
     config.data.random_flip = False  # mirror half of the pictures; wrong for text and flags
 
-    # What is shown and saved, in optimizer steps; these may be changed when a run resumes.
+    # What is shown and saved, in optimizer steps. These keys may change when a run resumes.
     config.log_every = 10
     # held-out captions, fixed noise and timesteps
     config.validation = ConfigDict(dict(every=100, examples=64))
@@ -89,9 +89,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "woman firefighter",
         "cat face",
     )
-    config.sample.sampler = "dpmsolver++"  # or "ddim", "pndm", "euler"
+    config.sample.sampler = "dpmsolver++"  # or "ddim", "pndm", "euler" or "euler_ancestral"
     config.sample.steps = 25
     config.sample.guidance = 4.0  # classifier-free guidance; 7.5 is usual for SD 1.x
-    config.checkpoint = ConfigDict(dict(every=500, keep=3))  # the newest 3, and
-    config.checkpoint.keep_every = placeholder(int)  # those of multiples of so many steps, for good; None: of none
+    config.checkpoint = ConfigDict(dict(every=500, keep=3))  # keeps the newest `keep`, and
+    config.checkpoint.keep_every = placeholder(int)  # those at multiples of this many steps, for good; None: none
     return config

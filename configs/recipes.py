@@ -1,4 +1,4 @@
-"""The recipes that several configs share. A recipe changes a configuration and returns it."""
+"""Recipes shared by several configs. A recipe changes a configuration and returns it."""
 
 from ml_collections import ConfigDict
 
@@ -24,8 +24,8 @@ def embedded(config: ConfigDict) -> ConfigDict:
 def segmind(config: ConfigDict, steps: int) -> ConfigDict:
     """Segmind's distill-sd with Stable Diffusion 1.5: Realistic Vision 4.0 as the teacher, 512 px, weights 1/0.5/0.5.
 
-    The learning rate was published twice: 1e-5 with a cosine in the README, 1e-4 constant on the model cards. Here
-    is the README's; for the cards': `--config.learning_rate.peak_value=1e-4 --config.learning_rate.end_value=1e-4`.
+    The learning rate was published twice: 1e-5 with a cosine in the README, 1e-4 constant on the model cards. This
+    is the README's; the cards' is `--config.learning_rate.peak_value=1e-4 --config.learning_rate.end_value=1e-4`.
     """
     config.teacher = "SG161222/Realistic_Vision_V4.0"
     config.steps = steps
@@ -58,7 +58,7 @@ def bksdm(config: ConfigDict) -> ConfigDict:
 
 
 def photographs(config: ConfigDict) -> ConfigDict:
-    """What runs of real size have in common."""
+    """The settings shared by runs of real size."""
     config.data.source = "data"  # your own folder of images with metadata.jsonl: --config.data.source=DIR
     config.data.resolution = 512
     config.log_every = 50

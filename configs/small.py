@@ -1,6 +1,6 @@
 """Segmind's SD-Small: 579,384,964 parameters at SD 1.5, 67 % of the teacher's.
 
-The name clashes: this network is BK-SDM-*Base*; BK-SDM-Small has no mid block and is `configs/bk_small.py`.
+The name clashes: this network is BK-SDM-*Base*; BK-SDM-Small lacks the mid block and is `configs/bk_small.py`.
 
     python -m flaxkd.train --config configs/small.py           the embedded miniature teacher, on a laptop
     python -m flaxkd.train --config configs/small.py:sd15      Segmind's recipe, for TPU or GPU

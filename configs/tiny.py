@@ -1,6 +1,6 @@
-"""Segmind's SD-Tiny, which is BK-SDM-Tiny: 323,384,964 parameters at SD 1.5, 38 % of the teacher's.
+"""Segmind's SD-Tiny, the same network as BK-SDM-Tiny: 323,384,964 parameters at SD 1.5, 38 % of the teacher's.
 
-The two differ in the features they compare; the other is `configs/bk_tiny.py`.
+The two differ in the compared features; the other is `configs/bk_tiny.py`.
 
     python -m flaxkd.train --config configs/tiny.py            the embedded miniature teacher, on a laptop
     python -m flaxkd.train --config configs/tiny.py:sd15       Segmind's recipe, for TPU or GPU

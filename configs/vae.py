@@ -1,8 +1,8 @@
-"""The autoencoder of the embedded teacher, trained from scratch on OpenMoji. Begins the miniature pipeline.
+"""The autoencoder of the embedded teacher, trained from scratch on OpenMoji: the start of the miniature pipeline.
 
     python -m flaxkd.train --config configs/vae.py
 
-About half an hour on two CPU cores; then `configs/teacher.py` trains the rest of the folder that this leaves.
+About half an hour on two CPU cores. `configs/teacher.py` then trains the rest of the resulting folder.
 """
 
 from configs import default
@@ -14,7 +14,7 @@ ARCHITECTURE = dict(
         out_channels=4,
         block_out_channels=[32, 64, 128, 128],
         layers_per_block=2,
-        norm_num_groups=8,  # 32 would be one channel each at the outer width, and erase the mean: the color
+        norm_num_groups=8,  # 32 would mean one channel each at the outer width, and erase the mean: the color
         down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -31,7 +31,7 @@ ARCHITECTURE = dict(
         norm_num_groups=8,
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
-        scaling_factor=1.0,  # measured at the end of the training
+        scaling_factor=1.0,  # measured at the end of training
     ),
     text_encoder=dict(
         hidden_size=128,

@@ -1,1 +1,1 @@
-"""Command-line conversion between diffusers' pipeline folders and Orbax checkpoints; the rule is `flaxkd.keys`."""
+"""Commands that convert diffusers' pipeline folders to Orbax checkpoints and back; pretrained/keys.py has the rule."""

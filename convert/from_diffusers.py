@@ -2,10 +2,10 @@
 
     python -m convert.from_diffusers --model DIR|HUB_ID --out DIR
 
-OUT gets the json files, tokenizer/ and scheduler/ of the model, export.json, and checkpoints/0 with the tree
-{"params": {"unet": ..., "vae": ..., "text_encoder": ...}} in the dtypes of the files; `convert.to_diffusers`
-makes a pipeline folder of it again. A training takes the pipeline folder itself: this is for use of the
-weights elsewhere."""
+OUT gets the JSON files, tokenizer/ and scheduler/ of the model, export.json, and checkpoints/0 with the tree
+{"params": {"unet": ..., "vae": ..., "text_encoder": ...}} in the dtypes of the files. `convert.to_diffusers`
+turns it back into a pipeline folder. Training takes the pipeline folder itself: this is for use of the weights
+elsewhere."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ from flaxkd.pretrained.writing import copy_tokenizer
 
 def convert(model: str | None, out: Path) -> dict[str, tuple[int, int]]:
     """Writes `out`; returns {part: (tensors, parameters)}. Raises ValueError if `out` exists and is not
-    empty, and like `Folder.open` and `Folder.stored`."""
+    empty, and as `Folder.open` and `Folder.stored` do."""
     out, source = Path(out).absolute(), Folder.open(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: choose a new folder")
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         counts = convert(args.model, args.out)
     for part, (tensors, size) in counts.items():
         print(f"{part:13} {tensors:4} tensors  {size:13,} parameters")
-    print(f"wrote {args.out}; and back: python -m convert.to_diffusers --workdir {args.out} --out DIR")
+    print(f"wrote {args.out}; to go back: python -m convert.to_diffusers --workdir {args.out} --out DIR")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A workdir of a training, or of `convert.from_diffusers` -> a whole pipeline folder of diffusers.
+"""A workdir of a run, or of `convert.from_diffusers` -> a whole pipeline folder of diffusers.
 
     python -m convert.to_diffusers --workdir DIR --out DIR [--dtype float16|float32] [--ema|--no-ema]
     [--source DIR] [--push-to-hub OWNER/NAME [--private]]
 
-What the newest readable checkpoint holds replaces the same parts of the source; the folder loads with
-StableDiffusionPipeline.from_pretrained. A training writes one itself at its end: this is for checkpoints in
-between. --push-to-hub uploads the folder too; log in with `hf auth login` before."""
+The parts in the newest readable checkpoint replace those of the source. StableDiffusionPipeline.from_pretrained
+loads the folder. A run exports itself at its end: this command is for checkpoints in between. --push-to-hub
+uploads the folder too; log in with `hf auth login` first."""
 
 import argparse
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "out", required=True, help="new folder, or an earlier export to replace")
     command.add(parser, "dtype", choices=["float16", "float32"], help="of the trained parts; default: unchanged")
     add("--ema", action=argparse.BooleanOptionalAction, help="the moving average; default: if there is one")
-    add("--source", help="pipeline folder or hub id of the other parts; default: as export.json says")
-    add("--push-to-hub", metavar="OWNER/NAME", help="upload it to this repository of the hub")
+    add("--source", help="pipeline folder or hub id of the other parts; default: as in export.json")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
     add("--private", action="store_true", help="make the repository private if it is new")
     args = parser.parse_args(arguments)
     dtype = None if args.dtype is None else np.dtype(args.dtype)
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def uploader(name: str, private: bool) -> Callable[[Path], str]:
-    """Makes the repository `name` of the hub if it is new, and returns (folder) -> its address, which uploads.
+    """Creates the hub repository `name` if it is new. Returns a function that uploads a folder and returns its address.
 
-    Asked before the export, so that a missing login or a misspelt name is told first. Raises ValueError."""
+    Called before the export: a missing login or a misspelt name is reported first. Raises ValueError."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -51,7 +51,7 @@ def uploader(name: str, private: bool) -> Callable[[Path], str]:
     def attempt(what: Callable, *args, **kwargs) -> None:
         try:
             what(*args, **kwargs)
-        except Exception as error:  # of hub, login, network or name: the remedies are the same
+        except Exception as error:  # from hub, login, network or name: the remedies are the same
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"{name} cannot be written on {api.endpoint}:\n  {type(error).__name__}: {reason}\n"

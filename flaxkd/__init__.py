@@ -1,8 +1,8 @@
 """Knowledge distillation of Stable Diffusion UNets in JAX and Flax.
 
-A reader follows a run through five files: configs/small.py, tasks/distill.py (what is trained), training/step.py (the
-train step), training/checkpoint.py (nothing is lost), export/workdir.py (the student as a pipeline folder); train.py is
-the order of these. The tables are students/table.py, pretrained/families.py, tasks/__init__.py and
+To follow a run, read five files: configs/small.py, tasks/distill.py (what is trained), training/step.py (the
+train step), training/checkpoint.py (nothing is lost), export/workdir.py (the student as a pipeline folder); train.py
+runs them in order. The tables are students/table.py, pretrained/families.py, tasks/__init__.py and
 diffusion/samplers.py. CONTRIBUTING.md says how to add a row.
 
 Shape letters: b batch, h w rows and columns of latents, H W of images, c channels, l text tokens, d text width.
@@ -11,7 +11,7 @@ Arrays are NHWC. Names are diffusers': latents, noise_pred, timesteps, encoder_h
 
 
 def __getattr__(name: str):
-    """`from flaxkd import Pipeline`, read at its first use: `import flaxkd` alone imports neither JAX nor a model."""
+    """`from flaxkd import Pipeline`, imported on first use: `import flaxkd` alone imports neither JAX nor a model."""
     if name == "Pipeline":
         from flaxkd.drawing.pipeline import Pipeline
 

@@ -2,14 +2,14 @@
 
     python -m flaxkd.blocks --out docs/blocks.png
 
-The ending of the file decides the format: png, svg or pdf.
+The file's extension sets the format: png, svg or pdf.
 """
 
 from pathlib import Path
 
 import jax
 
-from flaxkd.machine import command
+from flaxkd.machine import command, files
 from flaxkd.students import picture
 
 
@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "out", default=Path("docs/blocks.png"), help="png, svg or pdf")
     out = parser.parse_args(arguments).out
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
-    picture.draw(out)
+    with files.whole(out) as path:
+        picture.draw(path, format=out.suffix[1:])
     print(f"wrote {out}")
 
 

@@ -1,12 +1,12 @@
-"""Turns a large image set into a cache of latents and token ids that a training reads in place of pictures.
+"""Turns a large image set into a cache of latents and token ids. Training reads it in place of pictures.
 
     python -m flaxkd.cache --source laion/ --teacher OWNER/NAME --out cache/ [--min-aesthetic 6.5] [--flip]
     python -m flaxkd.train --config configs/small.py:sd15 --config.data.source=cache/
     python -m flaxkd.cache --bench cache/
 
-The source is a folder of img2dataset's tars, Parquet or a data set of Hugging Face with the pictures inside, a folder
-of pictures, or the name of a data set of TFDS. What cannot be read or has no caption is left out and listed. The same
-command goes on where it stopped, on any number of hosts: see docs/laion_art.md.
+The source is a folder of img2dataset's tars, Parquet or a Hugging Face data set with the pictures inside, a folder of
+pictures, or the name of a TFDS data set. Unreadable pictures and pictures without a caption are left out and listed.
+The same command resumes where it stopped, on any number of hosts: see docs/laion_art.md.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from flaxkd.data.filters import Recipe
 from flaxkd.machine import command, hosts, sharding
 from flaxkd.pretrained import Folder
 
-CONSUMED = 270  # images/s that a v5e-8 is estimated to take from a cache in Segmind's recipe
+CONSUMED = 270  # images/s read from a cache by a v5e-8 in Segmind's recipe, an estimate
 
 
 def run(args: argparse.Namespace) -> dict | None:
-    """Makes the parts of the cache that are this process's. Returns {"train", "validation": pictures; "filtered",
-    "skipped": {reason: pictures}} when all parts are there, else None.
+    """Makes this process's share of the cache. Returns {"train", "validation": pictures; "filtered", "skipped":
+    {reason: pictures}} once all shares are done, else None.
 
-    Raises like `readers.open_chunks`, `Folder.open` and `large.build`."""
+    Raises as `readers.open_chunks`, `Folder.open` and `large.build` do."""
     chunks = readers.open_chunks(args.source, split=args.split, image_column=args.image_column)
     folder = Folder.open(args.teacher)
     mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict | None:
             f"source    {args.source}, {len(chunks):,} chunks\nteacher   {folder.path}\n"
             f"machine   {jax.process_count()} x {mesh.size} x {mesh.devices.flat[0].device_kind}, "
             f"{np.dtype(dtype).name}\n"
-            f"pictures  {recipe.resolution} pixels, {args.batch_size * mesh.size} at once in each process",
+            f"pictures  {recipe.resolution} pixels, {args.batch_size * mesh.size} at a time in each process",
             flush=True,
         )
     made = large.build(
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict | None:
     )
     if made is None:
         print(
-            f"\nprocess {jax.process_index()} of {jax.process_count()} is done, others are not. If one was stopped, "
+            f"\nprocess {jax.process_index()} of {jax.process_count()} is done, others are not. If one has stopped, "
             "run the same command again"
         )
     else:
@@ -87,13 +87,13 @@ def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
     flags += [f"--config.data.source={args.out}", f"--config.data.resolution={recipe.resolution}"]
     flags += [f"--config.data.random_flip={recipe.flip}"]
     typed = shlex.join(["python", "-m", "flaxkd.train", "--config", *flags])
-    print(f"\nnext: a training with this teacher, e.g.\n  {typed}")
+    print(f"\nnext: train with this teacher, e.g.\n  {typed}")
 
 
 def bench(folder: str, batch_size: int, seconds: float) -> float:
-    """Reads batches of a cache's train split as a training does, prints how fast, and returns it in images/s."""
+    """Reads batches of a cache's train split as training does. Prints and returns the rate in images/s."""
     batches = loader.Records(epath.Path(folder) / "train").batches(batch_size, seed=0)
-    next(batches)  # opens files and threads
+    next(batches)  # opens files and starts threads
     wall, cpu, count = time.monotonic(), time.process_time(), 0
     while time.monotonic() - wall < seconds:
         count += len(next(batches)["moments"])
@@ -101,7 +101,7 @@ def bench(folder: str, batch_size: int, seconds: float) -> float:
     rate = count / wall
     print(
         f"{folder}: {rate:,.0f} images/s in batches of {batch_size} for {wall:.1f} s, {rate / CONSUMED:.1f} times the "
-        f"{CONSUMED} that a v5e-8 takes; {1e6 * cpu / count:.0f} us of a core an image, {cpu / wall:.2f} cores in use"
+        f"{CONSUMED} that a v5e-8 takes; {1e6 * cpu / count:.0f} us of a core per image, {cpu / wall:.2f} cores in use"
     )
     return rate
 
@@ -109,31 +109,31 @@ def bench(folder: str, batch_size: int, seconds: float) -> float:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command.parser("flaxkd.cache", __doc__)
     add = parser.add_argument
-    add("--source", help="folder, file, pattern such as 'gs://bucket/*.tar', or name of a data set of TFDS")
-    command.add(parser, "teacher", help="whose autoencoder and tokenizer are used; default: the embedded teacher")
+    add("--source", help="folder, file, pattern such as 'gs://bucket/*.tar', or name of a TFDS data set")
+    command.add(parser, "teacher", help="gives the autoencoder and tokenizer; default: the embedded teacher")
     command.add(parser, "out", type=str, help="folder of the cache, may be gs://")
-    add("--resolution", type=int, help="pixels (default: what the teacher was made for)")
-    add("--flip", action="store_true", help="keep the mirrored pictures too, for data.random_flip: twice the size")
+    add("--resolution", type=int, help="pixels (default: the teacher's own)")
+    add("--flip", action="store_true", help="add mirrored pictures, for data.random_flip: twice the size")
     share = {"type": float, "default": openmoji.VALIDATION_SHARE}
-    add("--validation", **share, help="share of the captions held out (default: %(default)s)")
+    add("--validation", **share, help="held-out share of the captions (default: %(default)s)")
     add("--split", default="train", help="of the source, if it has several (default: %(default)s)")
     command.add(parser, "batch-size", default=encoding.BATCH, help="pictures on a device at a time")
     command.add(parser, "dtype")
-    add("--threads", type=int, help="that decode pictures (default: as many as cores)")
+    add("--threads", type=int, help="threads that decode pictures (default: one per core)")
     hosts.add_arguments(parser)
     group = parser.add_argument_group("what is kept")
-    group.add_argument("--min-aesthetic", type=float, help="least aesthetic score")
+    group.add_argument("--min-aesthetic", type=float, help="lowest aesthetic score")
     group.add_argument(
-        "--min-size", type=int, help="least shorter side in pixels, before the source was resized"
+        "--min-size", type=int, help="smallest shorter side in pixels, before the source was resized"
     )
     group.add_argument("--caption-column", help="default: .txt, caption, text or prompt")
     group.add_argument("--aesthetic-column", help="default: aesthetic or aesthetic_score")
     group.add_argument("--image-column", help="of tables; default: image, jpg, jpeg, png, webp or img")
-    group = parser.add_argument_group("how fast is it read?")
+    group = parser.add_argument_group("reading speed")
     group.add_argument(
-        "--bench", metavar="DIR", help="read a finished cache in batches of 256, and nothing else"
+        "--bench", metavar="DIR", help="only read a finished cache, in batches of 256, and time it"
     )
-    group.add_argument("--seconds", type=float, default=20, help="of the measurement (default: %(default)s)")
+    group.add_argument("--seconds", type=float, default=20, help="to measure (default: %(default)s)")
     args = parser.parse_args(arguments)
     if not args.bench and not (args.source and args.out):
         parser.error("give --source and --out, or --bench DIR")

@@ -2,9 +2,9 @@
 
     python -m flaxkd.generate --prompt "red apple" [--model DIR|HUB_ID|WORKDIR] [--out picture.png]
 
-One prompt is a picture; several prompts (--prompt again, or --prompts FILE with one a line) or several models
-(--model again, all with the same seeds) are a labelled grid. --image begins with a picture, and --strength says how
-much of it to change. The settings are written into the PNG. Without --model, the teacher in the package draws.
+One prompt makes a picture. Several prompts (--prompt again, or --prompts FILE with one a line) or several models
+(--model again, all with the same seeds) make a labelled grid. --image starts from a picture, and --strength sets how
+much of it changes. The settings are written into the PNG. Without --model, the embedded teacher draws.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from flaxkd.machine import command
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Of --prompt, then of --prompts, whose blank lines are skipped."""
+    """The prompts of --prompt, then those of --prompts. Blank lines are skipped."""
     prompts = list(args.prompt)
     if args.prompts is not None:
         if not args.prompts.is_file():
@@ -41,7 +41,7 @@ def draw(args: argparse.Namespace) -> None:
     models = dict.fromkeys(args.model or [None])
     pipelines = [
         Pipeline.from_pretrained(model, args.dtype) for model in models
-    ]  # all, before the first draws
+    ]  # all are loaded before the first one draws
     columns = {}
     for pipeline in pipelines:
         drawn = pipeline(
@@ -58,7 +58,6 @@ def draw(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
         )
         columns[pipeline.name] = drawn
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     if len(prompts) == len(columns) == 1:
         grids.save(drawn[0], args.out)
     else:
@@ -71,19 +70,19 @@ def draw(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.generate", __doc__, {"--batch": "--batch-size"})
     add = parser.add_argument
-    command.add(parser, "model", action="append", help=f"{command.MODEL}; repeat it for several columns")
+    command.add(parser, "model", action="append", help=f"{command.MODEL}; repeat for several columns")
     add("--prompt", action="append", default=[], help="what to draw")
-    add("--prompts", type=Path, metavar="FILE", help="text file with a prompt a line")
+    add("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
     add("--negative-prompt", default="", help="what not to draw")
     command.add(parser, "steps")
     add("--guidance", type=float, default=7.5, help="1 is none; default: 7.5")
     add("--sampler", choices=samplers.KINDS, default="dpmsolver++", help="default: dpmsolver++")
-    command.add(parser, "seed", help="of the first picture, the next has the next; default: 0")
-    add("--width", type=int, help="pixels; default: what the model was trained at")
-    add("--height", type=int, help="pixels; default: what the model was trained at")
+    command.add(parser, "seed", help="of the first picture; the next one has seed + 1; default: 0")
+    add("--width", type=int, help="pixels; default: as in training")
+    add("--height", type=int, help="pixels; default: as in training")
     command.add(parser, "batch-size", default=4)
-    add("--image", type=Path, help="a picture to begin with, for all prompts")
-    add("--strength", type=float, help="of the change of --image, above 0 and at most 1; default: 0.8")
+    add("--image", type=Path, help="a picture to start from, for all prompts")
+    add("--strength", type=float, help="how much of --image to change, above 0 and at most 1; default: 0.8")
     command.add(parser, "dtype", choices=["float32", "bfloat16"])
     command.add(parser, "out", default=Path("picture.png"))
     args = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
-"""Does a model draw what its training captions say? The share of pictures that find their own original.
+"""Does a model draw what its training captions say? Reports the share of pictures that find their own original.
 
     python -m flaxkd.recall [--model DIR|HUB_ID|WORKDIR] [--out recall.png]
 
 Draws a picture for each of 128 training captions of OpenMoji, and looks for the caption's original among the 5
-nearest (mean square of pixels) of 512 originals. A blind guess finds 1 %. The picture shows the first 24, beside
+nearest (mean squared pixel difference) of 512 originals. A blind guess finds 1 %. The grid shows the first 24, beside
 their originals and the nearest.
 """
 
@@ -42,7 +42,7 @@ def nearest(drawn: np.ndarray, originals: np.ndarray) -> np.ndarray:
 
 
 def recall(order: np.ndarray, k: int) -> float:
-    """The share of rows i of `order` int[n, m] that have i among their first k."""
+    """The share of rows i of `order` int[n, m] with i among their first k."""
     return float(np.mean([i in row[:k] for i, row in enumerate(order)]))
 
 
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "seed")
     command.add(parser, "out", default=Path("recall.png"))
     args = parser.parse_args(arguments)
+    command.keep_compiled_programs()
     with command.reported():
         run(args)
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     drawn = draw(args.model, captions, steps=args.steps, guidance=args.guidance, seed=args.seed)
     order = nearest(drawn, originals)
     shares = ", ".join(f"{recall(order, k):.1%} among the {k}" for k in (1, 5, 20))
-    print(f"of {len(captions)} pictures, their own original is {shares} nearest of {len(originals)}")
+    print(f"{len(captions)} pictures find their own original: {shares} nearest of {len(originals)}")
     columns = {"drawn": drawn[:24], "original": originals[:24], "nearest": originals[order[:24, 0]]}
     grids.grid(columns, captions[:24], args.out, scale=1)
     print(f"wrote {args.out}")

@@ -1,9 +1,9 @@
-"""A run as one page, report.html, with all of its pictures inside: to be kept, or sent to somebody.
+"""A run as one page, report.html, with all its pictures inside, to keep or to send.
 
     python -m flaxkd.report --workdir runs/small [--out FILE.html]
 
-It shows what is there, also of a run that is not over yet. Before it, `python -m flaxkd.evaluate --model DIR --out
-DIR/evaluation` adds how the student compares with its teacher, and `python -m flaxkd.bench --out DIR/bench` its speed.
+It also works during a run. If run first, `python -m flaxkd.evaluate --model DIR --out DIR/evaluation` adds how the
+student compares with its teacher, and `python -m flaxkd.bench --out DIR/bench` adds its speed.
 """
 
 import base64
@@ -26,13 +26,13 @@ from flaxkd.training import metrics
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 FRAMES = 12  # of the drawings over time
-WIDEST = 1400  # pixels: a sheet of 512-pixel drawings is larger than any page
+WIDEST = 1400  # pixels: a sheet of 512-pixel drawings is wider than any page
 
 
 def write(workdir: Path, out: Path | None = None) -> Path:
     """Writes the page, by default to WORKDIR/report.html, and returns its path.
 
-    Raises FileNotFoundError if workdir is no workdir of a training."""
+    Raises FileNotFoundError if `workdir` is not the workdir of a run."""
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir.absolute()} has no config.json: give a workdir of flaxkd.train")
@@ -68,14 +68,14 @@ def page(workdir: Path) -> str:
 
 
 def markdown(text: str) -> str:
-    """Markdown with tables as HTML; tables scroll within the page, which may be that of a phone."""
+    """Markdown with tables as HTML. Tables scroll within the page: it may be open on a phone."""
     rendered = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     rendered = rendered.replace("<table>", '<div class="wide"><table>')
     return rendered.replace("</table>", "</table></div>")
 
 
 def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Folder) -> str:
-    """The few numbers that a person asks for first."""
+    """The few numbers people ask for first."""
     records = metrics.read(workdir)
     step = max((record["step"] for record in records), default=0)
     facts = {
@@ -89,7 +89,7 @@ def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Folder) -> s
     for loss in ("loss_output", "loss_feature", *(() if run["student"] else ("loss",))):
         values = [r[f"validation/{loss}"] for r in records if r.get(f"validation/{loss}")]
         if len(values) > 1:
-            facts[f"{loss} on held-out captions, of what it was at the start"] = (
+            facts[f"{loss} on held-out captions, share of its starting value"] = (
                 f"{values[-1] / values[0]:.1%}"
             )
     if rates := [record["images_per_second"] for record in records if "images_per_second" in record]:
@@ -99,7 +99,7 @@ def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Folder) -> s
 
 
 def blocks_of(run: dict, source: Folder, teacher: str) -> str:
-    """The picture of teacher and student, block by block; nothing for a run without a student."""
+    """The picture of teacher and student, block by block; "" for a run without a student."""
     if not run["student"]:
         return ""
     drawn = io.StringIO()
@@ -109,7 +109,7 @@ def blocks_of(run: dict, source: Folder, teacher: str) -> str:
 
 
 def frames(workdir: Path) -> str:
-    """The sheets of drawings, evenly spread over the run, with a slider; the newest is what shows without scripts."""
+    """The sheets of drawings, evenly spread over the run, with a slider. Without scripts, the newest shows."""
     sheets = sorted((workdir / "samples").glob("*.png"))
     if len(sheets) > FRAMES:
         sheets = [sheets[round(i * (len(sheets) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
@@ -129,7 +129,7 @@ def frames(workdir: Path) -> str:
 
 
 def figure(path: Path, alternative: str, attributes: str = "") -> str:
-    """The picture at `path` as WebP within the page, no wider than WIDEST; nothing if it is not there."""
+    """The picture at `path` as WebP within the page, no wider than WIDEST; "" if it is missing."""
     if not path.is_file():
         return ""
     with Image.open(path) as image:
@@ -142,7 +142,7 @@ def figure(path: Path, alternative: str, attributes: str = "") -> str:
 
 
 def measured(workdir: Path, name: str, alternative: str) -> str:
-    """What `flaxkd.evaluate` or `flaxkd.bench` wrote into WORKDIR/NAME, NAME.png and NAME.md: picture and tables."""
+    """Picture and tables of `flaxkd.evaluate` or `flaxkd.bench`: NAME.png and NAME.md in WORKDIR/NAME."""
     path = workdir / name / f"{name}.md"
     if not path.is_file():
         return ""
@@ -151,7 +151,7 @@ def measured(workdir: Path, name: str, alternative: str) -> str:
 
 
 def commands(workdir: Path) -> str:
-    """How to make it again: the commands that were typed, each with its time, machine and versions."""
+    """How to reproduce the run: the commands as typed, each with its time, machine and versions."""
     found = []
     for start in files.read_jsonl(workdir / metrics.STARTS):
         versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
@@ -166,7 +166,7 @@ def code(text: str, summary: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.report", __doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a training, over or not")
+    parser.add_argument("--workdir", type=Path, required=True, help="workdir of a run, finished or not")
     command.add(parser, "out", help="default: WORKDIR/report.html")
     args = parser.parse_args(arguments)
     with command.reported():

@@ -1,9 +1,9 @@
-"""Trains what a configuration describes: a student, a teacher, an autoencoder, or a task of one's own.
+"""Trains what a configuration describes: a student, a teacher, an autoencoder, or a task of your own.
 
     python -m flaxkd.train --config configs/small.py [--workdir DIR] [--config.key=value ...]
 
 Read `run` from the top: set up, loop, end. What is trained is a `Task` (training/task.py); nothing here knows which.
-Several processes, on one host or many, all run this; --distributed says that there are others (see machine/hosts.py).
+Several processes, on one host or many, all run this; --distributed announces the others (see machine/hosts.py).
 """
 
 import logging
@@ -32,7 +32,7 @@ from flaxkd.training.task import Task
 
 
 class Setup(NamedTuple):
-    """What a run works with, and does not change."""
+    """What a run uses and does not change."""
 
     config: Any
     workdir: Path
@@ -53,11 +53,11 @@ class Setup(NamedTuple):
 def run(config, workdir: Path, typed: str | None = None) -> dict[str, float]:
     """Trains until `config.steps`, and returns the last validation figures. Resumes what `workdir` holds.
 
-    All of several processes compute, and the first one writes; `workdir` is one folder, which all of them see.
-    typed: the command of a person, for the report.
+    All processes compute, and the first one writes. `workdir` is one folder, shared by all processes.
+    typed: the command as typed, for the report.
 
-    Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError when
-    config.bad_steps.in_a_row steps had to be skipped, OSError when nothing can be written, Stopped after SIGTERM or
+    Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError after
+    config.bad_steps.in_a_row skipped steps in a row, OSError if a file cannot be written, Stopped after SIGTERM or
     Ctrl-C."""
     started = time.time()
     setup, state = set_up(config, workdir, typed)
@@ -70,7 +70,7 @@ def run(config, workdir: Path, typed: str | None = None) -> dict[str, float]:
 
 
 def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
-    """Everything before the first step, and the state of the newest checkpoint or of the beginning.
+    """Everything before the first step, and the state: that of the newest checkpoint, or a new one.
 
     Cheap checks come first: a wrong setting or folder is reported before anything is computed or written."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -94,7 +94,7 @@ def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
         config.seed,
         variants=config.data.variants,
         flip=config.data.random_flip,
-        rows=sharding.rows(mesh, config.batch_size),  # a process reads what its devices hold
+        rows=sharding.rows(mesh, config.batch_size),  # a process reads the rows of its own devices
     )
     held_out = data["validation"].examples(config.validation.examples)
     held_out = {name: sharding.fill(x, len(x) // mesh.size or 1, mesh) for name, x in held_out.items()}
@@ -136,12 +136,12 @@ def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
     if hosts.is_first():
         write()
     hosts.wait("blank")
-    return write()  # which leaves what is there alone
+    return write()  # an existing one is left alone
 
 
 def compile_step(train_step, *arguments) -> Future:
-    """The step, which compiles, or comes from the cache, while the first pictures are drawn: the sooner it begins."""
-    if jax.process_count() > 1:  # processes have to compile in the same order
+    """The step. It compiles, or loads a stored program, while the first pictures are drawn: training starts sooner."""
+    if jax.process_count() > 1:  # processes must compile in the same order
         done: Future = Future()
         done.set_result(train_step)
         return done
@@ -155,7 +155,7 @@ def compile_step(train_step, *arguments) -> Future:
 
 
 def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
-    """Steps until `config.steps`, and what is due between them. Returns the state and the last validation figures."""
+    """Runs all steps, and what is due between them. Returns the state and the last validation figures."""
     config, start, figures = s.config, int(state.step), {}
     with stop_signals() as stop:
         if start == 0:
@@ -188,12 +188,12 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
 
 
 def due(config, step: int, every: int) -> bool:
-    """Whether something that is done every so many steps is done after this one; after the last, all is."""
+    """Whether something done every `every` steps is due after this step. After the last step, everything is."""
     return step % every == 0 or step == config.steps
 
 
 def log(s: Setup, state: State) -> None:
-    """Writes what the steps since the last time measured. Raises FloatingPointError if too many were skipped."""
+    """Writes the measurements since the last call. Raises FloatingPointError if too many steps were skipped."""
     fetched = s.writer.fetch()
     for step, values in fetched:
         if values["skipped_in_a_row"]:
@@ -214,7 +214,7 @@ def log(s: Setup, state: State) -> None:
 
 
 def shown(state: State) -> dict:
-    """The weights that are measured, drawn and exported: the moving average, if there is one."""
+    """The weights to measure, draw and export: the moving average, if there is one."""
     return state.ema or state.params
 
 
@@ -228,7 +228,7 @@ def validate(s: Setup, state: State) -> dict[str, float]:
 
 
 def draw_samples(s: Setup, state: State) -> None:
-    """Draws the sheet of this step, which is kept for the report, and samples.png and curves.png anew."""
+    """Draws the sheet of this step, kept for the report, and renews samples.png and curves.png."""
     path = s.workdir / "samples" / f"{int(state.step):08}.png"
     s.sheet.draw(shown(state), s.frozen, path)
     if hosts.is_first():
@@ -242,7 +242,7 @@ def draw_samples(s: Setup, state: State) -> None:
 
 
 def end(s: Setup, state: State, figures: dict[str, float], started: float) -> None:
-    """The last sheet of samples, the export, and what a person does next."""
+    """Draws the last sheet of samples, exports, and prints what to do next."""
     checkpoint.wait(s.manager)
     draw_samples(s, state)
     s.writer.close()
@@ -289,8 +289,8 @@ def conclude(config, workdir: Path, figures: dict[str, float], seconds: float) -
         print(
             f"  {name.removeprefix('validation/'):14} {start.get(name, float('nan')):10.5f} {figures[name]:10.5f}"
         )
-    made = {"samples.png": "the validation prompts, drawn", "curves.png": "all figures over time"}
-    made |= {metrics.FILE: "the figures", export.EXPORT: "a whole pipeline folder, for diffusers"}
+    made = {"samples.png": "drawings of the validation prompts", "curves.png": "all figures over time"}
+    made |= {metrics.FILE: "the figures", export.EXPORT: "a complete pipeline folder for diffusers"}
     for name, what in made.items():
         if (workdir / name).exists():
             print(f"  {workdir / name}  {what}")
@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     with command.reported():
         args, config = command.parse(parser, arguments)
     typed = shlex.join(["python", "-m", "flaxkd.train", *(sys.argv[1:] if arguments is None else arguments)])
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file that it writes
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file it writes
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Several processes on this machine, as if each were a host: to try what a cluster will do, or one for each GPU.
+# Several processes on this machine, as if each were a host: a preview of a cluster, or one process for each GPU.
 #
 #   launch/local.sh PROCESSES --config FILE [flags of flaxkd.train]
 #
-# Ctrl-C and SIGTERM go to all of them. The exit status is that of the first process that did not end with 0.
+# Ctrl-C and SIGTERM go to all of them. The exit status is that of the first process that failed, or 0.
 set -u
 
 processes=${1:?"usage: launch/local.sh PROCESSES --config FILE [flags of flaxkd.train]"}
@@ -15,7 +15,7 @@ trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 
 for ((i = 0; i < processes; i++)); do
     if command -v nvidia-smi >/dev/null; then
-        export JAX_LOCAL_DEVICE_IDS=$i # or each would take all
+        export JAX_LOCAL_DEVICE_IDS=$i # else each takes all
     fi
     python -m flaxkd.train \
         --coordinator_address="$address" --num_processes="$processes" --process_id="$i" "$@" &

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All workers of a TPU VM slice, from your own machine, with gcloud. NAME and ZONE are those of the slice.
+# Runs on all workers of a TPU VM slice, from your own machine, with gcloud. NAME and ZONE are those of the slice.
 #
-#   launch/tpu_vm.sh setup NAME ZONE SERVER:/SHARE              copies flaxkd, installs it, mounts the folder that all see
+#   launch/tpu_vm.sh setup NAME ZONE SERVER:/SHARE              copies flaxkd, installs it, mounts the shared folder
 #   launch/tpu_vm.sh train NAME ZONE --config FILE [flags of flaxkd.train]
-#   launch/tpu_vm.sh watch NAME ZONE                            the log of worker 0; Ctrl-C leaves the training alone
-#   launch/tpu_vm.sh stop NAME ZONE                             saves, and ends; `train` with the same flags goes on
+#   launch/tpu_vm.sh watch NAME ZONE                            the log of worker 0; Ctrl-C leaves the run alone
+#   launch/tpu_vm.sh stop NAME ZONE                             saves and ends; `train` with the same flags resumes
 #
 # The share is at /mnt/flaxkd, and runs/ is a folder of it.
 set -euo pipefail
@@ -42,7 +42,7 @@ setup)
 train)
     (($#)) || usage
     flags=$(printf ' %q' "$@")
-    # `nohup`, since the session ends before the training does. One cache for all, so that a picture is encoded once.
+    # `nohup`: the session ends before the training does. One cache for all: a picture is encoded once.
     on all "cd flaxkd && mkdir -p /mnt/flaxkd/runs && ln -sfn /mnt/flaxkd/runs runs &&
         FLAXKD_CACHE=/mnt/flaxkd/cache nohup ../venv/bin/python -m flaxkd.train --distributed$flags \
             > ../flaxkd.log 2>&1 < /dev/null &"
@@ -51,7 +51,7 @@ watch)
     on 0 "tail -n 50 -F flaxkd.log"
     ;;
 stop)
-    on all "pkill -TERM -f '[f]laxkd.train' || echo 'nothing runs here'"
+    on all "pkill -TERM -f '[f]laxkd.train' || echo 'nothing is running here'"
     ;;
 *)
     usage

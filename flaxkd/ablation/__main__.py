@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
         with command.reported():
             run(args, shlex.join(["python", "-m", "flaxkd.ablation", *arguments]))
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from there", flush=True)
+        print("\nstopped; the same command resumes", flush=True)
         sys.exit(143)
 
 

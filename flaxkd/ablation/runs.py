@@ -1,11 +1,11 @@
-"""Does each term of the loss earn its place? Trains students with and without it, and measures all of them alike.
+"""Does each term of the loss earn its place? Trains students with and without it, and measures all alike.
 
     python -m flaxkd.ablation --config configs/small.py --students sd_small sd_tiny --seeds 3 --out runs/ablation
     python -m flaxkd.ablation ... --config.steps=1000 --config.learning_rate.decay_steps=1000     for every run
 
-A run is a training like any other, in OUT/STUDENT-VARIANT-SEED, and flaxkd.evaluate measures it on held-out captions.
-What is done is kept, so that the same command goes on where it stopped; with more seeds or students, the runs that
-are there count. The result is ablation.md, ablation.json and ablation.png: see table.py.
+A run is an ordinary training in OUT/STUDENT-VARIANT-SEED, and flaxkd.evaluate measures it on held-out captions.
+Finished runs are reused: the same command resumes, and it may ask for more seeds or students. The result is
+ablation.md, ablation.json and ablation.png: see table.py.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from flaxkd.evaluate import evaluation
 from flaxkd.machine import command, files
 from flaxkd.training import checkpoint, metrics
 
-# What the runs differ in. A row sets every key, so that what it is does not change with the defaults.
+# The keys in which the runs differ. A row sets all of them, so it does not change with the defaults.
 KEYS = ("init", "weight.noise", "weight.output", "weight.feature", "normalize_features")
 VARIANTS = {
     "noise":      ("teacher", 1.0, 0.0, 0.0, False),
@@ -37,11 +37,11 @@ VARIANTS = {
 }  # fmt: skip
 OWN = ("student", "seed", *KEYS)
 
-# Dozens of runs: each draws at its start and end alone, and keeps one checkpoint to go on from.
+# Dozens of runs: each draws only at its start and end, and keeps one checkpoint to resume from.
 SPARING = {"sample.every": 10**9, "checkpoint.keep": 1}
 
 TRAINER = [sys.executable, "-m", "flaxkd.train"]
-POLL = 5.0  # seconds between two looks at a training
+POLL = 5.0  # seconds between two checks of a training
 
 
 class Run(NamedTuple):
@@ -52,18 +52,18 @@ class Run(NamedTuple):
     seed: int
     workdir: Path
     command: list[str]
-    config: ConfigDict  # what the command makes of the configuration
+    config: ConfigDict  # with the command's overrides
 
 
 def run(args: argparse.Namespace, typed: str) -> dict:
-    """Trains and measures what is missing, writes the result into `args.out`, and returns it: see `table.write`.
+    """Trains and measures the missing runs, writes the result to `args.out`, and returns it: see `table.write`.
 
-    typed: the command, for the result. Raises ValueError and FileNotFoundError before any compute, and
-    ChildProcessError for a training that fails."""
+    typed: the command, to be reported. Raises ValueError and FileNotFoundError before any compute, and
+    ChildProcessError for a failed training."""
     runs = plan(args)
     for each in runs:
-        checkpoint.claim(each.workdir, each.config.to_dict())  # or what is skipped may be of other settings
-    train_all(runs)  # all of them before the first evaluation: two processes would share an accelerator
+        checkpoint.claim(each.workdir, each.config.to_dict())  # or a skipped run may have other settings
+    train_all(runs)  # all before the first evaluation: otherwise two processes would share an accelerator
     rows, curves, teacher = {}, {}, {}
     for student in dict.fromkeys(each.student for each in runs):
         own = [each for each in runs if each.student == student]
@@ -85,15 +85,15 @@ def run(args: argparse.Namespace, typed: str) -> dict:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """All runs, seed by seed, so that every variant has one before any has two.
+    """All runs, seed by seed: every variant has one before any has two.
 
-    Raises ValueError for an unknown student or key, for a key that the runs differ in, and for no seeds."""
+    Raises ValueError for an unknown student or key, for an override of a key in OWN, and for no seeds."""
     if args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: 1 is needed, and 2 for a standard deviation")
     for override in args.overrides:
         key = override.removeprefix("--config.").partition("=")[0]
         if key in OWN:
-            raise ValueError(f"{override}: the runs differ in {key}, it cannot be the same for all")
+            raise ValueError(f"{override}: the runs differ in {key}, so it cannot be the same for all")
     runs = []
     for seed in range(args.seeds):
         for student in dict.fromkeys(args.students):
@@ -111,17 +111,17 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 
 def finished(run: Run) -> bool:
-    """Whether a training is over: its export comes last, and is renamed into place as a whole."""
+    """Whether a training has finished: its export comes last, and is renamed into place when complete."""
     return (run.workdir / "diffusers" / "model_index.json").is_file()
 
 
 def reached(run: Run) -> int:
-    """The last optimizer step of a training of which something is written."""
+    """The last optimizer step in the metrics of a training; 0 without any."""
     return max((record["step"] for record in metrics.read(run.workdir)), default=0)
 
 
 def train_all(runs: list[Run]) -> None:
-    """Trains what is not finished, one after the other, with a bar over the steps of all runs."""
+    """Trains the unfinished runs one by one, with a bar over the steps of all runs."""
     steps = [reached(run) for run in runs]
     total = sum(run.config.steps for run in runs)
     with tqdm(total=total, initial=sum(steps), unit="step", dynamic_ncols=True) as bar:
@@ -132,14 +132,14 @@ def train_all(runs: list[Run]) -> None:
             def tick(i=i, run=run) -> None:
                 steps[i] = reached(run)
                 bar.n = sum(steps)
-                bar.refresh()  # for its clock: there is no new step for as long as a run compiles
+                bar.refresh()  # for its clock: the step stays the same while a run compiles
 
             bar.set_description(f"run {i + 1} of {len(runs)}, {run.workdir.name}")
             train(run, tick)
 
 
 def train(run: Run, tick: Callable[[], None]) -> None:
-    """One training, as a process of its own that writes to train.log. tick: called now and then while it runs.
+    """Runs one training in its own process, which writes to train.log. tick: called every POLL seconds.
 
     Raises ChildProcessError with the end of the log if it fails."""
     log = run.workdir / "train.log"
@@ -152,7 +152,7 @@ def train(run: Run, tick: Callable[[], None]) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL)
                 tick()
-        except BaseException:  # what stops this command stops the training, which saves first
+        except BaseException:  # stopping this command stops the training, which saves first
             tqdm.write(f"stopping; {run.workdir.name} saves after its current step")
             process.terminate()
             process.wait()
@@ -165,7 +165,7 @@ def train(run: Run, tick: Callable[[], None]) -> None:
 
 
 def measure(args: argparse.Namespace, runs: list[Run]) -> dict:
-    """What `evaluation.run` says of all runs of one student; it is not asked again for what it has said."""
+    """The result of `evaluation.run` for all runs of one student. Reuses the result of an equal request."""
     config = runs[0].config
     out = args.out / f"{runs[0].student}-evaluation"
     options = {"out": out, "data": config.data.source, "resolution": config.data.resolution}
@@ -186,14 +186,14 @@ def measure(args: argparse.Namespace, runs: list[Run]) -> dict:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    epilog = f"--config.KEY=VALUE is for all runs. They differ in {', '.join(OWN)}."
+    epilog = f"--config.KEY=VALUE applies to all runs. They differ in {', '.join(OWN)}."
     parser = command.parser("flaxkd.ablation", __doc__, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
-    command.add(parser, "config", required=True, help="of all runs, e.g. configs/small.py")
-    add("--students", nargs="+", action="extend", help="repeat it for several; default: sd_small and sd_tiny")
-    add("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
-    add("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
-    command.add(parser, "out", default=Path("runs/ablation"), help="default: %(default)s")
+    command.add(parser, "config", required=True, help="configuration of all runs, e.g. configs/small.py")
+    add("--students", nargs="+", action="extend", help="one or more; default: sd_small and sd_tiny")
+    add("--seeds", type=int, default=3, help="runs per variant (default: %(default)s)")
+    add("--examples", type=int, default=128, help="number of held-out captions (default: %(default)s)")
+    command.add(parser, "out", default=Path("runs/ablation"), help="result folder (default: %(default)s)")
     args, overrides = parser.parse_known_args(arguments)
     args.overrides = command.check_overrides(parser, overrides)
     args.students = args.students or ["sd_small", "sd_tiny"]

@@ -1,4 +1,4 @@
-"""The result of an ablation: means and standard deviations over seeds, as JSON, as Markdown and as a picture."""
+"""The result of an ablation: means and standard deviations over seeds, as JSON, Markdown and a picture."""
 
 import itertools
 import json
@@ -10,8 +10,8 @@ from flaxkd.drawing import figures
 from flaxkd.evaluate import table
 from flaxkd.machine import files
 
-# What is compared, and whether less or more of it is better. The first three are near to terms of the loss, of which
-# a variant trains some and not others; of the pictures, which the rest measure, no variant trains anything.
+# What is compared, and whether less or more of it is better. The first three are close to terms of the loss, and a
+# variant trains on some of these terms. The rest measure drawn pictures, and no variant trains on those.
 MEASURES: dict[str, Callable] = {
     "loss_noise": min,
     "loss_output": min,
@@ -21,18 +21,18 @@ MEASURES: dict[str, Callable] = {
     "frechet_latent": min,
     "frechet_latent_data": min,
 }
-COLUMNS = {key: column for key, *column in table.COLUMNS if key in MEASURES}  # [title, digits, what it is]
+COLUMNS = {key: column for key, *column in table.COLUMNS if key in MEASURES}  # [title, decimals, meaning]
 CURVE = "validation/loss_output"
 
 
 def of(values: list[float]) -> dict:
-    """{"mean", "sd", "values"} of one number a seed. sd: that of a sample (n - 1), None for one seed."""
+    """{"mean", "sd", "values"} of one number per seed. sd: of a sample (n - 1), None for one seed."""
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "sd": sd, "values": list(values)}
 
 
 def curve(runs: list[list[dict]]) -> list[list[float]]:
-    """[[optimizer step, mean over seeds of loss_output on held-out captions], ...] of each seed's metrics.jsonl."""
+    """[[optimizer step, mean over seeds of loss_output on held-out captions], ...] from each seed's metrics.jsonl."""
     found: dict[int, list[float]] = {}
     for record in itertools.chain(*runs):
         if CURVE in record:
@@ -53,7 +53,7 @@ def best(found: dict[str, dict], better: Callable) -> str | None:
 
 
 def result(settings: dict, variants: dict, teacher: dict, rows: dict, curves: dict) -> dict:
-    """What `write` takes, of rows of evaluations (see table.py) and records of metrics.jsonl.
+    """The input of `write`, from rows of evaluations (see evaluate/table.py) and records of metrics.jsonl.
 
     settings: {name: value}. variants: {variant: {key of the configuration: value}}. teacher: its row. rows:
     {student: {variant: [the row of each seed]}}. curves: {student: {variant: [the records of each seed]}}.
@@ -86,9 +86,9 @@ def write(out: Path, result: dict) -> list[Path]:
 
 
 def markdown(result: dict) -> str:
-    """A table for each student, a row a variant; what the columns and the variants are; the settings."""
+    """A table per student with a row per variant; the meaning of the columns and the variants; the settings."""
     settings, variants = result["settings"], result["variants"]
-    seeds = "one seed, so that nothing is said of the spread"
+    seeds = "one seed, so the spread is unknown"
     if settings["seeds"] > 1:
         seeds = (
             f"mean ± standard deviation over {settings['seeds']} seeds. Bold: the best mean, where its mean ± "
@@ -120,8 +120,7 @@ def markdown(result: dict) -> str:
     keys = list(next(iter(variants.values())))
     cells = [[str(row[key]) for key in keys] for row in variants.values()]
     blocks += ["## Variants", table.aligned(["variant", *variants], [keys, *cells])]
-    lines = [f"| {name} | {value} |" for name, value in settings.items()]
-    blocks += ["## Settings", "\n".join(["| | |", "|---|---|", *lines])]
+    blocks += ["## Settings", table.settings_table(settings)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -132,9 +131,9 @@ def _number(value: float | None, digits: int, sd: float | None = None) -> str:
 
 
 def picture(result: dict, path: Path) -> None:
-    """A panel for each measure: a dot a seed, a line at the mean, dashes for the teacher; then loss_output over time.
+    """A panel per measure: a dot per seed, a line at the mean, dashes for the teacher. Then loss_output by step.
 
-    The colours are the variants, the groups the students."""
+    Colours are variants, groups are students."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,7 +149,7 @@ def picture(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(
         -(-panels // 3), 3, figsize=(15, 3.6 * -(-panels // 3)), squeeze=False, layout="constrained"
     )
-    figure.suptitle("a dot is a seed, a line the mean over seeds, dashes are the teacher", fontsize=9)
+    figure.suptitle("dots are seeds, lines are means over seeds, dashes are the teacher", fontsize=9)
     free = iter(axes.flat)
     for key, (title, _, _) in COLUMNS.items():
         axis = next(free)
@@ -178,7 +177,7 @@ def picture(result: dict, path: Path) -> None:
     for axis in axes.flat:
         axis.tick_params(labelsize=7, which="both")
         for scale in (axis.xaxis, axis.yaxis):
-            if scale.get_scale() == "log":  # numbers as in the tables, as many as there is room for
+            if scale.get_scale() == "log":  # numbers as in the tables, where there is room
                 scale.set_minor_locator(LogLocator(subs=(2, 5)))
                 scale.set_major_formatter("{x:g}")
                 scale.set_minor_formatter("{x:g}")

@@ -14,16 +14,16 @@ RIVALS = {None: [], "eager": [torch_works.EAGER], "torch": [torch_works.EAGER, t
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.bench", benchmark.__doc__, allow_abbrev=False)
     add = parser.add_argument
-    command.add(parser, "config", default="configs/small.py", help="whose training step; its student does not matter")
+    command.add(parser, "config", default="configs/small.py", help="its training step is timed, its student ignored")
     everyone = [student.names[0] for student in students.TABLE]
-    rows = "a row of python -m flaxkd.students; repeat it for several, default: all of them"
+    rows = "a row of python -m flaxkd.students; repeat for several, default: all"
     add("--students", action="extend", type=lambda names: [name for name in names.split(",") if name], help=rows)
-    add("--against", choices=["eager", "torch"], help="PyTorch, eager or also with torch.compile")
-    changes = "a key of the teacher's unet/config.json, with random weights; repeat it for several"
+    add("--against", choices=["eager", "torch"], help="compare with PyTorch: eager, or also torch.compile")
+    changes = "replace a key of the teacher's unet/config.json, with random weights; repeat for several"
     add("--unet", action="append", default=[], metavar="KEY=JSON", help=changes)
-    add("--rounds", type=int, default=7, help="times that each is done; default: %(default)s")
-    command.add(parser, "steps", help="denoising steps of a picture; default: %(default)s")
-    command.add(parser, "out", default=Path("bench"), help="folder of the result; default: %(default)s")
+    add("--rounds", type=int, default=7, help="repetitions of each measurement; default: %(default)s")
+    command.add(parser, "steps", help="denoising steps per picture; default: %(default)s")
+    command.add(parser, "out", default=Path("bench"), help="result folder; default: %(default)s")
     with command.reported():
         args, config = command.parse(parser, arguments)
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)

@@ -1,14 +1,14 @@
-"""How fast are a teacher and its students? One table and one bar chart; also beside PyTorch.
+"""How fast are a teacher and its students? One table and one bar chart, optionally with PyTorch beside them.
 
     python -m flaxkd.bench                                   the embedded teacher and all of its students
     python -m flaxkd.bench --config configs/small.py:sd15 --students sd_small,sd_tiny --config.batch_size=8
     python -m flaxkd.bench --against torch                   the same work in PyTorch, eager and torch.compile
     python -m flaxkd.bench --unet block_out_channels=[64,128,256,256] --unet sample_size=32
 
-What is timed: a denoising step (the UNet on twice the batch, as guidance needs it), a batch of pictures (from the text
-to the pixels), and the training step of the configuration, which for the teacher is training it on the noise alone.
-Each is the median of --rounds, in which whoever is compared takes turns. Weights do not matter for it: students are
-as cut, and with --unet, which replaces keys of the teacher's unet/config.json, they are random.
+Three things are timed: a denoising step (the UNet on twice the batch, as guidance needs it), a batch of pictures (from
+text to pixels), and the training step of the configuration. The teacher trains on the noise alone. Each time is the
+median of --rounds, and the compared programs take turns. Weights do not affect it: students are as cut. With --unet,
+which replaces keys of the teacher's unet/config.json, weights are random.
 """
 
 import importlib.metadata
@@ -34,19 +34,19 @@ from flaxkd.pretrained import Folder, fresh, save, shapes
 
 OURS = "flaxkd"
 PAUSE = (
-    0.05  # seconds; threads of another library that spin for a while after their work would slow the next one
+    0.05  # seconds; threads of another library may spin for a while after their work and slow the next one
 )
 
 
 def run(
     config, *, names: list[str], against: list[str], unet: dict, rounds: int, steps: int, out: Path
 ) -> dict:
-    """Times all, writes bench.json, .md and .png into `out`, and returns what is in the first.
+    """Times everything, writes bench.json, .md and .png to `out`, and returns the content of the first.
 
     names: students. against: of torch_works.EAGER and COMPILED. unet: keys of the teacher's configuration to
-    replace. steps: of the sampler. Raises ValueError before any compute for what does not fit."""
+    replace. steps: of the sampler. Raises ValueError before any compute for settings that do not fit."""
     if rounds < 5:
-        raise ValueError(f"rounds = {rounds}: a median of at least 5 is worth telling")
+        raise ValueError(f"rounds = {rounds}: a median needs at least 5 to be worth reporting")
     if against:
         torch_works.check(config)
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,7 +89,9 @@ def versions(against: list[str]) -> dict[str, str]:
 
 
 def other_architecture(folder: Folder, changes: dict, out: Path, seed: int) -> Folder:
-    """The pipeline folder with a UNet of another configuration and random weights, written to `out`."""
+    """The pipeline folder with a changed UNet configuration and random weights, written to `out`.
+
+    Raises ValueError for an unknown key."""
     unet_config = folder.config("unet")
     known = {*unet_config, *folder.module("unet").config.__dataclass_fields__}
     if wrong := sorted(changes.keys() - known):
@@ -102,13 +104,13 @@ def other_architecture(folder: Folder, changes: dict, out: Path, seed: int) -> F
 
 
 def measure(subject: Subject, rivals: list[str], rounds: int, bar: tqdm) -> list[dict]:
-    """A row {"model", "by", "parameters", work: {...}} for each rival: see `table.COLUMNS`."""
+    """A row {"model", "by", "parameters", work: {"seconds", ...}} per rival, for every work of `works.WORKS`."""
     size = sum(x.size for x in jax.tree.leaves(subject.unet))
     rows = {by: {"model": subject.name, "by": by, "parameters": size} for by in rivals}
     for work in works.WORKS:
         ready: dict[str, Prepared] = {}
         for by in rivals:
-            bar.set_description(f"{subject.name}, {work}: {by} compiles")
+            bar.set_description(f"{subject.name}, {work}: compiling {by}")
             ours = by == OURS
             ready[by] = works.prepare(subject, work) if ours else torch_works.prepare(subject, work, by)
             bar.update()
@@ -126,7 +128,7 @@ def measure(subject: Subject, rivals: list[str], rounds: int, bar: tqdm) -> list
 
 
 def interleaved(ready: dict[str, Prepared], rounds: int, bar) -> dict[str, list[float]]:
-    """Seconds of each call, in which all take turns, so that a slow moment of the machine meets all of them."""
+    """Seconds of each call. The programs take turns, so a slow moment of the machine affects all of them."""
     seconds: dict[str, list[float]] = {by: [] for by in ready}
     for _ in range(rounds):
         for by, prepared in ready.items():
@@ -139,7 +141,7 @@ def interleaved(ready: dict[str, Prepared], rounds: int, bar) -> dict[str, list[
 
 
 def changes(texts: list[str]) -> dict:
-    """["sample_size=32", ...] -> {"sample_size": 32, ...}: values are JSON. ValueError for what is not."""
+    """["sample_size=32", ...] -> {"sample_size": 32, ...}: values are JSON. ValueError if one is not."""
     found = {}
     for text in texts:
         key, _, value = text.partition("=")
@@ -156,11 +158,11 @@ TITLES = {"denoise": "denoising step", "image": "batch of pictures", "train": "t
 
 
 def derive(rows: list[dict], batch_size: int, peak: float | None) -> list[dict]:
-    """The rows with what follows from them: images/s, and of flaxkd's the cost of training beside its least one.
+    """The rows with derived figures: images/s, and for flaxkd the cost of training relative to its least cost.
 
     A training step needs at least the teacher's forward pass and three of the student: forward, and twice that much
-    backward. "of_least" is its FLOPs in units of that, "of_peak" its FLOP/s in units of `peak`, what
-    the devices can do at most.
+    backward. "of_least" is its FLOPs in units of that. "of_peak" is its FLOP/s in units of `peak`, the most that the
+    devices can do.
     """
     forward = {row["model"]: row["denoise"]["flops"] / 2 for row in rows if row["denoise"]["flops"]}
     for row in rows:
@@ -177,7 +179,6 @@ def derive(rows: list[dict], batch_size: int, peak: float | None) -> list[dict]:
 
 def write(out: Path, result: dict) -> list[Path]:
     """Writes bench.json, .md and .png into `out` and returns their paths. result: {"settings", "rows"}."""
-    out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"bench.{ending}" for ending in ("json", "md", "png")]
     files.write_json(paths[0], result)
     files.write_text(paths[1], markdown(result))
@@ -186,7 +187,7 @@ def write(out: Path, result: dict) -> list[Path]:
 
 
 def markdown(result: dict) -> str:
-    """The tables: time of each work; size and cost; how many times as long the others take; the settings."""
+    """The tables: time of each work; size and cost; the others' times relative to flaxkd's; the settings."""
     rows = result["rows"]
     blocks = ["# Benchmark", times(rows), costs(rows), ratios(rows)]
     blocks += ["## Settings", table.settings_table(result["settings"])]
@@ -194,7 +195,7 @@ def markdown(result: dict) -> str:
 
 
 def times(rows: list[dict]) -> str:
-    """Seconds are medians; images/s are of drawing whole pictures, and of training."""
+    """Seconds are medians. images/s are for drawing whole pictures, and for training."""
     several = len({row["by"] for row in rows}) > 1
     denoise, image, train = (f"s / {work}" for work in TITLES.values())
     cells = [["by"] * several + [denoise, image, "images/s", train, "images/s"]]
@@ -210,7 +211,7 @@ def times(rows: list[dict]) -> str:
 
 
 def costs(rows: list[dict]) -> str:
-    """What XLA counts, of flaxkd alone."""
+    """The counts of XLA, for flaxkd alone."""
     rows = [row for row in rows if row["train"]["flops"] is not None]
     if not rows:
         return ""
@@ -228,9 +229,9 @@ def costs(rows: list[dict]) -> str:
             cells[-1].append(table.number(bytes_ and bytes_ / 2**20, 0))
         cells[-1] += [f"{row['train'].get('of_peak', 0):.1%}"] * peak
     text = (
-        "FLOPs and memory (arguments, results and temporaries of one device) are XLA's, of the compiled program. "
-        "It counts what is in a loop once, such as the long attentions of a CPU. "
-        "The least that a training step needs is the teacher's forward pass and three of the student's."
+        "FLOPs and memory (arguments, results and temporaries of one device) are XLA's, for the compiled program. "
+        "XLA counts the body of a loop once, such as long attention on a CPU. "
+        "A training step needs at least the teacher's forward pass and three of the student's."
     )
     return "\n\n".join(
         ["## Size and cost", table.aligned(["model", *(row["model"] for row in rows)], cells), text]
@@ -238,7 +239,7 @@ def costs(rows: list[dict]) -> str:
 
 
 def ratios(rows: list[dict]) -> str:
-    """How many times as long as flaxkd the others take."""
+    """The others' times divided by flaxkd's."""
     ours = {row["model"]: row for row in rows if row["train"]["flops"] is not None}
     others = [row for row in rows if row["train"]["flops"] is None]
     if not others:
@@ -258,7 +259,7 @@ def ratios(rows: list[dict]) -> str:
 
 
 def picture(result: dict, path: Path) -> None:
-    """Bars of the three times, one colour for whoever ran it."""
+    """Bars of the three times, one colour per program."""
     import matplotlib
 
     matplotlib.use("Agg")

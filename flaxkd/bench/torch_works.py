@@ -1,8 +1,8 @@
 """The work of works.py in PyTorch, for `flaxkd.bench --against torch`: what users of diffusers run today.
 
-The training step is written as Segmind's distill-sd writes it: forward hooks on whole blocks, a sum of mean squared
-errors, `clip_grad_norm_` and AdamW; under autocast if the compute is not float32. Only here does flaxkd import torch
-and diffusers, both of which are in the extra `test`.
+The training step follows Segmind's distill-sd: forward hooks on whole blocks, a sum of mean squared errors,
+`clip_grad_norm_` and AdamW; under autocast if the compute is not float32. No other file of flaxkd imports diffusers,
+and only evaluate/scores.py also imports torch. Both packages are in the extra `test`.
 """
 
 import time
@@ -13,13 +13,14 @@ import numpy as np
 
 from flaxkd import students
 from flaxkd.bench.works import Prepared, Subject
+from flaxkd.evaluate.scores import device
 from flaxkd.pretrained import keys
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 
 
 class Networks(NamedTuple):
-    """Modules of torch with the weights of a subject. teacher: None if the subject is the teacher."""
+    """Torch modules with the weights of a subject. teacher: None if the subject is the teacher."""
 
     unet: object
     teacher: object | None
@@ -27,7 +28,7 @@ class Networks(NamedTuple):
 
 
 def check(config) -> None:
-    """Raises ValueError for what distill-sd has not, and ModuleNotFoundError without torch or diffusers."""
+    """Raises ValueError for settings that distill-sd lacks, and ModuleNotFoundError without torch or diffusers."""
     try:
         import diffusers  # noqa: F401
         import torch  # noqa: F401
@@ -46,12 +47,12 @@ def check(config) -> None:
     }
     if found := [key for key, bad in wrong.items() if bad]:
         raise ValueError(
-            f"the step in PyTorch does not have what the configuration says of {', '.join(found)}"
+            f"the training step in PyTorch does not support the configuration's setting of {', '.join(found)}"
         )
 
 
 def prepare(subject: Subject, work: str, by: str) -> Prepared:
-    """One of `works.WORKS` by EAGER or COMPILED, done once. The whole of torch's memory is not told."""
+    """One of `works.WORKS` by EAGER or COMPILED, run once. Torch does not report FLOPs or its whole memory."""
     begin = time.perf_counter()
     make = {"denoise": _denoise, "image": _image, "train": _train}[work]
     call = make(subject, _networks(subject), by == COMPILED)
@@ -59,18 +60,12 @@ def prepare(subject: Subject, work: str, by: str) -> Prepared:
     return Prepared(call, time.perf_counter() - begin)
 
 
-def device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _networks(subject: Subject) -> Networks:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
     from transformers.utils import logging as of_transformers
 
-    logging.disable_progress_bar()  # of loading; there is one of the benchmark
+    logging.disable_progress_bar()  # of loading; the benchmark has its own
     of_transformers.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(subject.folder.path, low_cpu_mem_usage=False).to(device())
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -97,7 +92,7 @@ def _unet(config: dict, params: dict):
 
 
 def _tensors(subject: Subject, *arrays: np.ndarray) -> list:
-    """On the device; four axes from NHWC to NCHW."""
+    """The arrays as tensors on the device. Those of four axes go from NHWC to NCHW."""
     import torch
 
     moved = [np.moveaxis(x, -1, 1) if x.ndim == 4 else x for x in arrays]
@@ -140,14 +135,14 @@ def _image(subject: Subject, networks: Networks, compiled: bool) -> Callable:
 
     dtype, pipeline = _torch_dtype(subject), networks.pipeline
     pipeline = pipeline if dtype == torch.float32 else pipeline.to(dtype)
-    if compiled:  # what takes the time, as diffusers' documentation does it
+    if compiled:  # the parts that take the time, as in diffusers' documentation
         pipeline.unet = torch.compile(pipeline.unet)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode)
     return lambda: pipeline(subject.prompts, num_inference_steps=subject.steps, guidance_scale=7.5).images
 
 
 def loss(subject: Subject, networks: Networks, compiled: bool = False) -> Callable:
-    """(noisy_latents, timesteps, input_ids, target: tensors) -> {"loss", "loss_noise", ...}, as `distill.kd_loss`."""
+    """(noisy_latents, timesteps, input_ids, target: tensors) -> {"loss", "loss_noise", ...}, as `losses.kd_loss`."""
     import torch
     from torch.nn import functional
 
@@ -186,7 +181,7 @@ def loss(subject: Subject, networks: Networks, compiled: bool = False) -> Callab
             wanted = teacher(noisy_latents, timesteps, encoder_hidden_states=states).sample
         found["loss_output"] = mse(noise_pred, wanted)
         terms = ((seen["student"][s], seen["teacher"][t]) for s, t in pairs)
-        if subject.config.normalize_features:  # which distill-sd has not
+        if subject.config.normalize_features:  # absent in distill-sd
             terms = (mse(a, b) / b.float().square().mean() for a, b in terms)
         else:
             terms = (mse(a, b) for a, b in terms)

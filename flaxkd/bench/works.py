@@ -1,4 +1,4 @@
-"""What a benchmark times, of a teacher or a student: a denoising step, a picture, a training step.
+"""The timed work of a teacher or a student: a denoising step, a batch of pictures, a training step.
 
 torch_works.py has the same three in PyTorch.
 """
@@ -23,7 +23,7 @@ WORKS = ("denoise", "image", "train")
 
 
 class Subject(NamedTuple):
-    """A network, and the work it is given. `batch_size` images at a time, which with guidance is twice in the UNet."""
+    """A network and its work: `batch_size` images at a time, and with guidance twice that in the UNet."""
 
     name: str  # "teacher", or a row of the students' table
     config: ConfigDict  # of its training
@@ -41,13 +41,13 @@ class Subject(NamedTuple):
 
     @property
     def unet(self) -> dict:
-        """Its parameters: those of the task, or of the teacher if the task has none."""
+        """The UNet's parameters: those of the task, or of the teacher if the task has none."""
         assembled = self.task.assemble(self.task.trained, self.task.frozen)
         return assembled["unet"] if "unet" in assembled else self.folder.params("unet")
 
     @property
     def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a denoising step: noisy latents float32[2b, h, w, c], timesteps int32[2b], states float32[2b, l, d]."""
+        """For a denoising step: noisy latents float32[2b, h, w, c], timesteps int32[2b], states float32[2b, l, d]."""
         rng = np.random.default_rng(0)
         b, latents = self.config.batch_size, self.folder.latent_shape()
         shape = 2 * b, self.folder.text_length, self.unet_config["cross_attention_dim"]
@@ -56,23 +56,23 @@ class Subject(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Work that is ready. `call()` does it once, and returns when it is done."""
+    """Compiled work. `call()` runs it once, and returns when it is done."""
 
     call: Callable[[], Any]
-    first: float  # seconds from nothing until it was done once: tracing and compiling, or reading them back
+    first: float  # seconds until the end of the first run: tracing, and compiling or loading the program
     flops: float | None = (
-        None  # of the compiled program on all devices, by XLA's count: a multiply-add is two
+        None  # of the compiled program on all devices, by XLA's count: a multiply-add counts as two
     )
-    peak_bytes: int | None = None  # its arguments, results and temporaries, by XLA's plan, on one device
+    peak_bytes: int | None = None  # arguments, results and temporaries on one device, as assigned by XLA
 
 
 def subject(name: str, config: ConfigDict, folder: Folder, *, steps: int) -> Subject:
-    """The teacher of a folder ("teacher"), or the student of that name cut from it.
+    """The teacher of a folder ("teacher"), or the student of that name, cut from it.
 
-    Raises ValueError, as the task does, if there is no such student or it cannot be cut from this teacher."""
+    Raises ValueError, as the task does, for an unknown student or one that cannot be cut from this teacher."""
     config = config.copy_and_resolve_references()
     config.student = None if name == "teacher" else name
-    config.data.resolution = folder.resolution  # what its networks were made for
+    config.data.resolution = folder.resolution  # native to its networks
     dtype = sharding.compute_dtype(config.dtype)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     task = tasks.make(config, folder, dtype, mesh)
@@ -82,7 +82,7 @@ def subject(name: str, config: ConfigDict, folder: Folder, *, steps: int) -> Sub
 
 
 def prepare(subject: Subject, work: str) -> Prepared:
-    """One of WORKS, compiled, and done once."""
+    """One of WORKS, compiled and run once."""
     begin = time.perf_counter()
     call, compiled = {"denoise": _denoise, "image": _image, "train": _train}[work](subject)
     call()
@@ -90,7 +90,7 @@ def prepare(subject: Subject, work: str) -> Prepared:
 
 
 def facts(compiled: jax.stages.Compiled | None) -> tuple[float | None, int | None]:
-    """(FLOPs on all devices, peak bytes on one) of a compiled program, as far as its backend tells."""
+    """(FLOPs on all devices, peak bytes on one) of a compiled program; None where the backend reports nothing."""
     if compiled is None:
         return None, None
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
@@ -107,7 +107,7 @@ def facts(compiled: jax.stages.Compiled | None) -> tuple[float | None, int | Non
 
 
 def _pipeline(subject: Subject) -> Pipeline:
-    """What one draws with: the folder, with the subject's own UNet."""
+    """The pipeline to draw with: the folder's, with the subject's own UNet."""
     parts = [part for part in subject.folder.parts if part != "unet"]
     params = jax.tree.map(lambda x: np.asarray(x, subject.dtype), subject.unet)
     params = jax.device_put(params, sharding.replicated(subject.mesh))
@@ -125,13 +125,13 @@ def _denoise(subject: Subject) -> tuple:
 
 
 def _image(subject: Subject) -> tuple:
-    """Pictures of the prompts, from the text to the pixels, as `Pipeline` draws them."""
+    """Pictures of the prompts, from text to pixels, as drawn by `Pipeline`."""
     pipeline, options = _pipeline(subject), {"batch_size": len(subject.prompts), "progress": False}
     return lambda: pipeline(subject.prompts, num_inference_steps=subject.steps, **options), None
 
 
 def _train(subject: Subject) -> tuple:
-    """One optimizer step, with a batch that is on the device."""
+    """One optimizer step, with the batch already on the device."""
     config, task, mesh, tx = subject.config, subject.task, subject.mesh, step.optimizer(subject.config)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     like = step.state_shapes(task, config, tx)

@@ -1,4 +1,4 @@
-"""What a large image set is made of: chunks, which are read one after the other, and the items in them."""
+"""A large image set consists of chunks. Each chunk is read in order and yields items."""
 
 import lzma
 import tarfile
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-# Damage, whoever finds it. These are no OSError, by which a failing disk or network would say so.
+# Damage, as any of the libraries reports it. A failing disk or network raises OSError, which is not among these.
 BROKEN = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 class Item(NamedTuple):
-    """A picture as it was found. name: where, for people. image: encoded, or a function that reads it; None if there
-    is none. about: what else is known of it, by the source's own names."""
+    """A picture as found in its source. name: its location, for messages. image: encoded bytes, or a function that
+    reads them; None if there is none. about: its other fields, under the source's own names."""
 
     name: str
     image: bytes | Callable[[], bytes] | None
@@ -23,12 +23,12 @@ class Item(NamedTuple):
 
 
 class Broken(Exception):
-    """The rest of a chunk cannot be read, and never will be: a damaged or truncated file, not a failing network."""
+    """The rest of a chunk can never be read: the file is damaged or truncated. A failing network is an OSError."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A file, or a range of one: iterating reads its items. Raises Broken where the file is."""
+    """A file, or a range of one. Iteration reads its items, and raises Broken where the file is damaged."""
 
     name: str
     load: Callable[[], Iterator[Item]]
@@ -39,17 +39,17 @@ class Chunk:
         except BROKEN as error:
             raise Broken(f"{type(error).__name__}: {error}") from error
         except OSError as error:
-            # Arrow says so of damage as well, without the number that an error of the system has. A bucket's client
-            # may leave it out too, and then it has to be tried again.
+            # Arrow raises OSError for damage too, without the errno of a system error. A bucket's client may also omit
+            # the errno: such a read has to be retried.
             if error.errno is not None or "://" in self.name:
                 raise
             raise Broken(f"{type(error).__name__}: {error}") from error
 
 
 def pick(about: Mapping[str, Any], wanted: str | None, usual: Sequence[str]) -> Any:
-    """The value called `wanted`, else by the first of the `usual` names that is there; None if there is none.
+    """The value named `wanted`, or without it the value under the first of the `usual` names found; else None.
 
-    Upper and lower case are one. Bytes become str, and of a list it is the first entry (COCO has five captions)."""
+    Names ignore case. Bytes become str, and a list gives its first entry (COCO has five captions)."""
     names = {name.lower(): name for name in about}
     found = [names[name.lower()] for name in ([wanted] if wanted else usual) if name.lower() in names]
     value = about[found[0]] if found else None
@@ -59,7 +59,7 @@ def pick(about: Mapping[str, Any], wanted: str | None, usual: Sequence[str]) -> 
 
 
 def ranges(size: int, rows: int, name: str, load: Callable[[int], Item]) -> list[Chunk]:
-    """Chunks of `rows` items each, of a sequence of `size` whose item i is load(i). ValueError if it is empty."""
+    """Chunks of `rows` items from a sequence of `size` items, where load(i) is item i. ValueError if it is empty."""
     if not size:
         raise ValueError(f"{name} has no pictures, tars or tables: is it the right folder?")
     starts = range(0, size, rows)

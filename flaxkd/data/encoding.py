@@ -1,5 +1,5 @@
-"""Pictures are encoded once: what the train step reads are the moments of their latents and the token ids of their
-captions, made on the accelerator before the first step and reused by every later run with the same inputs.
+"""Pictures are encoded once. The train step reads the moments of their latents and the token ids of their captions,
+computed on the accelerator before the first step and reused by every later run with the same inputs.
 """
 
 import functools
@@ -18,9 +18,9 @@ BATCH = 16  # images per device
 
 
 def open_data(batch: Iterable[str], config, pictures: sources.Source, split: str, folder: Folder, dtype):
-    """The examples of a split with the fields that a task's batch names, as a reader of loader.py.
+    """The examples of a split, as a reader of loader.py with the fields of a task's `batch`.
 
-    folder: the teacher's, whose autoencoder and tokenizer encode, in `dtype`. Raises ValueError for fields that no
+    folder: the teacher's. Its autoencoder and tokenizer encode, in `dtype`. Raises ValueError for fields that no
     reader has, and like `ensure`."""
     fields = tuple(batch)
     if {*fields} <= {*loader.Pictures.fields}:
@@ -28,11 +28,11 @@ def open_data(batch: Iterable[str], config, pictures: sources.Source, split: str
     if {*fields} <= {*loader.Records.fields}:
         return loader.Records(ensure(config, pictures, split, folder, dtype), fields)
     known = " or ".join(str(reader.fields) for reader in (loader.Pictures, loader.Records))
-    raise ValueError(f"a task's batch names {fields}, and a reader has {known}")
+    raise ValueError(f"a task's batch names {fields}, but a reader has {known}")
 
 
 def fingerprint(folder: Folder) -> str:
-    """Of all in a pipeline folder that decides over moments and token ids: autoencoder and tokenizer."""
+    """Hash of everything in a pipeline folder that determines moments and token ids: autoencoder and tokenizer."""
     digest = hashlib.sha256()
     for path in sorted([*(folder.path / "vae").iterdir(), *(folder.path / "tokenizer").iterdir()]):
         if path.suffix in (".json", ".txt", ".safetensors"):
@@ -43,20 +43,20 @@ def fingerprint(folder: Folder) -> str:
 
 
 def encoder_fingerprint(folder: Folder, dtype) -> str:
-    """The same and the precision, as a cache notes them."""
+    """`fingerprint` with the precision, as recorded in a cache."""
     return f"{fingerprint(folder)}-{np.dtype(dtype).name}"
 
 
 @sharding.jit(static_argnames="vae")
 def moments(vae, params, images) -> jax.Array:
-    """Moments float[b, h, w, 2c] of pictures uint8[b, H, W, 3], by an autoencoder."""
+    """Moments float[b, h, w, 2c] of pictures uint8[b, H, W, 3], from an autoencoder."""
     return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")
 
 
 def encoder(folder: Folder, dtype, mesh) -> Callable[[np.ndarray], jax.Array]:
     """uint8[b, H, W, 3] -> moments float[b, h, w, 2c], by the autoencoder of a pipeline folder, in `dtype`.
 
-    b is a multiple of the devices of `mesh`, all of which work. The weights are read at the first call."""
+    b is a multiple of the number of devices in `mesh`, which split the batch. The first call reads the weights."""
     vae, data = folder.module("vae", dtype), sharding.batch(mesh)
 
     @functools.cache
@@ -67,11 +67,11 @@ def encoder(folder: Folder, dtype, mesh) -> Callable[[np.ndarray], jax.Array]:
 
 
 def ensure(config, pictures: sources.Source, split: str, folder: Folder, dtype) -> os.PathLike:
-    """The cache of the pictures of a split ("train" or "validation"); made, with progress, if it is not there.
+    """The cache of a split's pictures ("train" or "validation"). Builds a missing cache, and shows progress.
 
-    folder: whose autoencoder encodes, in `dtype`. Every process encodes its share of the files on its own devices,
-    and all wait for the last; if their FLAXKD_CACHE is not one folder, each then makes its own whole.
-    Raises ValueError if a cache that was made before does not fit the folder or the configuration."""
+    folder: its autoencoder encodes, in `dtype`. Every process encodes its share of the files on its own devices, then
+    waits for the others. If they do not share one FLAXKD_CACHE folder, each then completes its own cache.
+    Raises ValueError if a prebuilt cache does not fit the folder or the configuration."""
     folder.check_resolution(config.data.resolution, "data.resolution")
     if pictures.cache is not None:
         check_made_before(config, pictures.cache, split, folder)
@@ -90,26 +90,26 @@ def ensure(config, pictures: sources.Source, split: str, folder: Folder, dtype) 
         process_count=jax.process_count(),
         wait=lambda: hosts.wait(f"shares of {split}"),
     )
-    hosts.wait(f"latents of {split}")  # or a device would wait for a host that still encodes
+    hosts.wait(f"latents of {split}")  # otherwise a device would wait for a host that is still encoding
     return made
 
 
 def check_made_before(config, made: os.PathLike, split: str, folder: Folder) -> None:
-    """Raises ValueError unless a cache of flaxkd.cache has what the configuration asks for."""
+    """Raises ValueError unless a cache built by flaxkd.cache fits the configuration and the folder."""
     about = records.read_about(made)
     if about["resolution"] != config.data.resolution:
         raise ValueError(
-            f"{made} has pictures of {about['resolution']} pixels, data.resolution is {config.data.resolution}: set it "
-            "to what the cache has, or make another cache"
+            f"{made} has pictures of {about['resolution']} pixels, data.resolution is {config.data.resolution}: change "
+            "the setting, or build another cache"
         )
-    encoder, _, _ = about["encoder"].partition("-")  # the rest is the precision, which is a choice
+    encoder, _, _ = about["encoder"].partition("-")  # the rest is the precision, which may differ
     if encoder != fingerprint(folder):
         raise ValueError(
-            f"{made} was made with another autoencoder or tokenizer than {folder.path} has: make a cache with "
-            "`python -m flaxkd.cache --teacher` and this teacher"
+            f"{made} was made with another autoencoder or tokenizer than {folder.path} has: build a cache "
+            "for this teacher with `python -m flaxkd.cache --teacher`"
         )
     if config.data.random_flip and split == "train" and not about["flip"]:
         raise ValueError(
-            f"{made} has no mirrored pictures, which data.random_flip asks for: set it to False, or make a cache with "
+            f"{made} has no mirrored pictures, which data.random_flip needs: set it to False, or build a cache with "
             "`python -m flaxkd.cache --flip`"
         )

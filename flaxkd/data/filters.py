@@ -1,4 +1,4 @@
-"""Which pictures of a large set are kept, and as what: filters, captions, decoding."""
+"""Which pictures of a large set are kept, and in what form: filters, captions, decoding."""
 
 import io
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ CAPTIONS = (
     "text",
     "prompt",
     "captions/text",
-)  # usual names, the first that is there counts
+)  # usual names; the first one present counts
 AESTHETIC = ("aesthetic", "aesthetic_score")
-WIDTHS, HEIGHTS = ("original_width",), ("original_height",)  # as img2dataset notes them before it resizes
+WIDTHS, HEIGHTS = ("original_width",), ("original_height",)  # recorded by img2dataset before it resizes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of a source is kept, and how."""
+    """What to keep of a source, and how."""
 
-    resolution: int  # pixels a side: the shorter side is resized to it, then the center is cropped
-    flip: bool = False  # keep the mirrored pictures of `train` too
+    resolution: int  # pixels per side: the shorter side is resized to it, then the center is cropped
+    flip: bool = False  # also keep mirrored pictures, in `train` alone
     validation: float = (
         openmoji.VALIDATION_SHARE
-    )  # of the captions, by their hash: equal captions stay together
-    min_aesthetic: float | None = None  # score, as the source has it
-    min_size: int | None = None  # pixels of the shorter side, before any resizing that the source tells of
+    )  # share of the captions, chosen by hash: equal captions stay together
+    min_aesthetic: float | None = None  # score, on the source's scale
+    min_size: int | None = None  # pixels of the shorter side, before any resizing recorded in the source
     caption_column: str | None = None  # None: the first of `CAPTIONS`
     aesthetic_column: str | None = None  # None: the first of `AESTHETIC`
 
@@ -43,7 +43,7 @@ class Example(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What is not kept: by wish (filtered, only counted) or because it is at fault (skipped, counted and listed)."""
+    """An item left out: filtered on request (only counted), or skipped as faulty (counted and listed)."""
 
     name: str
     kind: str
@@ -52,7 +52,7 @@ class Left(NamedTuple):
 
 
 def prepare(item: Item, recipe: Recipe) -> Example | Left:
-    """An item filtered, decoded and cut. What is cheap comes first."""
+    """Filters, decodes and crops an item. Cheap checks come first."""
     left = lambda *reason: Left(item.name, *reason)
     if recipe.min_aesthetic is not None:
         score = _number(pick(item.about, recipe.aesthetic_column, AESTHETIC))
@@ -74,7 +74,7 @@ def prepare(item: Item, recipe: Recipe) -> Example | Left:
             if recipe.min_size and None in size and min(image.size) < recipe.min_size:
                 return small
             return Example(item.name, sources.square(image, recipe.resolution), caption.strip())
-    except Exception as error:  # of any kind: decoders that meet damage raise whatever they stumble over
+    except Exception as error:  # any kind: decoders raise all sorts of errors on damaged pictures
         return left("skipped", "unreadable picture", f"{type(error).__name__}: {error}")
 
 

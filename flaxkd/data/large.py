@@ -1,15 +1,15 @@
-"""A cache of an image set of any size, made chunk by chunk, by any number of processes that need not meet.
+"""A cache of an image set of any size, built chunk by chunk by any number of independent processes.
 
-    OUT/plan.json                                       what it is made of, and how: written first
-    OUT/train/moments-00012-of-01000.array_record       shards of chunk 12, in the format of records.py
-    OUT/train/flipped-00012-of-01000.array_record       the mirrored pictures, if asked for
-    OUT/validation/moments-00012-of-01000.array_record  the held-out captions
-    OUT/done/00012-of-01000.json                        chunk 12 is whole, and what was left out of it
-    OUT/skipped.jsonl                                   all that was at fault, a line each
-    OUT/train/cache.json, OUT/validation/cache.json     written last: the cache is whole
+    OUT/plan.json                                       source and settings, written first
+    OUT/train/moments-00012-of-01000.array_record       shard of chunk 12, in the format of records.py
+    OUT/train/flipped-00012-of-01000.array_record       its mirrored pictures, if requested
+    OUT/validation/moments-00012-of-01000.array_record  its pictures with held-out captions
+    OUT/done/00012-of-01000.json                        chunk 12 is complete; what was left out of it
+    OUT/skipped.jsonl                                   all faulty items, one per line
+    OUT/train/cache.json, OUT/validation/cache.json     written last: the cache is complete
 
-Process i of n takes chunks i, i + n, ...; a chunk whose file is in done/ is not read again. So what is written does not
-depend on the number of processes, any of them may be killed, and the next run may have more or fewer.
+Process i of n takes chunks i, i + n, ... and skips the chunks listed in done/. The output does not depend on the number
+of processes. Any of them may be killed, and the next run may use more or fewer.
 """
 
 import collections
@@ -51,18 +51,18 @@ def build(
     threads: int | None = None,
     progress: bool = True,
 ) -> dict | None:
-    """Fills `out` with this process's chunks. Returns what `finish` does: None while chunks of others are missing.
+    """Fills `out` with this process's chunks. Returns the result of `finish`: None while others' chunks are missing.
 
-    encode: uint8[b, r, r, 3] -> moments [b, h, w, 2c], always with b = batch_size; may return before it is done, as
-    JAX does. tokenize: captions -> int32[b, l]. fingerprint: of both. threads: that decode, None for all cores.
-    Raises ValueError if `out` was begun otherwise or nothing is left, files.DiskFull, and OSError of a source that
-    cannot be reached: what is finished stays."""
+    encode: uint8[b, r, r, 3] -> moments [b, h, w, 2c], always with b = batch_size; may be asynchronous, as in JAX.
+    tokenize: captions -> int32[b, l]. fingerprint: of both. threads: for decoding; None for one per core.
+    Raises ValueError if `out` was begun with other settings or a split is empty, files.DiskFull, and OSError for an
+    unreachable source. Finished chunks stay."""
     if not chunks:
         raise ValueError("the source has no pictures")
     out = epath.Path(out)
     names = "\n".join(
         chunk.name.rpartition("/")[2] for chunk in chunks
-    )  # hosts may see it under different folders
+    )  # hosts may see it under different paths
     plan = {"format": records.FORMAT, "source": hashlib.sha256(names.encode()).hexdigest()[:16]}
     plan |= {"parts": len(chunks), "encoder": fingerprint} | asdict(recipe)
     _claim(out, plan)
@@ -84,7 +84,7 @@ def build(
 
 
 class _Counts:
-    """Called for every picture: says in the bar how many there were of each kind, and how fast they come."""
+    """Called for every picture: counts each kind, and shows the counts and the speed in the bar."""
 
     def __init__(self, bar: tqdm):
         self.bar, self.of, self.start, self.shown = bar, collections.Counter(), None, 0.0
@@ -96,7 +96,7 @@ class _Counts:
 
     def show(self) -> None:
         kept, self.shown = self.of["train"] + self.of["validation"], time.monotonic()
-        if self.start is None and kept:  # the first batch also compiles, and does not count
+        if self.start is None and kept:  # the first batch includes compiling, so it does not count
             self.start = (kept, self.shown)
         rate = (kept - self.start[0]) / max(self.shown - self.start[1], 1e-9) if self.start else 0.0
         left = ", ".join(f"{self.of[kind]:,} {kind}" for kind in ("filtered", "skipped"))
@@ -106,7 +106,7 @@ class _Counts:
 def _claim(out: epath.Path, plan: dict) -> None:
     for folder in (*SPLITS, "done"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    remedy = "Continue as it was begun, or give another --out."
+    remedy = "Resume with the same settings, or give another --out."
     files.claim(out / records.PLAN, plan, differ="was begun with other settings", remedy=remedy)
 
 
@@ -129,7 +129,7 @@ def _fill(
     batch_size: int,
     count: Callable[[str], None],
 ) -> dict:
-    """Writes the shards of chunk i, and returns what done/ says of it."""
+    """Writes the shards of chunk i, and returns its record for done/."""
     about = {"part": name, "train": 0, "validation": 0, "filtered": collections.Counter(), "skipped": []}
     kinds = [("train", "moments"), ("train", "flipped"), ("validation", "moments")]
     shards = {kind: out / kind[0] / records.shard_name(kind[1], i, plan["parts"]) for kind in kinds}
@@ -150,7 +150,7 @@ def _fill(
                     yield result
                 else:
                     leave(result)
-        except Broken as error:  # what came before is kept
+        except Broken as error:  # items before the damage are kept
             leave(Left(name, "skipped", "broken from here on", str(error)))
 
     with contextlib.ExitStack() as stack:
@@ -174,7 +174,7 @@ def _fill(
                 about[split] += 1
                 count(split)
 
-        waiting = None  # what the devices still work on, while the next batch is put together
+        waiting = None  # the devices work on this batch while the next one is assembled
         for batch in _batches(kept(), batch_size):
             images = records.filled(np.stack([example.image for example in batch]), batch_size)
             begun = (batch, encode(images), encode(images[:, :, ::-1]) if plan["flip"] else None)
@@ -187,7 +187,7 @@ def _fill(
 
 
 def _clear(file: epath.Path) -> None:
-    """Removes what a killed process left half-written of this file."""
+    """Removes half-written copies of this file, left by a killed process."""
     for stale in file.parent.glob(f".{file.name}.*"):
         stale.unlink()
 
@@ -204,7 +204,7 @@ def _batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
 
 
 def _ahead(items: Iterable, work: Callable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
-    """work(item) for every item, in order. A thread reads, those of the pool work, at most `depth` items ahead."""
+    """work(item) for every item, in order. One thread reads and the pool works, at most `depth` items ahead."""
     futures: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -220,7 +220,7 @@ def _ahead(items: Iterable, work: Callable, pool: ThreadPoolExecutor, depth: int
                 if stopped.is_set():
                     return
             put(None)
-        except BaseException as error:  # raised where the items are wanted
+        except BaseException as error:  # raised again in the consumer
             put(error)
 
     reader = threading.Thread(target=read, daemon=True)
@@ -236,9 +236,9 @@ def _ahead(items: Iterable, work: Callable, pool: ThreadPoolExecutor, depth: int
 
 
 def finish(out: epath.Path, plan: dict) -> dict | None:
-    """Writes cache.json and skipped.jsonl if every chunk is done, and returns what was kept and left; else None.
+    """Writes cache.json and skipped.jsonl, and returns what was kept and left out; None until every chunk is done.
 
-    Every process calls it, and whichever is last finds all chunks done. Raises ValueError if a split is empty."""
+    Every process calls it, and the last one finds all chunks done. Raises ValueError if a split is empty."""
     n = plan["parts"]
     if not _done(out) >= {_numbered(i, n) for i in range(n)}:
         return None
@@ -260,7 +260,7 @@ def finish(out: epath.Path, plan: dict) -> dict | None:
             "larger --validation for a small set, and another --out"
         )
     keys = ("format", "source", "encoder", "resolution")
-    for split in reversed(SPLITS):  # train last: who finds it finds both
+    for split in reversed(SPLITS):  # train last: its file implies the other
         about = {key: plan[key] for key in keys} | {"flip": plan["flip"] and split == "train"}
         files.write_json(out / split / "cache.json", about | {"size": sizes[split], "shards": n})
     return sizes | left

@@ -1,4 +1,4 @@
-"""Batches by Grain: shuffled, endless, deterministic, with a position to save. From pictures, or a cache of latents."""
+"""Grain batches of pictures or of cached latents: shuffled, endless and deterministic, with a position to save."""
 
 import os
 import re
@@ -22,7 +22,7 @@ class Pictures:
         self.source = source
 
     def batches(self, batch_size: int, seed: int, *, rows: Sequence[int] | None = None, **_) -> grain.DatasetIterator:
-        """Endless iterator of batches: see `Records.batches`, whose choice of variants and mirrored ones it lacks."""
+        """Endless iterator of batches, as `Records.batches` but without variants and mirrored pictures."""
         load = lambda indices: {"images": self._stack(_own(indices, rows))}
         order = grain.MapDataset.range(len(self.source)).seed(seed).shuffle().repeat()
         return iter(order.batch(batch_size).map(load).to_iter_dataset(OPTIONS))
@@ -54,14 +54,14 @@ class Records:
     ) -> grain.DatasetIterator:
         """Endless iterator of batches {name: array with the batch as first axis}.
 
-        Every epoch has each example once, in an order of its own that depends on the seed alone; a batch may
-        reach into the next epoch. If the cache has mirrored pictures (and flip is not False), one of the two is
-        chosen each time. If variants (a regular expression) is given, so is one of those whose captions differ only
-        in what it matches.
+        Every epoch has each example once. Its order depends on the seed alone and changes from epoch to epoch; a batch
+        may reach into the next epoch. If the cache has mirrored pictures (and flip is not False), each example is
+        mirrored at random. variants: a regular expression. Examples whose captions differ only in what it matches
+        count as one, and one of them is sampled each time.
 
-        batch_size is the global one, of which a process reads its own `rows` (None: all), in their order: the global
-        batch is the same for any number of processes. The position is `get_state()`, a dict that JSON can hold and
-        that is the same for any rows, and `set_state(state)`.
+        batch_size: of the global batch, which is the same for any number of processes. A process reads only its own
+        `rows` of it (None: all), in their order. `get_state()` is the position, a JSON dict that is the same for any
+        rows; `set_state(state)` restores it.
         """
         size, flip = self.about["size"], self.about["flip"] and flip is not False
         stored = open_records(self.cache, self.about, "moments")
@@ -70,15 +70,15 @@ class Records:
 
         def choose(family: int, rng: np.random.Generator) -> int:
             index = family if families is None else int(rng.choice(families[family]))
-            return index + size * int(flip and rng.integers(2))  # mirrored pictures count from `size` on
+            return index + size * int(flip and rng.integers(2))  # mirrored pictures are numbered from `size`
 
         def load(indices: np.ndarray) -> dict:
             mine = _own(indices, rows).tolist()
             return self._stack([stored[i] if i < size else mirrored[i - size] for i in mine])
 
-        # Numbers are shuffled, not pictures: each process sees the whole batch's, and reads only its own rows.
+        # Shuffles numbers, not pictures: each process sees those of the whole batch and reads only its own rows.
         order = grain.MapDataset.range(size if families is None else len(families)).seed(seed).shuffle().repeat()
-        if flip or families is not None:  # else it would cost a fifth of the time for nothing
+        if flip or families is not None:  # otherwise it would cost a fifth of the time for nothing
             order = order.random_map(choose)
         return iter(order.batch(batch_size).map(load).to_iter_dataset(OPTIONS))
 
@@ -88,13 +88,13 @@ class Records:
         return self._stack([stored[i] for i in range(min(n, self.about["size"]))])
 
     def captions(self, n: int) -> list[str]:
-        """Those of the first n examples."""
+        """The captions of the first n examples (all, if there are fewer)."""
         stored = open_records(self.cache, self.about, "moments")
         return [records.unpack(stored[i])["caption"] for i in range(min(n, self.about["size"]))]
 
     def _stack(self, chosen: list[bytes]) -> dict[str, np.ndarray]:
         views = [records.view(record) for record in chosen]
-        # From each record straight into the batch: the cast to float32 is half the work, and not done twice.
+        # Each record goes straight into the batch: the cast to float32 is half the work, so it is done only once.
         batch = {"moments": np.empty((len(views), *views[0][0].shape), np.float32)}
         batch["input_ids"] = np.empty((len(views), *views[0][1].shape), np.int32)
         for i, (moments, input_ids) in enumerate(views):
@@ -107,10 +107,12 @@ def _own(indices: np.ndarray, rows: Sequence[int] | None) -> np.ndarray:
 
 
 def open_records(cache: os.PathLike, about: dict, kind: str) -> grain.sources.ArrayRecordDataSource:
-    """The records of a cache, "moments" or "flipped", in random access. about: its cache.json."""
-    folder = epath.Path(cache)  # which may be gs://
+    """The "moments" or "flipped" records of a cache, with random access. about: its cache.json.
+
+    Raises FileNotFoundError for a missing shard, and ValueError for a wrong number of records."""
+    folder = epath.Path(cache)  # may be gs://
     names = [records.shard_name(kind, shard, about["shards"]) for shard in range(about["shards"])]
-    present = {file.name for file in folder.iterdir()}  # asked once: on a bucket every question is a request
+    present = {file.name for file in folder.iterdir()}  # listed once: every lookup on a bucket is a request
     if missing := [str(folder / name) for name in names if name not in present]:
         raise FileNotFoundError(f"the cache lacks {', '.join(missing)}: delete {cache} and run again")
     found = grain.sources.ArrayRecordDataSource([str(folder / name) for name in names])
@@ -121,7 +123,7 @@ def open_records(cache: os.PathLike, about: dict, kind: str) -> grain.sources.Ar
 
 
 def _families(stored, variants: str) -> list[list[int]]:
-    """The numbers of the records, those together whose captions are equal without what `variants` matches."""
+    """The numbers of the records, grouped by caption without the matches of `variants`."""
     families = {}
     for index in range(len(stored)):
         caption = records.unpack(stored[index])["caption"]

@@ -1,14 +1,14 @@
-"""Prompts without pictures, from a file: what to draw."""
+"""Prompts to draw, read from a file."""
 
 import csv
 from pathlib import Path
 
 
 def read(path: Path, limit: int | None = None) -> list[str]:
-    """The first `limit` prompts (None: all) of a file: lines of a .txt, or the column text of a .csv with header.
+    """The first `limit` prompts (None: all) of a file: the lines of a .txt, or the text column of a .csv with header.
 
-    BK-SDM's metadata.csv is one. Blank lines of a .txt are skipped. Raises FileNotFoundError, or ValueError that names
-    the line at fault, or says how many prompts there are if they are fewer than `limit`."""
+    BK-SDM's metadata.csv fits. Blank lines of a .txt are skipped. Raises FileNotFoundError, or ValueError that names
+    the faulty line, or the number of prompts if there are fewer than `limit`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path.absolute()} with prompts: give a .txt or a .csv")
@@ -29,7 +29,7 @@ def read(path: Path, limit: int | None = None) -> list[str]:
         elif path.suffix == ".txt":
             found = [line.strip() for line in file if line.strip()]
         else:
-            raise ValueError(f"{path} is neither .txt (a prompt a line) nor .csv (a column text)")
+            raise ValueError(f"{path} is neither .txt (one prompt per line) nor .csv (a text column)")
     if len(found) < max(2, limit or 0):
         raise ValueError(f"{path} has {len(found)} prompts, {max(2, limit or 0)} are needed")
     return found[:limit]

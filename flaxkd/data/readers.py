@@ -1,14 +1,15 @@
-"""Large image sets as chunks that are read one after the other, by whichever process is given them.
+"""Large image sets as chunks. Any process can read any chunk, from start to end.
 
-    FOLDER/*.tar                WebDataset tars, as img2dataset writes them          a chunk is a tar
+    source                      content                                              chunk
+    FOLDER/*.tar                WebDataset tars, as written by img2dataset           a tar
     FOLDER/*.parquet            pictures in a column                                 some row groups of a file
-    FOLDER/state.json           a data set of Hugging Face, by `save_to_disk`        an Arrow file
-    FOLDER/metadata.jsonl       file_name, text, ... a line; or metadata.csv         a range of lines
+    FOLDER/state.json           Hugging Face data set, from `save_to_disk`           an Arrow file
+    FOLDER/metadata.jsonl       a line each: file_name, text, ...; or metadata.csv   a range of lines
     FOLDER/**/*.jpg             next to a .txt or .json of the same name             a range of files
-    NAME or NAME/CONFIG         a data set of TFDS that is stored as ArrayRecord     a range of it
+    NAME or NAME/CONFIG         TFDS data set, stored as ArrayRecord                 a range of records
 
-A folder may be `gs://`. One file or a pattern (`gs://bucket/0*.tar`) may stand for it. The chunks depend on the source
-alone, so that a cache of it is the same for any number of hosts. Nothing is decoded here.
+A folder may be `gs://`. A single file or a pattern (`gs://bucket/0*.tar`) also works. The chunks depend on the source
+alone, so its cache is the same for any number of hosts. Nothing is decoded here.
 """
 
 import csv
@@ -24,7 +25,7 @@ from etils import epath
 from flaxkd.data import openmoji, sources, tables
 from flaxkd.data.chunks import Chunk, Item, ranges
 
-ROWS = 8192  # of a chunk that is a range; a tar or an Arrow file is as large as it is
+ROWS = 8192  # of a chunk that is a range; a tar or an Arrow file is never split
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = (".tar", ".parquet", ".arrow")
 
@@ -32,10 +33,10 @@ TABLES = (".tar", ".parquet", ".arrow")
 def open_chunks(
     source: str, *, split: str = "train", image_column: str | None = None, rows: int = ROWS
 ) -> list[Chunk]:
-    """The chunks of a source, in the order of their names. Reads lists and footers, no pictures.
+    """The chunks of a source, ordered by name. Reads lists and footers, not pictures.
 
-    split: where the source has several. image_column: of tables, else one of `tables.IMAGES`. rows: of a range.
-    Raises FileNotFoundError, or ValueError if nothing in it can be used, with the remedy."""
+    split: of a source with several. image_column: of tables; None for one of `tables.IMAGES`. rows: per range.
+    Raises FileNotFoundError, or ValueError if nothing in the source can be used, each with the remedy."""
     if source == openmoji.OpenMoji.name:
         openmoji.build(sources.default_data_dir())
         return _tfds(source, split, rows)
@@ -51,8 +52,8 @@ def open_chunks(
     if re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", source):
         return _tfds(source, split, rows)
     raise FileNotFoundError(
-        f"there is no {source}: give a folder with tars, Parquet, a data set of Hugging Face or pictures, a file or a "
-        "pattern of such, or the name of a data set of TFDS"
+        f"there is no {source}: give a folder of tars, Parquet files or pictures, a Hugging Face data set, a file, "
+        "a pattern of files, or the name of a TFDS data set"
     )
 
 
@@ -69,7 +70,7 @@ def _folder(path: epath.Path, split: str, image_column: str | None, rows: int) -
     if "dataset_dict.json" in present:
         names = json.loads((path / "dataset_dict.json").read_text())["splits"]
         raise ValueError(f"{path} has the splits {', '.join(names)}, not {split}: choose one with --split")
-    for ending in TABLES:  # tars first: beside each, img2dataset leaves a Parquet of its metadata
+    for ending in TABLES:  # tars first: img2dataset leaves a Parquet file of metadata beside each
         if files := sorted(path.glob(f"*{ending}")) or sorted(path.glob(f"*/*{ending}")):
             return _files([f for f in files if f.name.startswith(f"{split}-")] or files, image_column, rows)
     found = (epath.Path(root) / name for root, _, names in path.walk() for name in names)
@@ -86,13 +87,13 @@ def _files(files: list[epath.Path], image_column: str | None, rows: int) -> list
     if kinds == {".arrow"}:
         return tables.arrow(files, image_column)
     raise ValueError(
-        f"{files[0]}{' and others' if len(files) > 1 else ''}: the files of a source all end in one of "
+        f"{files[0]}{' and others' if len(files) > 1 else ''}: the files of a source must all end in one of "
         f"{', '.join(TABLES)}, not in {', '.join(sorted(kinds))}"
     )
 
 
 def _tar(path: epath.Path) -> Iterator[Item]:
-    """Samples of WebDataset: neighbours in a tar whose names are equal up to the first dot."""
+    """WebDataset samples: neighbouring files of a tar, with equal names up to the first dot."""
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Strict) as tar:
         for key, files in itertools.groupby(_named(tar), lambda entry: entry[0]):
             image, about = None, {}
@@ -105,7 +106,7 @@ def _tar(path: epath.Path) -> Iterator[Item]:
 
 
 class _Strict(tarfile.TarInfo):
-    """Without it, tarfile takes a damaged or missing header for the end of the tar."""
+    """Raises for a damaged or missing header, which tarfile alone takes for the end of the tar."""
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -118,7 +119,7 @@ class _Strict(tarfile.TarInfo):
 
 
 def _named(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """(key, .ending, content) of what may be of use in a tar that is read as a stream."""
+    """(key, .ending, content) of the useful files in a streamed tar."""
     for member in tar:
         folder, slash, name = member.name.rpartition("/")
         key, _, ending = name.partition(".")
@@ -128,18 +129,18 @@ def _named(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _more(about: dict, ending: str, content: bytes) -> dict:
-    """What is known of a picture, with the content of its .txt or .json; the caption in a .txt is called txt."""
+    """`about` of a picture, extended by the content of its .txt or .json; the text of a .txt is named txt."""
     if ending.endswith(".txt"):
         return about | {"txt": content.decode(errors="replace")}
     try:
         known = json.loads(content)
-    except ValueError:  # then a filter or the caption will miss it, and say so
+    except ValueError:  # a filter or the caption then reports what is missing
         return about
     return {**known, **about} if isinstance(known, dict) else about
 
 
 def _listed(folder: epath.Path, metadata: epath.Path, rows: int) -> list[Chunk]:
-    """Entries of a metadata file; one that is malformed is an item without a picture."""
+    """Chunks of the entries of a metadata file. A malformed entry becomes an item without a picture."""
     with metadata.open("r") as file:
         if metadata.suffix == ".csv":
             entries = list(csv.DictReader(file))
@@ -179,12 +180,12 @@ def _tfds(name: str, split: str, rows: int) -> list[Chunk]:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not images:
         raise ValueError(f"{name} has no picture among its {', '.join(features)}")
-    try:  # Encoded, as all pictures here; and TFDS would warn that OpenCV is missing.
+    try:  # Pictures stay encoded, as everywhere here. When decoding, TFDS warns that OpenCV is missing.
         records = builder.as_data_source(split, decoders={key: tfds.decode.SkipDecoding() for key in images})
     except NotImplementedError as error:
         raise ValueError(
-            f"{builder.data_path} is not stored as ArrayRecord, which alone can be read in any order without "
-            f"TensorFlow: store it again by `tfds build {name} --file_format=array_record`"
+            f"{builder.data_path} is not stored as ArrayRecord, the only format with random access without "
+            f"TensorFlow: rebuild it with `tfds build {name} --file_format=array_record`"
         ) from error
 
     def load(i: int) -> Item:

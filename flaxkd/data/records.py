@@ -3,14 +3,14 @@
 A cache is a folder with
 
     moments-00000-of-00001.array_record   records of `pack`, in the order of the source
-    flipped-00000-of-00001.array_record   the same of the mirrored pictures, only if asked for
-    cache.json                            sizes and fingerprints, written last: it says the cache is whole
+    flipped-00000-of-00001.array_record   the same for mirrored pictures, only if requested
+    cache.json                            sizes and fingerprints, written last: the cache is complete
 
-Every file is written under a temporary name and renamed when whole. A build that is killed goes on at the
-shard where it stopped, and processes that build the same cache at once write the same files. Processes that
-know of each other share the work out, by shards.
+Every file is written under a temporary name and renamed when complete. A killed build resumes at the unfinished
+shard. Processes that build the same cache at once write the same files. Processes that know of each other split
+the shards between them.
 
-`ensure` makes one on the way to a training. build.py makes two, train and validation, of a set of any size.
+`ensure` builds one cache at the start of a training. large.py builds two, train and validation, of a set of any size.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from flaxkd.machine import files
 
-FORMAT = 1  # to be raised when the records change
-SHARD = 8192  # records a file; 64 KiB each at 512 pixels
-# One record a group: random access reads no more than it wants. To a compressor moments are mostly noise: zstd would
-# save a fifth of the disk, and take a third of the time of reading.
+FORMAT = 1  # increase it when the records change
+SHARD = 8192  # records per file; 64 KiB each at 512 pixels
+# One record per group: random access reads nothing else. To a compressor moments are mostly noise: zstd would save a
+# fifth of the disk, and take a third of the reading time.
 OPTIONS = "group_size:1,uncompressed"
-PLAN = "plan.json"  # in a folder that build.py fills
+PLAN = "plan.json"  # in a folder filled by large.py
 
 
 def ensure(
@@ -52,13 +52,13 @@ def ensure(
     process_count: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Returns the cache of a source, a folder inside `folder`; computes it if it is not there.
+    """Returns the cache of a source, a folder inside `folder`. Builds it if it is missing.
 
     source: see sources.Source. encode: uint8[b, r, r, 3] -> VAE moments float32[b, h, w, 2c], always called
     with b = batch_size. tokenize: captions -> int32[b, l]. fingerprint: of the encoder and the tokenizer.
-    flip: keep the mirrored pictures too. shard_size: records a file. process_index, process_count: every process
-    makes its share of the files and calls `wait`, which returns when all have called it, once; then it makes what is
-    still not there, which is nothing if all see the same folder.
+    flip: also keep mirrored pictures. shard_size: records per file. process_index, process_count: every process
+    builds its share of the files and calls `wait` once, which returns when all have called it. It then builds any
+    files still missing: none, if all processes see the same folder.
     Raises ValueError if the source is empty or a moment is not finite in float16.
     """
     if len(source) == 0:
@@ -78,7 +78,7 @@ def ensure(
         with tqdm(total=sum(sizes), desc=desc, unit=" pictures", disable=not progress) as bar:
             for (kind, shard), size in zip(shares, sizes, strict=True):
                 file = cache / shard_name(kind, shard, shards)
-                if file.exists():  # from a build that was killed, or of a process beside this one
+                if file.exists():  # from a killed build or a parallel process
                     bar.update(size)
                     continue
                 indices = range(shard * shard_size, shard * shard_size + size)
@@ -92,7 +92,7 @@ def ensure(
     make(wanted[process_index::process_count], "encoding")
     wait()
     if missing := [f for f in wanted if not (cache / shard_name(*f, shards)).exists()]:
-        make(missing, "encoding what others have elsewhere")
+        make(missing, "encoding the shares of other processes")
     about = {**inputs, "size": len(source), "shards": shards, "shard_size": shard_size}
     files.write_json(cache / "cache.json", about)
     return cache
@@ -104,7 +104,7 @@ def shard_name(kind: str, shard: int, shards: int) -> str:
 
 
 def read_about(cache: Path) -> dict:
-    """cache.json as a dict. FileNotFoundError if the folder is not a complete cache."""
+    """cache.json as a dict. Raises FileNotFoundError if the folder is not a complete cache."""
     file = epath.Path(cache) / "cache.json"
     if not file.is_file():
         raise FileNotFoundError(f"{cache} is not a complete cache: it has no cache.json; build it again")
@@ -137,14 +137,14 @@ def unpack(record: bytes) -> dict:
 
 
 def filled(images: np.ndarray, batch_size: int) -> np.ndarray:
-    """The pictures uint8[n, r, r, 3], n <= batch_size, and the last again until there are batch_size of them.
+    """The pictures uint8[n, r, r, 3], n <= batch_size, padded to batch_size by repeating the last.
 
-    So that an encoder compiles for one shape only."""
+    An encoder then compiles for one shape only."""
     return np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
 
 
 def halved(moments, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first n of moments [b, h, w, 2c] as float16, and the numbers of those that float16 cannot hold."""
+    """The first n of moments [b, h, w, 2c] as float16, and the indices of those with non-finite values."""
     with np.errstate(over="ignore"):
         moments = np.asarray(moments)[:n].astype(np.float16)
     return moments, np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
@@ -152,20 +152,20 @@ def halved(moments, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def writer(file: os.PathLike) -> Iterator[Callable[[bytes], None]]:
-    """A function that appends a record to the shard `file`, which is there after the block: see `files.whole`."""
+    """A function that appends a record to the shard `file`. The file appears after the block: see `files.whole`."""
     with files.whole(file) as path:
         records = ArrayRecordWriter(str(path), OPTIONS)
         try:
             yield records.write
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 records.close()
             raise
-        records.close()  # it writes in the background: an error may show only here
+        records.close()  # it writes in the background: some errors surface only here
 
 
 def _encoded(source, indices: range, encode, tokenize, batch_size: int, mirrored: bool) -> Iterator[list]:
-    """Lists of (moments, input_ids, caption), batch by batch; the next batch is read while one is encoded."""
+    """Lists of (moments, input_ids, caption), batch by batch. The next batch is read while one is encoded."""
     starts = range(indices.start, indices.stop, batch_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 

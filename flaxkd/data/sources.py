@@ -1,7 +1,7 @@
-"""A data set as a sequence of pictures with captions: the OpenMoji drawings, or a folder of one's own. Or what
-`python -m flaxkd.cache` has made of a large one, which has latents in place of pictures.
+"""A data set as a sequence of pictures with captions: the OpenMoji drawings, or your own folder. A cache of
+`python -m flaxkd.cache` also opens as a source, with latents in place of pictures.
 
-An image folder has a file metadata.jsonl with one JSON object a line, `file_name` (relative to the folder)
+An image folder has a file metadata.jsonl with one JSON object per line: `file_name` (relative to the folder)
 and `text` (the caption), as in Hugging Face's imagefolder. Pictures become squares as in diffusers' training
 scripts: the shorter side is resized (bilinear), then the center is cropped.
 """
@@ -29,7 +29,7 @@ class Source:
     """A sequence of {"image": uint8[resolution, resolution, 3], "caption": str}.
 
     fingerprint: equal if and only if the pictures, the captions and the resolution are the same.
-    cache: of moments that were made before, if there is one; then there are no pictures, and `load` says so.
+    cache: a prebuilt cache of moments, or None. With one there are no pictures, and `load` raises ValueError.
     """
 
     size: int
@@ -47,16 +47,16 @@ class Source:
 
 
 def default_data_dir() -> Path:
-    """Where TFDS data sets are: $TFDS_DATA_DIR, else `tfds` under `files.cache_home()`."""
+    """The folder of TFDS data sets: $TFDS_DATA_DIR, else `tfds` under `files.cache_home()`."""
     chosen = os.environ.get("TFDS_DATA_DIR")
     return Path(chosen).expanduser() if chosen else files.cache_home() / "tfds"
 
 
 def open_source(name: str, split: str, data_dir: str | Path | None = None, resolution: int = 64) -> Source:
-    """Opens "openmoji" (made on first use), the image folder `name`, or a folder of `python -m flaxkd.cache`.
+    """Opens "openmoji" (built on first use), the image folder `name`, or a folder of `python -m flaxkd.cache`.
 
     split: "train" or "validation", by a hash of the caption. data_dir: of TFDS, `default_data_dir()` if None.
-    resolution: pixels a side. Raises FileNotFoundError or ValueError that names the line at fault.
+    resolution: pixels per side. Raises FileNotFoundError or ValueError that names the faulty line.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'validation'")
@@ -71,7 +71,7 @@ def open_source(name: str, split: str, data_dir: str | Path | None = None, resol
 
 
 def square(image: Image.Image, resolution: int) -> np.ndarray:
-    """Shorter side to `resolution` (bilinear), then the center: uint8[resolution, resolution, 3]."""
+    """Shorter side resized to `resolution` (bilinear), center cropped: uint8[resolution, resolution, 3]."""
     image = ImageOps.exif_transpose(image).convert("RGB")
     width, height = image.size
     if (width, height) != (resolution, resolution):
@@ -86,13 +86,13 @@ def square(image: Image.Image, resolution: int) -> np.ndarray:
 def _made_before(folder: epath.Path, split: str) -> Source:
     if not (folder / split / "cache.json").is_file():
         raise FileNotFoundError(
-            f"{folder} is not finished: run its `python -m flaxkd.cache` again, which goes on"
+            f"{folder} is not finished: run the same `python -m flaxkd.cache` again to resume"
         )
     about = records.read_about(folder / split)
 
     def load(index: int) -> dict:
         raise ValueError(
-            f"{folder} has latents and no pictures, which this needs: give the pictures themselves"
+            f"{folder} has latents and no pictures, but pictures are needed: give the original data"
         )
 
     return Source(about["size"], load, about["source"], folder / split)
@@ -102,7 +102,7 @@ def _openmoji(split: str, data_dir: Path, resolution: int) -> Source:
     import tensorflow_datasets as tfds
 
     builder = openmoji.build(data_dir)
-    # Decoded here: TFDS would warn at every start that OpenCV is missing.
+    # Decoded in `load`: TFDS would warn at every start that OpenCV is missing.
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     digest = hashlib.sha256(f"openmoji {split} {resolution}".encode())
     for file in sorted(Path(builder.data_path).glob(f"*-{split}.array_record*")):
@@ -140,12 +140,12 @@ def _image_folder(folder: Path, split: str, resolution: int) -> Source:
 def read_metadata(folder: Path) -> list[tuple[int, Path, str]]:
     """(line number, picture, caption) of every line of the folder's metadata.jsonl; blank lines are skipped.
 
-    Raises FileNotFoundError if it or a picture is missing, ValueError for a malformed line, with its number.
+    Raises FileNotFoundError if it or a picture is missing, and ValueError with the number of a malformed line.
     """
     metadata = folder / METADATA
     if not metadata.is_file():
         raise FileNotFoundError(
-            f'{folder} has no {METADATA}: one line a picture, {{"file_name": "a.png", "text": "caption"}}'
+            f'{folder} has no {METADATA}: one line per picture, {{"file_name": "a.png", "text": "caption"}}'
         )
     entries = []
     for line, text in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
@@ -171,7 +171,7 @@ def read_metadata(folder: Path) -> list[tuple[int, Path, str]]:
 
 
 def _in_split(entries: list, split: str, folder: Path) -> list:
-    """The entries of a split. In a small folder the lowest hash is validation, so that no split is empty."""
+    """The entries of a split. In a small folder the lowest hash goes to validation, so no split is empty."""
     captions = {caption for _, _, caption in entries}
     validation = {caption for caption in captions if openmoji.split_of(caption) == "validation"}
     if len(captions) < 2:

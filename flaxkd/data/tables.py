@@ -1,6 +1,6 @@
-"""Pictures in tables: Parquet, and the Arrow files that Hugging Face's `save_to_disk` writes.
+"""Pictures in tables: Parquet, and the Arrow files of Hugging Face's `save_to_disk`.
 
-A picture is in a column of bytes, or of datasets' own Image, which is bytes or the path of a file.
+The picture column holds bytes, or the Image type of `datasets`: bytes or the path of a file.
 """
 
 import itertools
@@ -14,15 +14,16 @@ from etils import epath
 from flaxkd.data.chunks import BROKEN, Chunk, Item
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img")  # usual names of the column
-ROWS = 64  # read at once; more would fill memory with pictures
+ROWS = 64  # per read; more would fill memory with pictures
 
 
 def parquet(files: list[epath.Path], column: str | None, rows: int) -> list[Chunk]:
-    """Parts of Parquet files: row groups of one file, one after the other, until they have `rows` rows.
+    """Chunks of Parquet files: successive row groups of one file, until they have `rows` rows.
 
-    column: with the pictures, else one of `IMAGES`. A file with a damaged footer is one chunk, which will be broken."""
+    column: of the pictures; None for one of `IMAGES`. A file with a damaged footer becomes one chunk, which raises
+    Broken."""
     chunks = []
-    with ThreadPoolExecutor(16) as pool:  # from a bucket, a footer takes a while
+    with ThreadPoolExecutor(16) as pool:  # a footer takes a while to read from a bucket
         for file, sizes in zip(files, pool.map(_row_groups, files), strict=True):
             if sizes is None:
                 chunks.append(_chunk(file, None, 0, column))
@@ -37,7 +38,7 @@ def parquet(files: list[epath.Path], column: str | None, rows: int) -> list[Chun
 
 
 def arrow(files: list[epath.Path], column: str | None) -> list[Chunk]:
-    """A chunk of each Arrow file, which is a stream and has no footer that would tell where to split it."""
+    """One chunk per Arrow file: it is a stream, without a footer that shows where to split it."""
     return [
         Chunk(str(file), lambda file=file: _items(file, _batches_of_arrow(file), 0, column)) for file in files
     ]
@@ -55,7 +56,7 @@ def _row_groups(file: epath.Path) -> list[int] | None:
             about = pq.ParquetFile(opened).metadata
             return [about.row_group(i).num_rows for i in range(about.num_row_groups)]
     except (*BROKEN, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # it is not there, or may not be read
+        if getattr(error, "errno", None) is not None:  # the file is missing or access is denied
             raise
         return None
 
@@ -90,6 +91,6 @@ def _image_column(file: epath.Path, names: list[str], column: str | None) -> str
         if name.lower() in found:
             return found[name.lower()]
     raise ValueError(
-        f"{file} has the columns {', '.join(names)}, and none is called {' or '.join(wanted)}: name the one with the "
-        "pictures by --image-column. If it has URLs only, as LAION's own tables, img2dataset downloads them"
+        f"{file} has the columns {', '.join(names)}, and none is called {' or '.join(wanted)}: name the one with "
+        "pictures by --image-column. For a table of URLs, such as LAION's own, img2dataset downloads the pictures"
     )

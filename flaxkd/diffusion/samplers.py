@@ -1,7 +1,7 @@
-"""Samplers as data: what diffusers' scheduler objects compute between the calls of the UNet, computed once, in float64.
+"""Samplers as data: what diffusers' schedulers compute between calls of the UNet, computed once, in float64.
 
-A `Schedule` is arrays of weights. `sampling.solve` is the only loop, and knows no sampler by name: another sampler is
-other arrays. To add one, write its function of weights and its row in `_SAMPLERS`.
+A `Schedule` holds arrays of weights. `sampling.solve` is the only loop, and knows no sampler by name: another sampler
+is other arrays. To add one, write its function of weights and its row in `_SAMPLERS`.
 """
 
 import functools
@@ -13,22 +13,22 @@ import numpy as np
 
 from flaxkd import diffusion
 
-PAST = 4  # noise_preds that a step may look back on
+PAST = 4  # earlier noise_preds that a step may use
 
 
 class Schedule(NamedTuple):
-    """The steps of a sampler, each field but the first float32[steps]. A step of `sampling.solve` is
+    """The steps of a sampler; all fields but the first are float32[steps]. A step of `sampling.solve` is
 
     data    = clip(data_latents * latents + data_noise_pred * noise_pred, -limit, limit)
     latents = latents * latents + noise_pred * noise_pred + noise_preds_before @ noise_preds_before
               + data * data + data_before * data_before + noise * noise
 
-    where a field weighs the array of its name. `data` is the predicted clean latents, `data_before` that of the step
-    before, `noise_preds_before` what the UNet gave in the last steps, newest first, and `noise` fresh noise.
+    Each field weighs the array of its name. `data` is the predicted clean latents, `data_before` that of the step
+    before, `noise_preds_before` the UNet's outputs in the last steps, newest first, and `noise` fresh noise.
     """
 
     start: np.ndarray  # [2]: the first latents are start[0] * clean latents + start[1] * noise
-    timesteps: np.ndarray  # Euler's are not whole
+    timesteps: np.ndarray  # Euler's are fractional
     data_latents: np.ndarray
     data_noise_pred: np.ndarray
     limit: np.ndarray  # infinity: `data` is not clipped
@@ -37,27 +37,27 @@ class Schedule(NamedTuple):
     noise_preds_before: np.ndarray  # [steps, PAST]
     data: np.ndarray
     data_before: np.ndarray
-    noise: np.ndarray | None  # None: nothing is drawn between the steps
+    noise: np.ndarray | None  # None: the sampler adds no noise between steps
 
 
 def schedule(kind: str, scheduler_config: dict, steps: int, strength: float | None = None) -> Schedule:
-    """The schedule that diffusers' scheduler of the same configuration follows for `steps` inference steps.
+    """The schedule of diffusers' scheduler with the same configuration, for `steps` inference steps.
 
-    kind, and the class of diffusers that it is `from_config(scheduler_config)`:
+    kind, and its class in diffusers, made by `from_config(scheduler_config)`:
         "dpmsolver++"      DPMSolverMultistepScheduler: 2M, Lu et al. 2022, arXiv:2211.01095, algorithm 2
         "ddim"             DDIMScheduler with eta 0, Song et al. 2020, arXiv:2010.02502, equation 12
         "pndm"             PNDMScheduler without Runge-Kutta, Liu et al. 2022, arXiv:2202.09778, equation 12; from
-                           two steps on it calls the UNet `steps` + 1 times, and so long are the fields
+                           two steps on, it calls the UNet `steps` + 1 times, and the fields are as long
         "euler"            EulerDiscreteScheduler, Karras et al. 2022, arXiv:2206.00364, algorithm 2 without churn
         "euler_ancestral"  EulerAncestralDiscreteScheduler, the same with fresh noise in each step (k-diffusion)
-    scheduler_config: a `scheduler_config.json`, whichever class wrote it. As in diffusers, a key that it lacks has
-    the default of the class that reads it (`timestep_spacing` is "linspace" for "dpmsolver++" and "euler" but
-    "leading" for the others, `skip_prk_steps` is false), and keys that only other schedulers have are ignored.
-    strength: None begins with noise alone, text to image. A number in (0, 1] is that of diffusers' image to image:
-    only the last int(steps * strength) steps remain, and begin with noisy latents of the image.
+    scheduler_config: a `scheduler_config.json`, written by any class. As in diffusers, a missing key takes the
+    default of the class that reads it (`timestep_spacing` is "linspace" for "dpmsolver++" and "euler" but
+    "leading" for the others, `skip_prk_steps` is false), and keys of other schedulers are ignored.
+    strength: None starts from noise alone, text to image. A number in (0, 1] is diffusers' strength for image to
+    image: only the last int(steps * strength) steps remain, and start from noisy latents of the image.
 
-    Raises ValueError for an unknown kind, for options with which diffusers would draw something else (it lists
-    them all), for a number of steps that the training timesteps cannot hold, and for a strength that leaves none.
+    Raises ValueError for an unknown kind, for options with which diffusers would draw something else (all are
+    listed), for a number of steps that the training timesteps cannot hold, and for a strength that leaves no step.
     """
     if kind not in _SAMPLERS:
         raise ValueError(f"sampler {kind!r} is unknown (known: {', '.join(_SAMPLERS)})")
@@ -77,7 +77,7 @@ def schedule(kind: str, scheduler_config: dict, steps: int, strength: float | No
 
 
 def _begin(steps: int, strength: float) -> int:
-    """How many of the first steps image to image leaves out."""
+    """The number of initial steps that image to image skips."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength = {strength}: the share of the steps to take is above 0 and at most 1")
     if (taken := int(steps * strength)) < 1:
@@ -87,7 +87,7 @@ def _begin(steps: int, strength: float) -> int:
 
 
 def _schedule(timesteps, start, **weights) -> Schedule:
-    """The fields as float32[steps]; those not given are 0, which leaves their arrays out."""
+    """The fields as float32[steps]. Missing ones are 0, and their arrays drop out."""
     fields = dict.fromkeys(Schedule._fields[2:], 0.0) | {"limit": np.inf, "noise": None} | weights
     shape = lambda name: (len(timesteps), PAST) if name == "noise_preds_before" else (len(timesteps),)
     spread = lambda name, x: None if x is None else np.float32(np.broadcast_to(x, shape(name)))
@@ -96,7 +96,7 @@ def _schedule(timesteps, start, **weights) -> Schedule:
 
 
 def _start(begin: int | None, alpha, sigma, pure=1.0) -> tuple[float, float]:
-    """Noise alone, with the standard deviation `pure`, or in a schedule that was cut, its first noisy latents."""
+    """The start: noise alone, with standard deviation `pure`, or the first noisy latents of a shortened schedule."""
     return (0.0, pure) if begin is None else (alpha[0], sigma[0])
 
 
@@ -110,12 +110,12 @@ def _check(timesteps: np.ndarray, train_steps: int) -> np.ndarray:
 
 
 def _trailing(train_steps: int, steps: int) -> np.ndarray:
-    # Rounding gives `arange` one value too many for some numbers of steps (61, 103): the timestep -1, cut off.
+    # For some numbers of steps (61, 103), rounding gives `arange` one value too many: timestep -1, cut off here.
     return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(int)[:steps] - 1
 
 
 def _spaced(config: dict, train_steps: int, steps: int) -> np.ndarray:
-    """Timesteps from noise to data, those of "linspace" not rounded."""
+    """Timesteps from noise to data; those of "linspace" are not rounded."""
     timesteps = {
         "leading": np.arange(steps)[::-1] * (train_steps // steps) + config["steps_offset"],
         "linspace": np.linspace(0, train_steps - 1, steps)[::-1],
@@ -125,13 +125,13 @@ def _spaced(config: dict, train_steps: int, steps: int) -> np.ndarray:
 
 
 def _below(config: dict, alphas_cumprod: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
-    """alphas_cumprod at timesteps of which the last may be below 0, where the data is."""
+    """alphas_cumprod at timesteps. The last timestep may be below 0, at the data."""
     last = 1.0 if config["set_alpha_to_one"] else alphas_cumprod[0]
     return np.where(timesteps >= 0, alphas_cumprod[np.maximum(timesteps, 0)], last)
 
 
 def _finite(config: dict, alphas_cumprod: np.ndarray) -> np.ndarray:
-    """As diffusers keeps the ratio of noise to signal finite with `rescale_betas_zero_snr`."""
+    """Keeps the ratio of noise to signal finite with `rescale_betas_zero_snr`, as diffusers does."""
     return np.append(alphas_cumprod[:-1], 2.0**-24) if config["rescale_betas_zero_snr"] else alphas_cumprod
 
 
@@ -147,12 +147,12 @@ def _data(config: dict, alpha, sigma) -> dict[str, np.ndarray]:
 
 
 def _ddim(config, alphas_cumprod, steps, begin) -> Schedule:
-    """latents = alpha' * data + sigma' * noise, at the timestep T // steps below, whatever the spacing is."""
+    """latents = alpha' * data + sigma' * noise, at the timestep T // steps lower, whatever the spacing."""
     stride = len(alphas_cumprod) // steps
     timesteps = _spaced(config, len(alphas_cumprod), steps).round().astype(int)[begin:]
     after = _below(config, alphas_cumprod, timesteps - stride)
     alpha, sigma = np.sqrt(alphas_cumprod[timesteps]), np.sqrt(1 - alphas_cumprod[timesteps])
-    # The noise is the one predicted, not the one that the clipped data would imply, as in diffusers.
+    # As in diffusers, the noise is the predicted one, not the one implied by the clipped data.
     v = config["prediction_type"] == "v_prediction"  # noise = sigma * latents + alpha * v
     return _schedule(
         timesteps,
@@ -165,8 +165,8 @@ def _ddim(config, alphas_cumprod, steps, begin) -> Schedule:
     )
 
 
-# Of the noise_pred of this step and of those before, by the number of the step. The second step is the first one
-# again, with the mean of both its ends; its own noise_pred is not remembered, so that later steps skip over it.
+# Weights of the noise_pred of this step and of those before, by step number. The second step repeats the first one,
+# with the mean of both its ends. Its own noise_pred is not remembered: later steps skip over it.
 _PLMS = np.array([
     [24, 0, 0, 0, 0], [12, 12, 0, 0, 0], [36, 0, -12, 0, 0], [46, -32, 0, 10, 0], [55, -59, 37, 0, -9],
     [55, -59, 37, -9, 0],  # and from here on
@@ -189,7 +189,7 @@ def _pndm(config, alphas_cumprod, steps, begin) -> Schedule:
     if config["prediction_type"] == "v_prediction":  # noise = sigma * latents + alpha * v
         latents, noise_pred = latents + noise_pred * sigma, noise_pred * alpha
     mixed = noise_pred[:, None] * _PLMS[np.minimum(np.arange(len(timesteps)), len(_PLMS) - 1)]
-    # The second step starts where the first one did: latents are taken back to there, by the inverse of that step.
+    # The second step starts where the first one did: the inverse of the first step takes the latents back there.
     latents[1:2] /= latents[0]
     mixed[1:2, 1] -= latents[1:2] * noise_pred[0]
     weights = dict(latents=latents, noise_pred=mixed[:, 0], noise_preds_before=mixed[:, 1:])
@@ -214,7 +214,7 @@ def _dpm_solver(config, alphas_cumprod, steps, begin) -> Schedule:
     alpha_after, sigma_after = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     step = np.diff(np.log(alpha / sigma))
     r = np.zeros(len(timesteps))
-    r[1:-1] = step[1:] / (2 * step[:-1])  # the step to sigma 0 is infinite in lambda, so it is of first order
+    r[1:-1] = step[1:] / (2 * step[:-1])  # the step to sigma 0 is infinite in lambda, hence of first order
     weight = alpha_after - sigma_after * alpha / sigma
     return _schedule(
         timesteps,
@@ -229,11 +229,11 @@ def _dpm_solver(config, alphas_cumprod, steps, begin) -> Schedule:
 def _euler(config, alphas_cumprod, steps, begin, *, ancestral=False) -> Schedule:
     """A straight line from the latents to the predicted data, as far as the noise has to fall.
 
-    diffusers draws with latents / alpha here, whose noise has the standard deviation ratio = sigma / alpha:
+    Here diffusers uses latents / alpha. Their noise has the standard deviation ratio = sigma / alpha:
 
     latents = data + down / ratio * (latents - data) + up * noise,  up^2 + down^2 = ratio'^2
 
-    Kept at unit variance like those of all other samplers, the UNet takes them without scaling."""
+    flaxkd keeps the latents at unit variance, as in all other samplers: the UNet takes them without scaling."""
     timesteps = _spaced(config, len(alphas_cumprod), steps)[begin:]
     finite = _finite(config, alphas_cumprod)
     ratio = np.interp(timesteps, np.arange(len(finite)), np.sqrt((1 - finite) / finite))
@@ -262,7 +262,7 @@ _SUPPORTED = {
 }
 _SIGMAS = {"final_sigmas_type": ("zero",)}
 _SIGMAS |= dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), _OFF)
-# kind: (weights, the defaults of diffusers' class, the values of its options that the weights are right for)
+# kind: (weights, the defaults of diffusers' class, the option values for which the weights are right)
 _SAMPLERS: dict[str, tuple[Callable, dict, dict]] = {
     "dpmsolver++": (
         _dpm_solver,
@@ -272,9 +272,9 @@ _SAMPLERS: dict[str, tuple[Callable, dict, dict]] = {
             **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_flow_sigmas"), _OFF),
             "solver_order": (2,),
             **_SIGMAS,
-            "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads other schedulers' values as ours
+            "algorithm_type": ("dpmsolver++", "deis"),  # diffusers maps other schedulers' values to ours
             "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
-            "lower_order_final": (True, False),  # no difference at order 2 with a last sigma of zero
+            "lower_order_final": (True, False),  # the same at order 2 with a last sigma of zero
             "lambda_min_clipped": (-np.inf,),
             "variance_type": (None,),
         },
@@ -287,7 +287,7 @@ _SAMPLERS: dict[str, tuple[Callable, dict, dict]] = {
     "pndm": (
         _pndm,
         _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
-        # diffusers' class does not rescale: it would draw with other betas than the model was trained on
+        # diffusers' class does not rescale: it would draw with betas the model was not trained on
         _SUPPORTED | {"skip_prk_steps": (True,), "rescale_betas_zero_snr": _OFF},
     ),
     "euler": (

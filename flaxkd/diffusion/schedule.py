@@ -10,9 +10,9 @@ import numpy as np
 def alphas_cumprod(scheduler_config: dict) -> np.ndarray:
     """The cumulative product of (1 - beta) over the training timesteps, float64[num_train_timesteps].
 
-    `noisy_latents = sqrt(alphas_cumprod[t]) * latents + sqrt(1 - alphas_cumprod[t]) * noise`. Absent keys have
+    `noisy_latents = sqrt(alphas_cumprod[t]) * latents + sqrt(1 - alphas_cumprod[t]) * noise`. Missing keys take
     diffusers' defaults: 1000 timesteps, `linear` from 0.0001 to 0.02. With `rescale_betas_zero_snr` the last value
-    is exactly zero (Lin et al. 2023, arXiv:2305.08891, algorithm 1). Raises ValueError for any other schedule.
+    is exactly zero (Lin et al. 2023, arXiv:2305.08891, algorithm 1). Raises ValueError for other schedules.
     """
     schedule = scheduler_config.get("beta_schedule", "linear")
     steps = scheduler_config.get("num_train_timesteps", 1000)
@@ -39,14 +39,14 @@ def alphas_cumprod(scheduler_config: dict) -> np.ndarray:
 
 
 class NoiseSchedule(NamedTuple):
-    """What training needs of a `scheduler_config.json`. alphas_cumprod: float32[num_train_timesteps]."""
+    """What training needs from a `scheduler_config.json`. alphas_cumprod: float32[num_train_timesteps]."""
 
     alphas_cumprod: np.ndarray
     prediction_type: str
 
     @classmethod
     def from_config(cls, scheduler_config: dict, prediction_type: str | None = None) -> "NoiseSchedule":
-        """`prediction_type` overrides that of the file. Raises ValueError for one that is not supported."""
+        """`prediction_type` overrides the file's. Raises ValueError for an unsupported one."""
         kind = prediction_type or scheduler_config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction"):
             raise ValueError(
@@ -68,7 +68,7 @@ def add_noise(schedule: NoiseSchedule, latents, noise, timesteps) -> jax.Array:
 
 
 def target(schedule: NoiseSchedule, latents, noise, timesteps) -> jax.Array:
-    """What the UNet has to predict: the noise, or v (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
+    """The target of the UNet: the noise, or v (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
     if schedule.prediction_type == "epsilon":
         return noise
     alpha, sigma = _weights(schedule, timesteps)
@@ -76,18 +76,19 @@ def target(schedule: NoiseSchedule, latents, noise, timesteps) -> jax.Array:
 
 
 def min_snr_weights(schedule: NoiseSchedule, timesteps, gamma: float) -> jax.Array:
-    """Loss weights float32[b] of Min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556): min(snr, gamma) / snr,
+    """Loss weights float32[b] of Min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556).
 
-    over snr + 1 for v, as in diffusers. The signal-to-noise ratio is alphas_cumprod / (1 - alphas_cumprod)."""
+    min(snr, gamma) / snr, or for v, min(snr, gamma) / (snr + 1), as in diffusers. The signal-to-noise ratio snr is
+    alphas_cumprod / (1 - alphas_cumprod)."""
     alphas = jnp.asarray(schedule.alphas_cumprod)[timesteps]
     snr = alphas / (1 - alphas)
     return jnp.minimum(snr, gamma) / (snr + 1 if schedule.prediction_type == "v_prediction" else snr)
 
 
 def sample_timesteps(key, schedule: NoiseSchedule, count: int, gamma: float | None = None) -> jax.Array:
-    """Timesteps int32[count]: each as likely as any other, or in proportion to its Min-SNR weight of gamma.
+    """Timesteps int32[count], sampled uniformly, or in proportion to their Min-SNR weights for `gamma`.
 
-    Sampled so, the loss is the weighted one up to a factor, and no example is computed to count for little."""
+    The second way gives the weighted loss up to a factor, and spends no compute on examples of little weight."""
     steps = len(schedule.alphas_cumprod)
     if gamma is None:
         return jax.random.randint(key, (count,), 0, steps)

@@ -1,4 +1,4 @@
-"""The one loop that draws: prompts in batches of one shape, split over devices, to pictures of 8 bits."""
+"""The only drawing loop: from prompts, in batches of one shape split over devices, to 8-bit pictures."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,11 +26,11 @@ def draw(
     """The pictures uint8[H, W, 3] of all prompts, in order.
 
     pipeline: has modules, params on devices, folder and mesh (see pipeline.py); all processes of the mesh call this.
-    noise(i) -> (latents float32[h, w, c] from which picture i begins, unit Gaussian; float32[steps, h, w, c] that is
-    added between the steps, for a sampler that does so, else None). schedule: of the sampler. negatives: what not to
-    draw, for each prompt; None: "". images: float32[H, W, 3] in [0, 1] from which to begin, for each prompt.
-    batch_size: pictures at a time, at least one on each device; the last batch is filled up, so that one program is
-    compiled. finite: raise FloatingPointError for a picture that is no number, else it is black."""
+    noise(i) -> (unit Gaussian latents float32[h, w, c] at the start of picture i; float32[steps, h, w, c] to add
+    between steps, or None for a sampler that adds none). schedule: of the sampler. negatives: what not to draw, for
+    each prompt; None: "". images: float32[H, W, 3] in [0, 1] to start from, for each prompt. batch_size: pictures at
+    a time, at least one on each device; the last batch is filled up, and one program is compiled. finite: raise
+    FloatingPointError for a picture that is not finite; otherwise it is black."""
     modules, params, mesh = pipeline.modules, pipeline.params, pipeline.mesh
     n, batch_size = len(prompts), -(-batch_size // mesh.size) * mesh.size
     ids = pipeline.folder.tokenize(prompts)
@@ -55,7 +55,7 @@ def draw(
         drawn = sharding.whole(drawn, mesh)[: n - start]
         if finite and not np.isfinite(drawn).all():
             raise FloatingPointError(
-                f"{pipeline.name} draws what is no number: load it with dtype float32, and if that does not help, "
-                "look for the step at which its training went wrong"
+                f"{pipeline.name} draws values that are not finite: load it with dtype float32. If that does not "
+                "help, look for the step at which its training went wrong"
             )
         yield from np.round(np.nan_to_num(drawn) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What the charts of all commands share: colors, and how a figure of matplotlib becomes a file."""
+"""Shared by the charts of all commands: colors, and how a matplotlib figure becomes a file."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ INK, LINES = "#1b1f24", ["#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", 
 
 
 def save(figure, path: Path) -> None:
-    """A figure of matplotlib's pyplot as a PNG, whole or not at all, and closed."""
+    """Writes a pyplot figure as a PNG, whole or not at all, and closes it."""
     import matplotlib.pyplot as plt
 
     with files.whole(path) as scratch:

@@ -22,9 +22,9 @@ def grid(
     scale: int | None = None,
     info: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a labelled grid. columns: {title: uint8[n, H, W, 3]}; rows: n prompts; scale: enlargement of pixels,
+    """Writes a labelled grid. columns: {title: uint8[n, H, W, 3]}. rows: n prompts.
 
-    None for what brings a picture to at least 128 pixels. info: texts to write into the PNG."""
+    scale: enlargement of pixels; None: enough for at least 128 pixels. info: texts to write into the PNG."""
     height, width = next(iter(columns.values())).shape[1:3]
     scale = scale or max(1, -(-128 // height))
     height, width = height * scale, width * scale
@@ -64,7 +64,7 @@ def wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font) -> str:
 
 
 def end_of(draw: ImageDraw.ImageDraw, text: str, width: int, font) -> str:
-    """As much of the end of a text as fits into `width` pixels: of a path, that is what tells it from others."""
+    """As much of the end of a text as fits into `width` pixels: the end tells one path from another."""
     cut = text
     while draw.textlength(cut, font) > width and len(cut) > 2:
         cut = f"…{cut[2:]}"
@@ -72,11 +72,10 @@ def end_of(draw: ImageDraw.ImageDraw, text: str, width: int, font) -> str:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """A PNG with the texts of `image.info`, written whole or not at all: somebody may be looking at the one before."""
+    """Writes a PNG with the texts of `image.info`, whole or not at all: the old one may be open in a viewer."""
     texts = PngInfo()
     for name, value in image.info.items():
         if isinstance(value, str):
             texts.add_text(name, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as scratch:
         image.save(scratch, "PNG", pnginfo=texts)

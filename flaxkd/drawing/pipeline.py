@@ -5,7 +5,7 @@
     pipeline = Pipeline.from_pretrained("runs/small")
     pipeline("red apple", seed=0)[0].save("apple.png")
 
-`python -m flaxkd.generate` is the same as a command. What is computed is in diffusion/sampling.py.
+`python -m flaxkd.generate` does the same as a command. diffusion/sampling.py has the computation.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Picture = Image.Image | str | os.PathLike
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """What is needed to draw: `from_pretrained` reads it, a call draws.
+    """Everything needed to draw: `from_pretrained` reads it, a call draws.
 
     name: for people. folder: tokenizer and family. modules, params: {part: module}, {part: nested dict of arrays on
     the devices} of its networks. scheduler_config: its scheduler_config.json. mesh: the devices that draw."""
@@ -45,12 +45,12 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike | None = None, dtype=None, mesh=None) -> "Pipeline":
-        """Reads a pipeline folder of diffusers, a hub id (owner/name), or the workdir of a training.
+        """Reads a pipeline folder of diffusers, a hub id (owner/name), or the workdir of a run.
 
-        model: None is the embedded teacher. A workdir draws with what it exported (`diffusers/`), or while it has
-        not, with its newest checkpoint. dtype: of parameters and compute; None is bfloat16 on an accelerator and
-        float32 on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`.
-        Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it draws with
+        model: None is the embedded teacher. A workdir draws with its export (`diffusers/`), or before there is one,
+        with its newest checkpoint. dtype: of parameters and compute; None is bfloat16 on an accelerator and float32
+        on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`.
+        Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it draws from
         more than a caption (SDXL, inpainting)."""
         folder = export.open_model(model)
         made = cls.from_folder(folder, "embedded teacher" if model is None else str(model), dtype, mesh)
@@ -58,7 +58,7 @@ class Pipeline:
 
     @classmethod
     def from_folder(cls, folder: Folder, name: str, dtype=None, mesh=None, parts=None, params=None) -> "Pipeline":
-        """The same of a folder. parts: those to read, None for all. params: of the others, on the devices of `mesh`."""
+        """The same for a folder. parts: those to read; None: all. params: of the others, on the devices of `mesh`."""
         dtype, mesh = sharding.compute_dtype(dtype), mesh or sharding.local_mesh()
         attend = {"unet": {"attend": DotProductAttention(mesh)}}
         modules = {part: folder.module(part, dtype, **attend.get(part, {})) for part in folder.parts}
@@ -67,7 +67,7 @@ class Pipeline:
         return cls(name, folder, FrozenDict(modules), on_devices, folder.config("scheduler"), mesh)
 
     def with_parts(self, modules: dict[str, Any], params: dict[str, dict]) -> "Pipeline":
-        """The same pipeline with other networks or weights in place of its own."""
+        """The same pipeline with these networks or weights in place of its own."""
         modules = FrozenDict({**self.modules, **modules})
         return dataclasses.replace(self, modules=modules, params=self.params | params)
 
@@ -88,20 +88,20 @@ class Pipeline:
         batch_size: int = 4,
         progress: bool = True,
     ) -> list[Image.Image]:
-        """A picture of `width` x `height` pixels for each prompt, with what it was drawn from in its `info`.
+        """A picture of `width` x `height` pixels for each prompt, with its settings in its `info`.
 
-        Picture i has seed + i, so that it does not depend on those beside it nor on the batch. One program is
-        compiled per model, size, batch and number of steps (and one more if a sampler draws noise, or for an image).
+        Picture i has seed + i: it depends neither on its neighbours nor on the batch. One program is compiled per
+        model, size, batch and number of steps (and one more for a sampler that adds noise, or for an image).
 
-        prompt: captions; what the text encoder cannot take in is named in a warning. negative_prompt: what not to
-        draw, one for all or one each. num_inference_steps, sampler: see `samplers.schedule`. guidance_scale: how far
-        from the negative prompt to the prompt, 1 is none. height, width: None for those the model was trained at.
-        image: picture or its path, one for all or one each, from which to begin: scaled and cropped to the size.
-        strength: of its change, in (0, 1], None is 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of
-        those of the seeds. batch_size: pictures at a time, at least one on each device. progress: a bar on stderr.
+        prompt: captions; a warning names the words cut off by the text encoder. negative_prompt: what not to draw,
+        one for all or one each. num_inference_steps, sampler: see `samplers.schedule`. guidance_scale: how far from
+        the negative prompt to the prompt, 1 is none. height, width: pixels; None: as in training. image: picture or
+        path to start from, one for all or one each, scaled and cropped to the size. strength: how much the image
+        changes, in (0, 1]; None: 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise.
+        batch_size: pictures at a time, at least one on each device. progress: a bar on stderr.
 
         Raises ValueError or FileNotFoundError before any compute, with the numbers and the remedy, and
-        FloatingPointError if the model gives no numbers in its dtype."""
+        FloatingPointError if the pictures are not finite in the model's dtype."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         n = len(prompts)
         if not n:
@@ -167,15 +167,15 @@ class Pipeline:
         return value
 
     def _warn(self, prompts: list[str]) -> None:
-        """Names the words that `Folder.tokenize` cuts off, once for each text."""
+        """Warns of the words that `Folder.tokenize` cuts off, once for each text."""
         length = self.folder.tokenizer.model_max_length
         for text in dict.fromkeys(prompts):
             tokens = self.folder.tokenizer(text, return_offsets_mapping=True, verbose=False)
-            if len(tokens["input_ids"]) > length:  # the first and the last one are marks
+            if len(tokens["input_ids"]) > length:  # the first and the last one are markers
                 cut = tokens["offset_mapping"][length - 1][0]
                 lost = " ".join(
                     text[text.rfind(" ", 0, cut) + 1 :].split()
-                )  # of a word cut in two, the whole
+                )  # a word cut in two is named whole
                 warnings.warn(
                     f"the text encoder takes {length - 2} tokens, and this prompt has "
                     f"{len(tokens['input_ids']) - 2}: not seen is {lost!r}",
@@ -184,7 +184,7 @@ class Pipeline:
 
 
 def _each(name: str, value, kind: type, n: int) -> list:
-    """One for all, or one for each of n prompts."""
+    """A list of n values: one for all prompts, or one for each."""
     values = [value] * n if isinstance(value, kind) else list(value)
     if len(values) != n:
         raise ValueError(f"{name} has {len(values)} entries for {n} prompts: give one, or one for each")
@@ -192,7 +192,7 @@ def _each(name: str, value, kind: type, n: int) -> list:
 
 
 def _read(picture: Picture, width: int, height: int) -> np.ndarray:
-    """float32[height, width, 3] in [0, 1], scaled and cropped about the center, upon white where transparent."""
+    """float32[height, width, 3] in [0, 1], scaled and cropped around the center, on white where transparent."""
     try:
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
         image = ImageOps.exif_transpose(image).convert("RGBA")

@@ -1,9 +1,9 @@
-"""A folder of drawn pictures that is resumed: finished pictures are reused, every file is whole or absent.
+"""A resumable folder of drawn pictures: finished pictures are reused, and every file is whole or absent.
 
     000000.png 000001.png ...   picture i is of prompt i, from noise that depends on the seed and on i alone
     settings.json               what they were drawn with; another model or sampler is refused
 
-So neither the batch, nor the number of devices or processes, nor an interruption changes what is drawn.
+The pictures depend neither on the batch, nor on the number of devices or processes, nor on interruptions.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ def draw(
     process_count: int = 1,
     desc: str = "drawing",
 ) -> list[Path]:
-    """Draws what is missing of this process's share of the pictures, and returns the paths of all, in order.
+    """Draws the missing pictures of this process's share, and returns the paths of all pictures, in order.
 
     pictures_of: numbers of prompts -> their pictures uint8[H, W, 3], in that order. settings: what the pictures depend
-    on, JSON. size: pixels a side of what is kept, resized as Pillow does by default (bicubic); None for all. suffix:
-    ".png", or ".jpg" at Pillow's quality. Process i of n draws the prompts i, i + n, ...: `folder` is one that all of
-    them see. Raises ValueError if the folder holds pictures that were drawn with other settings.
+    on, JSON. size: pixels a side of a stored picture, resized with Pillow's default (bicubic); None: not resized.
+    suffix: ".png", or ".jpg" at Pillow's quality. Process i of n draws the prompts i, i + n, ...: all processes share
+    `folder`. Raises ValueError if the folder holds pictures drawn with other settings.
     """
     folder = Path(folder)
     digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
@@ -60,12 +60,12 @@ def draw(
 
 
 def noise_of(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The latents float32[shape] from which picture `index` is drawn, unit Gaussian."""
+    """The unit Gaussian latents float32[shape] at the start of picture `index`."""
     return np.random.default_rng([seed, index]).standard_normal(shape, np.float32)
 
 
 def save(image: np.ndarray, path: Path, size: int | None = None) -> None:
-    """Writes uint8[H, W, 3], whole or not at all."""
+    """Writes a picture uint8[H, W, 3], whole or not at all. size: resized to that many pixels a side."""
     picture = Image.fromarray(image)
     if size is not None and picture.size != (size, size):
         picture = picture.resize((size, size))
@@ -74,7 +74,7 @@ def save(image: np.ndarray, path: Path, size: int | None = None) -> None:
 
 
 def read(path: Path, size: int | None = None) -> np.ndarray:
-    """uint8[H, W, 3] of a picture file; `size`: squashed to so many pixels a side. ValueError if it is not one."""
+    """A picture file as uint8[H, W, 3]. size: squashed to that many pixels a side. Raises ValueError if unreadable."""
     try:
         with Image.open(path) as picture:
             picture = picture.convert("RGB")
@@ -84,7 +84,7 @@ def read(path: Path, size: int | None = None) -> np.ndarray:
 
 
 def fingerprint(params: dict) -> str:
-    """Of all weights {part: tree}, so that pictures of an older checkpoint are not taken for today's."""
+    """A hash of all weights {part: tree}: it tells pictures of an older checkpoint from new ones."""
     digest = hashlib.sha256()
     for path, x in sorted(flatten_dict(jax.device_get(params)).items()):
         digest.update("/".join(path).encode() + np.ascontiguousarray(x).view(np.uint8).tobytes())

@@ -1,1 +1,1 @@
-"""How good are students? `python -m flaxkd.evaluate`; see evaluation.py."""
+"""How good are the students? `python -m flaxkd.evaluate`; see evaluation.py."""

@@ -1,11 +1,11 @@
-"""How good are students? One table, the teacher first: fidelity to the teacher, and the published protocol.
+"""How good are the students? One table, teacher first: fidelity to the teacher, and the published protocol.
 
     python -m flaxkd.evaluate --model DIR|HUB_ID|WORKDIR ... [--teacher DIR|HUB_ID|WORKDIR] [--out DIR]
     python -m flaxkd.evaluate --model ... --prompts FILE --real DIR|FILE.npz [--inception FILE] [--clip DIR|HUB_ID]
 
-The first measures on held-out captions, with equal noise for all: see fidelity.py. With --prompts, pictures are drawn
-from every prompt as BK-SDM did, and scored with FID, inception score and CLIP score: see scores.py. Finished pictures
-are reused: the same command resumes.
+Fidelity is measured on held-out captions, with equal noise for all models: see fidelity.py. With --prompts, a picture
+is drawn from every prompt as in BK-SDM, and scored with FID, inception score and CLIP score: see scores.py. Finished
+pictures are reused: the same command resumes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SHOWN = 8  # prompts in samples.png
 
 
 class Candidate(NamedTuple):
-    """A model under evaluation: a pipeline folder, hub id or workdir, as `Pipeline.from_pretrained` takes it."""
+    """A model under evaluation: a pipeline folder, hub id or workdir, as for `Pipeline.from_pretrained`."""
 
     name: str
     folder: Folder
@@ -41,18 +41,18 @@ class Candidate(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What all models are measured with."""
+    """The settings shared by all measurements."""
 
     args: argparse.Namespace
     mesh: Any  # of this process's devices
     dtype: Any  # of the compute
     latents: tuple[int, int, int]  # h, w, c
     resolution: int  # pixels
-    samplers: dict[str, str]  # of "fidelity" and "protocol", as far as they are asked for
+    samplers: dict[str, str]  # of "fidelity" and "protocol", if requested
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measures what is asked, writes it into `args.out`, and returns it: see `table.write`.
+    """Runs the requested measurements, writes the result to `args.out` and returns it: see `table.write`.
 
     Raises ValueError, FileNotFoundError and ModuleNotFoundError before any compute."""
     if not args.fidelity and args.prompts is None:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict:
         prompts = prompts_file.read(args.prompts, args.limit)
         settings["prompts"] = f"{len(prompts)} of {args.prompts}"
         scorer = None
-        if jax.process_index() == 0:  # which alone scores: the others need no room for the networks
+        if jax.process_index() == 0:  # it alone scores: the others need no memory for the networks
             scorer = scores.open_scorer(args.inception, args.clip, args.real)
             settings |= scorer.settings
         other = scores.departures(
@@ -94,13 +94,13 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, dict]:
-    """The setup, and the settings {name: value} that go with the result. Raises ValueError for what does not fit."""
+    """The setup, and the settings {name: value} to report. Raises ValueError for settings that do not fit a model."""
     mesh = sharding.local_mesh()
     sharding.check_batch(mesh, args.batch_size, 1)
     dtype = sharding.compute_dtype(args.dtype)
     latents, resolution = sizes(models[0], args.resolution)
     kinds = {"fidelity": args.sampler or "dpmsolver++"} if args.fidelity else {}
-    kinds |= {"protocol": args.sampler or scores.SAMPLER} if args.prompts else {}
+    kinds |= {"protocol": args.sampler or scores.SAMPLER} if args.prompts is not None else {}
     for model in models:
         for kind in kinds.values():
             samplers.schedule(kind, model.folder.config("scheduler"), args.steps)
@@ -121,7 +121,7 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
 
 
 def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **options) -> list[Path]:
-    """Draws what is missing of the pictures of a loaded model for "fidelity" or "protocol"; the paths of all."""
+    """Draws the missing pictures of a loaded model for "fidelity" or "protocol". Returns the paths of all."""
     args = setup.args
     schedule = samplers.schedule(setup.samplers[what], model.folder.config("scheduler"), args.steps)
     settings = {"weights": model.fingerprint, "sampler": setup.samplers[what], "steps": args.steps}
@@ -148,7 +148,7 @@ def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **option
 
 
 class HeldOut(NamedTuple):
-    """Pictures and captions that no training saw, and what is compared on them."""
+    """Held-out pictures and captions, and what is compared on them."""
 
     captions: list[str]
     images: np.ndarray  # uint8[n, H, W, 3]
@@ -157,7 +157,9 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[str]) -> HeldOut:
-    """Opens the validation split, and finds what each model is to the teacher. Raises ValueError if it is nothing."""
+    """Opens the validation split, and finds the relation of each model to the teacher.
+
+    Raises ValueError for a model that cannot be compared, or fewer than 2 pictures."""
     args, teacher = setup.args, models[0]
     schedule = diffusion.NoiseSchedule.from_config(teacher.folder.config("scheduler"))
     edges = fidelity.timestep_bins(len(schedule.alphas_cumprod), args.bins)
@@ -168,7 +170,7 @@ def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[
         pairs.append(found)
         settings[f"{model.name} is"] = kind or "another network"
         if kind is None:
-            notes.append(f"{model.name} is no student of {teacher.name}: features are not compared.")
+            notes.append(f"{model.name} is not a student of {teacher.name}: features are not compared.")
     source = sources.open_source(args.data, "validation", resolution=setup.resolution)
     n = min(args.examples, len(source))
     if n < 2:
@@ -181,7 +183,7 @@ def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[
 
 
 def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows: list[dict]) -> Path:
-    """Adds what fidelity.py measures to the rows, the teacher's first; writes samples.png and returns its path."""
+    """Adds the measurements of fidelity.py to the rows, teacher first. Writes samples.png and returns its path."""
     args, mesh = setup.args, setup.mesh
     teacher = load(models[0], setup.dtype, mesh)
     scaling_factor = teacher.folder.scaling_factor
@@ -217,14 +219,14 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
         )
         row |= fidelity.summary(values)
         rows[0] |= fidelity.summary(values, "teacher/")
-        del model  # before the next one is there: at full size it is gigabytes of the device
+        del model  # before the next one loads: at full size it takes gigabytes of the device
     path = args.out / "samples.png"
     grids.grid({name: images[:SHOWN] for name, images in drawn.items()}, held.captions[:SHOWN], path)
     return path
 
 
 def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, rows: list[dict]) -> None:
-    """Draws this process's share of the pictures; the first process then waits for the others, and adds the scores."""
+    """Draws this process's share of the pictures. The first process then waits for the others and adds the scores."""
     args, size = setup.args, scores.SIZE
     shared = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     paths = []
@@ -244,16 +246,16 @@ def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, row
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command.parser("flaxkd.evaluate", __doc__, {"--reference": "--teacher"})
     add = parser.add_argument
-    rows = f"{command.MODEL}; repeat it for several rows"
+    rows = f"{command.MODEL}; repeat for several rows"
     command.add(parser, "model", dest="models", action="extend", nargs="+", required=True, help=rows)
     command.add(parser, "teacher")
-    command.add(parser, "out", default=Path("evaluation"), help="folder of the result (default: %(default)s)")
-    command.add(parser, "steps", default=scores.STEPS, help="of the sampler (default: %(default)s)")
+    command.add(parser, "out", default=Path("evaluation"), help="result folder (default: %(default)s)")
+    command.add(parser, "steps", default=scores.STEPS, help="sampler steps (default: %(default)s)")
     add("--guidance", type=float, default=scores.GUIDANCE, help="default: %(default)s")
     add("--sampler", help="default: dpmsolver++ for fidelity, pndm for the protocol")
-    add("--resolution", type=int, help="pixels (default: what the teacher was made for)")
+    add("--resolution", type=int, help="pixels per side (default: the teacher's own)")
     command.add(parser, "seed")
-    command.add(parser, "batch-size", default=16, help="pictures at once, over the devices of a process")
+    command.add(parser, "batch-size", default=16, help="pictures at a time, over the devices of a process")
     command.add(parser, "dtype")
     hosts.add_arguments(parser)
     group = parser.add_argument_group("fidelity to the teacher")
@@ -262,13 +264,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--data", default="openmoji", help="'openmoji' or a folder of pictures with metadata.jsonl"
     )
     group.add_argument("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
-    group.add_argument("--bins", type=int, default=10, help="ranges of timesteps (default: %(default)s)")
+    group.add_argument("--bins", type=int, default=10, help="timestep ranges (default: %(default)s)")
     group.add_argument("--pairing", choices=["segmind", "bksdm"], default="segmind", help="feature pairs")
     group = parser.add_argument_group("published protocol (needs the extra eval)")
-    group.add_argument("--prompts", type=Path, help=".txt (a prompt a line) or .csv (a column text)")
-    group.add_argument("--limit", type=int, help="take the first so many prompts")
+    group.add_argument("--prompts", type=Path, help=".txt (one prompt per line) or .csv (a text column)")
+    group.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
     group.add_argument(
-        "--real", type=Path, help="folder of real pictures, or .npz with mu and sigma; without: no FID"
+        "--real", type=Path, help="folder of real pictures, or .npz with mu and sigma; needed for FID"
     )
     group.add_argument(
         "--inception", type=Path, help="InceptionV3 weights of torch-fidelity (default: downloaded)"
@@ -278,7 +280,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def find(model: str | None, taken: tuple[str, ...] = ()) -> Candidate:
-    """The model without weights. taken: names of rows that are there already.
+    """The model, with its weights not yet loaded. taken: names of the earlier rows.
 
     Raises FileNotFoundError like `export.open_model`."""
     path = None if model is None else Path(model).expanduser()
@@ -290,13 +292,13 @@ def find(model: str | None, taken: tuple[str, ...] = ()) -> Candidate:
 
 
 def check(model: Candidate, teacher: Candidate) -> None:
-    """Raises ValueError unless both see the same noisy latents and say the same of them."""
+    """Raises ValueError unless both models take the same noisy latents and predict the same quantity."""
     wrong = []
     folders = [model.folder, teacher.folder]
     kinds = [diffusion.NoiseSchedule.from_config(folder.config("scheduler")) for folder in folders]
     for what, (own, others) in {
         "latents are scaled by": [folder.scaling_factor for folder in folders],
-        "a latent is so many pixels wide:": [folder.factor for folder in folders],
+        "pixels per latent are": [folder.factor for folder in folders],
         "prediction_type is": [kind.prediction_type for kind in kinds],
         "training timesteps are": [len(kind.alphas_cumprod) for kind in kinds],
     }.items():
@@ -306,13 +308,15 @@ def check(model: Candidate, teacher: Candidate) -> None:
         wrong.append("the noise schedules (betas) differ")
     if wrong:
         raise ValueError(
-            f"{model.name} cannot be compared with {teacher.name}: {'; '.join(wrong)}. Give the teacher that it was "
-            "distilled from with --teacher, or --no-fidelity for the published protocol alone"
+            f"{model.name} cannot be compared with {teacher.name}: {'; '.join(wrong)}. Give its own teacher with "
+            "--teacher, or --no-fidelity for the published protocol alone"
         )
 
 
 def sizes(teacher: Candidate, resolution: int | None) -> tuple[tuple[int, int, int], int]:
-    """((h, w, c) of the latents, pixels a side), None for the teacher's own. ValueError if its UNet cannot take it."""
+    """((h, w, c) of the latents, pixels per side). resolution: None for the teacher's own.
+
+    Raises ValueError if the teacher's UNet cannot take it."""
     folder = teacher.folder
     resolution = resolution or folder.resolution
     multiple = folder.factor * 2 ** (len(folder.module("unet").config.block_out_channels) - 1)
@@ -330,7 +334,7 @@ def load(model: Candidate, dtype, mesh) -> Candidate:
 
 
 def network(model: Candidate, captions: list[str]) -> fidelity.Network:
-    """What of a loaded model predicts, and `captions` as its own tokenizer has them."""
+    """The predicting networks of a loaded model, with `captions` from its own tokenizer."""
     pipeline, folder = model.pipeline, model.folder
     parts = ("unet", *folder.family.encoders)
     modules = {part: pipeline.modules[part] for part in parts}
@@ -339,7 +343,7 @@ def network(model: Candidate, captions: list[str]) -> fidelity.Network:
 
 
 def encode(model: Candidate, images: np.ndarray, batch_size: int, mesh) -> np.ndarray:
-    """Moments float32[n, h, w, 2c] of pictures uint8[n, H, W, 3], by the model's autoencoder."""
+    """Moments float32[n, h, w, 2c] of pictures uint8[n, H, W, 3], from the model's autoencoder."""
     found, pipeline = [], model.pipeline
     for start in range(0, len(images), batch_size):
         here = np.arange(start, start + batch_size).clip(max=len(images) - 1)  # one shape: compiled once

@@ -1,8 +1,7 @@
-"""How near a student is to its teacher, on captions that no training saw: errors of the UNet, and of its pictures.
+"""How near a student is to its teacher on held-out captions: errors of the UNet and of its pictures.
 
-What is measured, and what 0 means: `errors` compares predictions and features on the same noisy latents, `psnr` and
-`ssim` compare pictures drawn from the same noise, `frechet` compares two sets of them. `python -m flaxkd.evaluate`
-puts it together.
+`errors` compares predictions and features on the same noisy latents. `psnr` and `ssim` compare pictures drawn from the
+same noise. `frechet` compares two sets of pictures. `python -m flaxkd.evaluate` combines them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,12 +19,12 @@ from flaxkd.machine import sharding
 from flaxkd.models.unet import UNetConfig
 from flaxkd.tasks.losses import mse, predict
 
-PSNR_LIMIT = 100.0  # dB, that of equal pictures: infinity has no mean
-GRID = 4  # cells a side over which latents are averaged for `frechet_latent`: 64 numbers a picture
+PSNR_LIMIT = 100.0  # dB, for equal pictures: infinity has no mean
+GRID = 4  # cells per side, in which latents are averaged for `frechet_latent`: 64 numbers per picture
 
 
 class Network(NamedTuple):
-    """Who predicts: the modules {"unet", encoders}, their parameters by the same names, and tokenized captions."""
+    """A predictor: the modules {"unet", encoders}, their parameters by the same names, and tokenized captions."""
 
     modules: Mapping[str, nn.Module]
     condition: Callable  # of the family: (modules, params, input_ids) -> keyword arguments of the UNet
@@ -34,10 +33,10 @@ class Network(NamedTuple):
 
 
 def relation(unet_config: dict, teacher_config: dict, pairing: str) -> tuple[str | None, tuple]:
-    """(what a UNet is to the teacher, its feature pairs), told from the stages of the two `config.json`.
+    """(relation of a UNet to the teacher, its feature pairs), derived from the stages of the two `config.json`.
 
-    The first is "sd_small = bk_base" and so on for a row of the students' table, "same network" with every block
-    as a pair, or None without pairs: a UNet that cannot have been cut from this teacher has no pairs to compare.
+    The relation is "sd_small = bk_base" and so on for a row of the students' table; "same network", with every block
+    as a pair; or None without pairs, for a UNet that cannot have been cut from this teacher.
     """
     own, whole = _stages(unet_config), _stages(teacher_config)
     if own == whole:
@@ -48,7 +47,7 @@ def relation(unet_config: dict, teacher_config: dict, pairing: str) -> tuple[str
     for student in students.TABLE:
         try:
             cut = _stages(students.config(student, teacher_config))
-        except ValueError:  # this student cannot be cut from this teacher, so it is another
+        except ValueError:  # this row cannot be cut from this teacher, so it is another row
             continue
         if own == cut:
             return " = ".join(student.names), students.feature_pairs(student, pairing)
@@ -62,12 +61,12 @@ def _stages(unet_config: dict) -> tuple:
 
 @sharding.jit(static_argnames=("modules", "pairs"))
 def compare(modules, params, input_ids, noisy_latents, timesteps, target, pairs) -> dict[str, jax.Array]:
-    """Mean squares of each example, {name: float32[b]}: student and teacher on the same noisy latents.
+    """Mean squares per example, {name: float32[b]}: student and teacher on the same noisy latents.
 
-    modules: ((modules, condition) of the student, those of the teacher). params, input_ids: two likewise.
+    modules: ((modules, condition) of the student, the same of the teacher). params, input_ids: also (student, teacher).
     noisy_latents, target: float32[b, h, w, 4]. timesteps: int32[b]. pairs: ((student module, teacher module), ...).
     The names are "loss_noise" and "loss_output" as in `losses.kd_loss`, "teacher/loss_noise", and for each pair
-    "feature/<student module>" and "square/<student module>", the square of the teacher's feature itself.
+    "feature/<student module>" and "square/<student module>", the mean square of the teacher's own feature.
     """
     said = []
     for (own, condition), p, ids in zip(modules, params, input_ids, strict=True):
@@ -86,9 +85,9 @@ def compare(modules, params, input_ids, noisy_latents, timesteps, target, pairs)
 
 
 def timestep_bins(train_steps: int, bins: int) -> np.ndarray:
-    """Edges int[bins + 1] of equal ranges of timesteps. ValueError if there are more bins than timesteps."""
+    """Edges int[bins + 1] of equal ranges of timesteps. ValueError unless 1 <= bins <= train_steps."""
     if not 1 <= bins <= train_steps:
-        raise ValueError(f"bins = {bins}: the {train_steps} training timesteps make 1 to {train_steps} bins")
+        raise ValueError(f"bins = {bins}: the {train_steps} training timesteps allow 1 to {train_steps} bins")
     return np.linspace(0, train_steps, bins + 1).round().astype(int)
 
 
@@ -105,10 +104,10 @@ def errors(
     mesh,
     desc: str = "predicting",
 ) -> dict[str, np.ndarray]:
-    """What `compare` measures, {name: float64[bins, n]}: every example once in each bin of timesteps.
+    """The measurements of `compare`, {name: float64[bins, n]}: every example once in each bin of timesteps.
 
-    latents: float32[n, h, w, 4], scaled. Noise and timesteps (uniform within a bin) depend on `seed` alone, so that
-    every model is asked the same. batch_size: a multiple of the devices of `mesh`, over which a batch is split.
+    latents: float32[n, h, w, 4], scaled. Noise and timesteps (uniform within a bin) depend on `seed` alone, so all
+    models get the same inputs. batch_size: a multiple of the number of devices in `mesh`, which split a batch.
     """
     edges, n = timestep_bins(len(schedule.alphas_cumprod), bins), len(latents)
     data = sharding.batch(mesh)
@@ -123,7 +122,7 @@ def errors(
             noisy_latents = np.asarray(diffusion.add_noise(schedule, latents, noise, timesteps))
             target = np.asarray(diffusion.target(schedule, latents, noise, timesteps))
             for start in range(0, n, batch_size):
-                here = np.arange(start, start + batch_size).clip(max=n - 1)  # the last batch is filled up
+                here = np.arange(start, start + batch_size).clip(max=n - 1)  # the last batch is padded
                 put = lambda x, here=here: jax.device_put(x[here], data)
                 values = compare(
                     modules,
@@ -142,11 +141,11 @@ def errors(
 
 
 def summary(values: dict[str, np.ndarray], whose: str = "") -> dict:
-    """Means over examples and bins of what `errors` found, as numbers that JSON can hold.
+    """Means over examples and bins of the result of `errors`, as JSON numbers.
 
-    {"loss_noise", "loss_output", "feature", "features": {module: float}, "by_timestep": {name: [a number a bin]}}.
-    A feature's error is relative: its mean square over that of the teacher's feature. "feature" is the mean of the
-    pairs, absent with them. whose: "teacher/" for the teacher's own row, which has "loss_noise" alone.
+    {"loss_noise", "loss_output", "feature", "features": {module: float}, "by_timestep": {name: [a number per bin]}}.
+    A feature's error is relative: its mean square over that of the teacher's feature. "feature" is the mean over the
+    pairs, absent without pairs. whose: "teacher/" for the teacher's own row, which has "loss_noise" alone.
     """
     names = ["loss_noise"] if whose else ["loss_noise", "loss_output"]
     found = {name: float(values[whose + name].mean()) for name in names}
@@ -165,7 +164,7 @@ def summary(values: dict[str, np.ndarray], whose: str = "") -> dict:
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio float64[n] of pictures uint8[n, H, W, 3], in dB: 10 log10(255^2 / mean square).
 
-    At most PSNR_LIMIT, which is that of equal pictures."""
+    At most PSNR_LIMIT, the value for equal pictures."""
     squares = np.square(a.astype(np.float64) - b.astype(np.float64)).mean((1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(squares, 255**2 / 10 ** (PSNR_LIMIT / 10)))
 
@@ -174,7 +173,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Structural similarity float64[n] of pictures uint8[n, H, W, 3], 1 for equal ones.
 
     Wang et al. 2004 ("Image quality assessment: from error visibility to structural similarity"): a Gaussian window
-    of 11 pixels and deviation 1.5, K = 0.01 and 0.03, where the window lies inside; the mean over R, G and B.
+    of 11 pixels and standard deviation 1.5, K = 0.01 and 0.03, only where the window lies inside; mean over R, G, B.
     Raises ValueError for pictures smaller than the window."""
     height, width = a.shape[1:3]
     if min(height, width) < 11:
@@ -187,7 +186,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     blur = lambda x: rows @ x @ columns.T
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
-    def one(x, y) -> float:  # a picture at a time: a thousand of them would not fit in memory
+    def one(x, y) -> float:  # one picture at a time: a thousand would not fit in memory
         x, y = (image.astype(np.float64).transpose(2, 0, 1) for image in (x, y))
         mean_x, mean_y = blur(x), blur(y)
         var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
@@ -201,7 +200,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def latent_features(latents: np.ndarray) -> np.ndarray:
     """Latents [n, h, w, c] averaged over the cells of a grid: float64[n, GRID * GRID * c].
 
-    Whole latents have more numbers (16,384 at 512 pixels) than one draws pictures, and no covariance could be told.
+    Whole latents have more numbers (16,384 at 512 pixels) than there are pictures to estimate a covariance from.
     Raises ValueError for latents smaller than the grid."""
     n, h, w, c = latents.shape
     if min(h, w) < GRID:
@@ -217,9 +216,9 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
         |mean_a - mean_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2))          Heusel et al. 2017, arXiv:1706.08500
 
-    The trace of the root is the sum of the singular values of C_a^(1/2) C_b^(1/2), which stays exact where a
-    covariance is singular. On features of an autoencoder this is no FID, and like FID it depends on the number of
-    pictures: compare equal numbers only. Raises ValueError for fewer than two of either."""
+    The trace of the root is the sum of the singular values of C_a^(1/2) C_b^(1/2), which stays exact for a singular
+    covariance. On features of an autoencoder this is not FID. Like FID, it depends on the number of pictures: compare
+    equal numbers only. Raises ValueError for fewer than two of either."""
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a covariance needs at least 2 pictures, there are {len(a)} and {len(b)}")
     a, b = np.float64(a), np.float64(b)

@@ -3,10 +3,10 @@
 BK-SDM (Kim et al. 2023, arXiv:2305.15798) draws 30,000 captions of MS-COCO 2014 validation with PNDM, 25 steps and
 guidance 7.5 at 512 pixels, keeps JPEG files of 256, and compares with all 40,504 originals squashed to 256 x 256.
 
-The only file of flaxkd that uses torch, and only within functions: networks and arithmetic are those of the extra
-`eval`, torch-fidelity's Inception, torchmetrics' FID and inception score, transformers' CLIP. (BK-SDM took FID from
-pytorch-fid, which has the same network and enlarges pictures to its 299 pixels by another bilinear rule.) How pictures
-come about is not its business: see gallery.py and evaluate.py.
+Only this file and bench/torch_works.py use torch, and only within functions. Networks and arithmetic come from the
+extra `eval`: torch-fidelity's Inception, torchmetrics' FID and inception score, transformers' CLIP. (BK-SDM took FID
+from pytorch-fid, which has the same network and enlarges pictures to its 299 pixels by another bilinear rule.) For
+drawing, see drawing/resumable.py and evaluation.py.
 """
 
 import warnings
@@ -20,32 +20,32 @@ from tqdm import tqdm
 from flaxkd.machine import files
 
 SAMPLER, STEPS, GUIDANCE, PIXELS, PROMPTS = "pndm", 25, 7.5, 512, 30_000
-SIZE, SUFFIX = 256, ".jpg"  # as kept
-CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # BK-SDM's, in open_clip
+SIZE, SUFFIX = 256, ".jpg"  # of the saved pictures
+CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # as in BK-SDM, which loads it with open_clip
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-SPLITS = 10  # of the pictures, over which the inception score is averaged
+SPLITS = 10  # of the pictures; the inception score is a mean over splits
 
 INSTALL = 'pip install "flaxkd[eval]" (from a clone: pip install -e ".[eval]")'
 
 
 def need() -> None:
-    """Raises ModuleNotFoundError with the remedy if the extra `eval` is not installed, or not in matching versions."""
+    """Raises ModuleNotFoundError with the remedy if the extra `eval` is missing or its versions do not match."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3  # noqa: F401
         from torchmetrics.image import fid, inception  # noqa: F401
     except (
         ImportError,
         RuntimeError,
-    ) as error:  # RuntimeError: a torchvision that was made for another torch
+    ) as error:  # RuntimeError: a torchvision built for another torch
         raise ModuleNotFoundError(
             f"the published protocol needs packages that cannot be imported ({error}): {INSTALL}"
         ) from error
 
 
 def load_inception(weights: Path | None):
-    """InceptionV3 with the weights of FID: a torch module, uint8[b, 3, H, W] -> (features [b, 2048], logits [b, 1008]).
+    """InceptionV3 with FID's weights: a torch module, uint8[b, 3, H, W] -> (features [b, 2048], logits [b, 1008]).
 
-    weights: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity; None for torch's cache, or a download.
+    weights: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity; None for torch's cache, else a download.
     Raises ModuleNotFoundError, FileNotFoundError and ValueError with the remedy."""
     need()
     import torch
@@ -55,9 +55,9 @@ def load_inception(weights: Path | None):
     if weights is not None:
         if not Path(weights).is_file():
             raise FileNotFoundError(
-                f"there is no file {Path(weights).absolute()}: download {url} and give that"
+                f"there is no file {Path(weights).absolute()}: download {url} and give that file"
             )
-        try:  # the library would run whatever a pickle holds; this reads tensors alone, or refuses
+        try:  # the library would run any code in a pickle; this reads only tensors, or refuses
             torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{weights} holds no weights alone: download {url} again ({error})") from error
@@ -75,8 +75,8 @@ def load_inception(weights: Path | None):
         ) from None
     except OSError as error:
         raise FileNotFoundError(
-            f"the weights of InceptionV3 are not here and could not be downloaded ({error}). Download\n  {url}\n"
-            "on a machine with network, copy the file here, and pass it with --inception FILE"
+            f"the weights of InceptionV3 are missing and could not be downloaded ({error}). Download\n  {url}\n"
+            "on a machine with a network, copy the file here, and pass it with --inception FILE"
         ) from error
 
 
@@ -89,13 +89,13 @@ def load_clip(model: str) -> tuple[Any, Any]:
         return clip, transformers.CLIPProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"CLIP cannot be loaded from {model}: {str(error).strip().partition(chr(10))[0]}\nWithout network: run "
+            f"CLIP cannot be loaded from {model}: {str(error).strip().partition(chr(10))[0]}\nWithout a network: run "
             f"`hf download {model} --local-dir DIR` on another machine, copy DIR here, and pass --clip DIR"
         ) from error
 
 
 def device() -> str:
-    """Where the networks of this file run: "cuda" if torch sees a GPU, else "cpu"."""
+    """The device of the networks of this file: "cuda" if torch sees a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,9 +104,9 @@ def device() -> str:
 def inception_features(
     paths: Sequence[Path], read: Callable[[Path], np.ndarray], inception, batch_size: int, desc: str
 ) -> tuple:
-    """(features float64[n, 2048], logits float64[n, 1008]) of pictures, torch tensors on the CPU.
+    """(features float64[n, 2048], logits float64[n, 1008]) of pictures, as torch tensors on the CPU.
 
-    read: path -> uint8[H, W, 3], one size for all."""
+    read: path -> uint8[H, W, 3], all of one size."""
     import torch
 
     where = device()
@@ -124,15 +124,15 @@ def inception_features(
 
 
 def statistics(features) -> tuple[np.ndarray, np.ndarray]:
-    """(mean float64[d], covariance float64[d, d]) of features [n, d], as pytorch-fid's .npz files have them."""
+    """(mean float64[d], covariance float64[d, d]) of features [n, d], as in pytorch-fid's .npz files."""
     features = np.asarray(features, np.float64)
     return features.mean(0), np.cov(features, rowvar=False)
 
 
 def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, covariance) of a .npz with mu and sigma (pytorch-fid's; BK-SDM's real_im256.npz is one).
+    """(mean, covariance) of a .npz with mu and sigma, such as pytorch-fid's and BK-SDM's real_im256.npz.
 
-    Raises FileNotFoundError or ValueError that says what the file holds."""
+    Raises FileNotFoundError, or ValueError with what the file holds."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is neither a file nor a folder {Path(path).absolute()}")
     try:
@@ -160,7 +160,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def fid(features, real: tuple[np.ndarray, np.ndarray]) -> float:
-    """FID of features [n, d] to `real` (mean, covariance), by torchmetrics. ValueError if d differs."""
+    """FID between features [n, d] and `real` (mean, covariance), by torchmetrics. ValueError if d differs."""
     import torch
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -172,7 +172,7 @@ def fid(features, real: tuple[np.ndarray, np.ndarray]) -> float:
     taken = torch.nn.Identity()
     taken.num_features = features.shape[1]
     metric = FrechetInceptionDistance(feature=taken)
-    # It keeps sums: those of two pictures that have just this mean and this covariance stand for all of them.
+    # The metric keeps sums. Those of two pictures with exactly this mean and covariance stand for all pictures.
     metric.real_features_num_samples = torch.tensor(2)
     metric.real_features_sum = 2 * mean
     metric.real_features_cov_sum = covariance + 2 * torch.outer(mean, mean)
@@ -183,14 +183,14 @@ def fid(features, real: tuple[np.ndarray, np.ndarray]) -> float:
 def inception_score(logits, splits: int = SPLITS) -> tuple[float, float]:
     """(mean, deviation over the splits) of the inception score (Salimans et al. 2016, arXiv:1606.03498).
 
-    logits: [n, classes], shuffled by a fixed seed, by torchmetrics. ValueError for fewer pictures than two a split."""
+    logits: [n, classes]; torchmetrics shuffles them with a fixed seed. ValueError for fewer than two per split."""
     import torch
     from torchmetrics.image.inception import InceptionScore
 
     if len(logits) < 2 * splits:
         raise ValueError(f"{len(logits)} pictures make no {splits} splits: draw at least {2 * splits}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that all logits are kept: 240 MB for 30,000 pictures
+        warnings.simplefilter("ignore")  # about keeping all logits: 240 MB for 30,000 pictures
         metric = InceptionScore(feature=torch.nn.Identity(), splits=splits)
     metric.update(logits)
     with torch.random.fork_rng(devices=[]):
@@ -204,7 +204,7 @@ def clip_score(
 ) -> float:
     """Mean cosine of pictures and their prompts in CLIP's space (Hessel et al. 2021, arXiv:2104.08718).
 
-    Neither times 100 nor 2.5, as BK-SDM gives it."""
+    Without a factor of 100 or 2.5, as BK-SDM reports it."""
     import torch
 
     (model, processor), where = clip, device()
@@ -232,12 +232,12 @@ class Scorer(NamedTuple):
 
     inception: Any
     clip: tuple[Any, Any]
-    real: tuple[np.ndarray, np.ndarray] | list[Path] | None  # statistics, or the pictures to take them from
+    real: tuple[np.ndarray, np.ndarray] | list[Path] | None  # statistics, or the pictures for them
     settings: dict[str, str]
 
 
 def open_scorer(inception: Path | None, clip: str, real: Path | None) -> Scorer:
-    """Loads the networks, and finds the real pictures: a folder of them, or a .npz of their statistics.
+    """Loads the networks and finds the real pictures: a folder of them, or a .npz of their statistics.
 
     Raises like `load_inception`, `load_clip`, `pictures_in` and `read_statistics`."""
     found = None
@@ -253,7 +253,7 @@ def open_scorer(inception: Path | None, clip: str, real: Path | None) -> Scorer:
 
 
 def departures(sampler: str, steps: int, guidance: float, resolution: int, prompts: int) -> str:
-    """What of these is not as published, in words; empty if nothing is."""
+    """The settings that differ from the published ones, in words; empty if none do."""
     published = {
         "sampler": SAMPLER,
         "steps": STEPS,
@@ -270,7 +270,7 @@ def departures(sampler: str, steps: int, guidance: float, resolution: int, promp
 
 
 def real_statistics(scorer: Scorer, read: Callable, batch_size: int, out: Path) -> Scorer:
-    """The scorer with statistics in place of real pictures, which it also writes to `out`, a .npz for --real."""
+    """The scorer with statistics in place of real pictures. Also writes them to `out`, a .npz for --real."""
     if not isinstance(scorer.real, list):
         return scorer
     features, _ = inception_features(scorer.real, read, scorer.inception, batch_size, "real pictures")
@@ -283,13 +283,13 @@ def real_statistics(scorer: Scorer, read: Callable, batch_size: int, out: Path) 
 def score(
     scorer: Scorer, paths: Sequence[Path], prompts: Sequence[str], read: Callable, batch_size: int, name: str
 ) -> dict[str, float]:
-    """{"fid", "inception_score", "inception_score_std", "clip_score"} of drawn pictures; no "fid" without real ones.
+    """{"fid", "inception_score", "inception_score_std", "clip_score"} of drawn pictures; "fid" only with real ones.
 
-    read: path -> uint8[H, W, 3]. Raises FileNotFoundError if a picture is missing: another process drew it."""
+    read: path -> uint8[H, W, 3]. Raises FileNotFoundError for pictures drawn by other processes and not found here."""
     if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}: where processes do not "
-            "see one folder, copy their pictures together and run again"
+            f"{len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}: if the processes "
+            "do not share a folder, copy their pictures into one and run again"
         )
     features, logits = inception_features(paths, read, scorer.inception, batch_size, f"Inception, {name}")
     mean, deviation = inception_score(logits)

@@ -1,4 +1,4 @@
-"""The table of an evaluation, teacher first: as JSON, as Markdown and as a picture."""
+"""The table of an evaluation, teacher first: as JSON, Markdown and a picture."""
 
 import itertools
 import json
@@ -8,17 +8,17 @@ from pathlib import Path
 from flaxkd.drawing import figures
 from flaxkd.machine import files
 
-# (key of a row, title, digits after the point, what it is)
+# (key in a row, title, decimals, meaning)
 COLUMNS = (
     ("parameters", "parameters", 0, "of the UNet"),
-    ("loss_noise", "loss_noise", 4, "mean square of the predicted noise (or v) less the true one"),
-    ("loss_output", "loss_output", 4, "mean square of the prediction less the teacher's"),
+    ("loss_noise", "loss_noise", 4, "mean square of the predicted noise (or v) minus the true one"),
+    ("loss_output", "loss_output", 4, "mean square of the prediction minus the teacher's"),
     ("feature", "features", 4, "mean over the feature pairs of |f_T - f_S|^2 / |f_T|^2"),
-    ("psnr", "PSNR", 2, "dB, of pictures drawn from equal noise, against the teacher's; at most 100"),
-    ("ssim", "SSIM", 4, "the same pictures, 1 for equal ones"),
+    ("psnr", "PSNR", 2, "dB, against the teacher's pictures from equal noise; at most 100"),
+    ("ssim", "SSIM", 4, "of the same pictures, 1 for equal ones"),
     ("frechet_latent", "Fréchet (latent)", 3,
-     "Fréchet distance in the VAE's latent space to the teacher's pictures: no FID"),
-    ("frechet_latent_data", "Fréchet (latent, data)", 3, "the same to the held-out pictures themselves"),
+     "Fréchet distance in the VAE's latent space to the teacher's pictures, not FID"),
+    ("frechet_latent_data", "Fréchet (latent, data)", 3, "the same, to the held-out pictures themselves"),
     ("fid", "FID", 2, "Fréchet distance in Inception's features to the real pictures"),
     ("inception_score", "IS", 2, "inception score"),
     ("clip_score", "CLIP", 4, "mean cosine of picture and prompt in CLIP's space"),
@@ -28,8 +28,8 @@ COLUMNS = (
 def write(out: Path, result: dict) -> list[Path]:
     """Writes evaluation.json, .md and .png into `out` and returns their paths.
 
-    result: {"settings": {...}, "rows": [row, ...], "notes": [str, ...]}, rows with the teacher's first. A row has
-    "model" and as many of COLUMNS as were measured, perhaps "by_timestep" {name: [a number a bin]} and "features"
+    result: {"settings": {...}, "rows": [row, ...], "notes": [str, ...]}, with the teacher's row first. A row has
+    "model", the measured keys of COLUMNS, and optionally "by_timestep" {name: [a number per bin]} and "features"
     {module: float}."""
     paths = [Path(out) / f"evaluation.{ending}" for ending in ("json", "md", "png")]
     files.write_text(paths[0], json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n")
@@ -39,7 +39,7 @@ def write(out: Path, result: dict) -> list[Path]:
 
 
 def _finite(value):
-    """JSON has neither NaN nor infinity: null."""
+    """The value with null for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -48,7 +48,7 @@ def _finite(value):
 
 
 def markdown(result: dict) -> str:
-    """The tables: one row a model; errors by timestep and by feature pair; the settings."""
+    """The tables: one row per model; errors by timestep and by feature pair; the settings."""
     rows, settings = result["rows"], result["settings"]
     columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     cells = [[title for _, title, _, _ in columns]]
@@ -72,7 +72,7 @@ def markdown(result: dict) -> str:
 
 
 def aligned(names: list[str], cells: list[list[str]]) -> str:
-    """A table in Markdown: a name and its cells make a line, the first of which are titles."""
+    """A Markdown table: a line is a name and its cells. The first line has the titles."""
     head, *others = ["| " + " | ".join([name, *line]) + " |" for name, line in zip(names, cells, strict=True)]
     return "\n".join([head, "|---|" + "---:|" * len(cells[0]), *others])
 
@@ -82,7 +82,7 @@ def settings_table(settings: dict) -> str:
 
 
 def number(value: float | None, digits: int) -> str:
-    """With thousands set apart; a dash for None."""
+    """The value with thousands separators; a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
@@ -96,7 +96,7 @@ def _ranges(edges: list[int]) -> list[str]:
 
 
 def picture(result: dict, path: Path) -> None:
-    """Curves of the errors by timestep, and bars of the features and of every other figure, one colour a model."""
+    """Error curves by timestep, and bars of the features and of every other figure. One colour per model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What a run leaves: its export record and newest weights (workdir), the model card of a pipeline (card)."""
+"""What a run leaves behind: its export record and newest weights (workdir), the model card of a pipeline (card)."""
 
 from flaxkd.export.workdir import (
     EXPORT,

@@ -1,4 +1,4 @@
-"""The model card of an exported pipeline: README.md with the front matter that the hub reads."""
+"""The model card of an exported pipeline: README.md with front matter for the hub."""
 
 import json
 import re
@@ -20,15 +20,14 @@ FOREIGN = """\
 The weights derive from those of {teacher}, whose licence{licence} goes with them: read it before you use or
 publish this model."""
 
-OWN = "The weights come from pictures of the one who trained them, who decides on the licence."
+OWN = "These weights were trained on the trainer's own pictures; the trainer chooses the licence."
 
 
 def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int, averaged: bool) -> str:
     """The text of README.md for the exported `parts` {part: config.json}.
 
-    workdir: its config.json, metrics.jsonl and samples.png are shown as far as they exist. source: the
-    pipeline folder of the teacher. step: of the checkpoint. averaged: whether the weights are the moving
-    average."""
+    workdir: its config.json, metrics.jsonl and samples.png are shown if they exist. source: the pipeline folder
+    of the teacher. step: of the checkpoint. averaged: whether the weights are the moving average."""
     run = _read_json(workdir / "config.json")  # empty for a workdir of convert.from_diffusers
     teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source.path))
     openmoji = (teacher is None and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
@@ -37,7 +36,7 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
     inherited = _licence(source.path)
     licences = {"cc-by-sa-4.0"} if openmoji else set()
     licences |= {inherited} if inherited else set() if teacher is None else {"other"}
-    [licence] = licences if len(licences) == 1 else ["other"]  # two that apply have no name together
+    [licence] = licences if len(licences) == 1 else ["other"]  # two licences together have no name
     front = ModelCardData(
         license=licence,
         library_name="diffusers",
@@ -68,23 +67,23 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
 
 
 def names(teacher: str | None) -> tuple[str, str]:
-    """(in Markdown, as plain text) what a reader calls `config.teacher`."""
+    """The name of `config.teacher` for a reader: (in Markdown, as plain text)."""
     if teacher is None:
         return ("the miniature teacher of flaxkd",) * 2
     path = Path(teacher)
     if not path.exists() and teacher.count("/") == 1:
         return f"[{teacher}](https://huggingface.co/{teacher})", teacher
-    return (path.parent.name if path.name == "diffusers" else path.name,) * 2  # nobody else has this path
+    return (path.parent.name if path.name == "diffusers" else path.name,) * 2  # others do not have this path
 
 
 def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, str]:
-    """(title, one or two sentences) of a run with that config.json, {} for a conversion. name, plain: `names`."""
+    """(title, one or two sentences). run: its config.json; {} for a conversion. name, plain: from `names`."""
     student, what = run.get("student"), ", ".join(parts)
     if student:
         title = f"{student}, distilled from {plain}"
         text = (
             f"The UNet is the student `{student}`, distilled from {name}: whole blocks and layers were taken "
-            "away, and the rest learnt to repeat the outputs and features of the whole."
+            "away, and the rest learnt to reproduce the outputs and features of the original."
         )
     elif run:
         title, text = "A text-to-image pipeline trained with flaxkd", f"Trained here: {what}."
@@ -96,7 +95,7 @@ def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, s
 
 
 def _licence(source: Path) -> str | None:
-    """The licence that the model card of the pipeline folder `source` names, if there is a card that does."""
+    """The licence named in the model card of the pipeline folder `source`, if any."""
     card = Path(source) / "README.md"
     front = card.read_text(errors="replace").split("---\n")[1:2] if card.is_file() else []
     named = re.search(r"^license: *(\S+)", "".join(front), re.MULTILINE)
@@ -108,7 +107,7 @@ def _read_json(path: Path) -> dict:
 
 
 def counts(parts: dict[str, dict], source: Folder) -> str:
-    """A table of the parameters of `parts` {part: config.json}, and of what they replace in the folder `source`."""
+    """A table of the parameters of `parts` {part: config.json}, and of the parts they replace in `source`."""
     lines = ["| part | parameters | of the source |", "|---|---:|---:|"]
     for part, config in parts.items():
         lines.append(f"| {part} | {count(part, config):,} | {source.count(part):,} |")
@@ -116,13 +115,13 @@ def counts(parts: dict[str, dict], source: Folder) -> str:
 
 
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
-    pixels = source.replace(parts, {}).resolution
+    pixels, pipeline = source.replace(parts, {}).resolution, source.family.pipeline
     return f"""\
 ## Use
 ```python
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, {pipeline}
 
-pipeline = StableDiffusionPipeline.from_pretrained("PATH OR HUB ID OF THIS FOLDER")
+pipeline = {pipeline}.from_pretrained("PATH OR HUB ID OF THIS FOLDER")
 pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 pipeline({prompt!r}, num_inference_steps=25).images[0].save("picture.png")  # {pixels} x {pixels} pixels
 ```
@@ -130,7 +129,7 @@ There is no safety checker in this folder."""
 
 
 def figures(records: list[dict]) -> str:
-    """A table of every figure that the run logged, but for single feature pairs: its first and last value."""
+    """A table of every logged figure, except single feature pairs: its first and last value."""
     seen: dict[str, list] = {}
     for record in records:
         for name, value in record.items():
@@ -143,7 +142,7 @@ def figures(records: list[dict]) -> str:
 
 
 def measured(workdir: Path, name: str) -> str:
-    """Heading and first table of what flaxkd.evaluate or flaxkd.bench wrote into WORKDIR/NAME/NAME.md, if any did."""
+    """Heading and first table of WORKDIR/NAME/NAME.md, by flaxkd.evaluate or flaxkd.bench; "" without the file."""
     path = workdir / name / f"{name}.md"
     return "\n".join(f"#{path.read_text()}".split("\n\n")[:2]) if path.is_file() else ""
 

@@ -1,9 +1,9 @@
 """From a workdir to a pipeline folder of diffusers.
 
-A workdir, of a training or of `convert.from_diffusers`, holds
-    export.json     its record: {"source": pipeline folder of what was not trained, "parts": {"unet": its config.json}}
+A workdir, of a run or of `convert.from_diffusers`, holds
+    export.json     its record: {"source": pipeline folder of the untrained parts, "parts": {"unet": its config.json}}
     checkpoints/    Orbax steps with the tree {"params": {"unet": ...}, "ema": {"unet": ...} or nothing, ...}
-and, of a training, config.json, metrics.jsonl and samples.png, which the model card shows.
+The workdir of a run also holds config.json, metrics.jsonl and samples.png, for the model card.
 """
 
 import functools
@@ -20,14 +20,14 @@ from flaxkd.machine import checkpoints, files
 from flaxkd.pretrained import Folder, hub, save
 
 RECORD = "export.json"
-EXPORT = "diffusers"  # the folder that a training exports to
+EXPORT = "diffusers"  # the folder a run exports to
 
 
 def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict]) -> None:
-    """Writes the export record: {part: its config.json} of those in the checkpoints; the others are those of `source`.
+    """Writes the export record. parts: {part: its config.json} of the checkpoints; the other parts are `source`'s.
 
-    The embedded teacher, and a folder in the workdir, are not written as absolute paths, so that the workdir can be
-    moved to another machine."""
+    The embedded teacher and a folder in the workdir are not written as absolute paths: the workdir can be moved to
+    another machine."""
     path, here = source.path.resolve(), Path(workdir).resolve()
     written = None if path == hub.EMBEDDED.resolve() else source.path.absolute()
     if written is not None and path.is_relative_to(here):
@@ -39,7 +39,7 @@ def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict]) -> No
 def read_record(workdir: Path, source: str | os.PathLike | None = None) -> tuple[dict[str, dict], Folder]:
     """({part: its config.json} of the parts in the checkpoints, the pipeline folder of the others).
 
-    source: None for where the record says. Raises FileNotFoundError with the remedy if one of them is gone."""
+    source: None for the record's own. Raises FileNotFoundError with the remedy if one of them is gone."""
     path = workdir / RECORD
     if not path.is_file():
         raise FileNotFoundError(
@@ -53,15 +53,15 @@ def read_record(workdir: Path, source: str | os.PathLike | None = None) -> tuple
     try:
         return content["parts"], Folder.open(source)
     except FileNotFoundError as error:
-        hint = f"{path} names it as the source of what was not trained; --source DIR gives another place."
+        hint = f"{path} names it as the source of the untrained parts; --source DIR gives another place."
         raise FileNotFoundError(f"{error}\n{hint}") from None
 
 
 def open_model(model: str | os.PathLike | None) -> Folder:
-    """The pipeline folder of a model: a path, a hub id, None for the embedded teacher, or the workdir of a training.
+    """The pipeline folder of a model: a path, a hub id, None for the embedded teacher, or the workdir of a run.
 
-    A workdir is the folder that it exported, or while there is none its teacher's with the parts of the newest
-    checkpoint, which is read when its weights are. Raises FileNotFoundError like `Folder.open` and `read_record`."""
+    A workdir stands for its exported folder. Without one, it stands for its source with the parts of the newest
+    checkpoint, read on first use. Raises FileNotFoundError, as `Folder.open` and `read_record` do."""
     workdir = Path(model or "").expanduser()
     if model is None or not (workdir / RECORD).is_file():
         return Folder.open(model)
@@ -78,10 +78,10 @@ def export(
 ) -> Path:
     """Writes the newest readable checkpoint of `workdir` as a whole pipeline folder `out`, and returns `out`.
 
-    dtype: of the trained parts, None as they are. ema: the moving average or the parameters themselves, None
-    for the average if there is one. source: where the other parts are, None for where the export record says.
-    Raises FileNotFoundError if the workdir has no record, no checkpoint or its source is gone, and
-    ValueError if the checkpoint lacks what is asked for (or like `pretrained.save`)."""
+    dtype: of the trained parts; None: unchanged. ema: True for the moving average, False for the parameters
+    themselves; None: the average if there is one. source: of the other parts; None: the export record's.
+    Raises FileNotFoundError if the record, the checkpoint or the source is missing, and ValueError if the
+    checkpoint lacks the requested weights (or as `pretrained.save` does)."""
     workdir = Path(workdir)
     parts, folder = read_record(workdir, source)
     step, params, averaged = restore(workdir / "checkpoints", ema)
@@ -99,7 +99,7 @@ def write(
     averaged: bool = False,
     dtype=None,
 ) -> Path:
-    """Like `export`, for params {part: tree} that are in memory, of `parts` {part: its config.json}."""
+    """Like `export`, for params {part: tree} in memory, of `parts` {part: its config.json}."""
     if missing := [part for part in parts if part not in params]:
         raise ValueError(
             f"the checkpoint holds {', '.join(params)}, but not {', '.join(missing)} of {RECORD}"
@@ -127,7 +127,7 @@ def _steps(folder: Path) -> list[int]:
 def restore(folder: Path, ema: bool | None = None) -> tuple[int, dict, bool]:
     """(step, params {part: tree of numpy arrays}, whether they are averages) of the newest good checkpoint.
 
-    Only that tree is read: the optimizer state, which is larger, is neither known nor loaded."""
+    Only that tree is read. The larger optimizer state is not loaded, and its structure need not be known."""
     folder = Path(folder)
     found = checkpoints.newest(folder, _steps(folder), lambda step: _restore_tree((folder / str(step)).absolute(), ema))
     if found is None:
@@ -141,7 +141,7 @@ def restore(folder: Path, ema: bool | None = None) -> tuple[int, dict, bool]:
 
 
 def _restore_tree(step: Path, ema: bool | None) -> tuple[str, dict | None]:
-    """("params" or "ema", that tree), the latter None if it is asked for and was not saved."""
+    """("params" or "ema", that tree). The tree is None if the average is requested and was not saved."""
     handler = ocp.PyTreeCheckpointHandler()
     for item in sorted(path.parent for path in step.glob("*/_METADATA")):
         saved = handler.metadata(item).tree

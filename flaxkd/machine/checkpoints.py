@@ -1,4 +1,4 @@
-"""Orbax checkpoints on disk: the newest one that can be read, and a full disk reported as such."""
+"""Orbax checkpoints on disk: the newest readable one, and a clear error for a full disk."""
 
 import contextlib
 import logging
@@ -9,17 +9,17 @@ from typing import Any
 
 
 def newest(folder: Path, steps: Iterable[int], read: Callable[[int], Any]) -> tuple[int, Any] | None:
-    """(step, what `read` gives) of the newest of these steps that can be read; None if there are none.
+    """(step, what `read` gives) for the newest readable one of these steps; None if there are no steps.
 
-    A broken one, as a full disk or a power cut leaves it, is passed over with a warning. Raises ValueError, with what
-    was wrong of each, if there are steps but none can be read."""
+    A checkpoint broken by a full disk or a power cut is skipped with a warning. Raises ValueError, with the error of
+    each, if there are steps but none can be read."""
     broken = {}
     for step in sorted(steps, reverse=True):
         try:
             return step, read(step)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a file cut short
             broken[step] = in_a_line(error)
-            logging.warning("checkpoint %s/%s cannot be read, taking the one before: %s", folder, step, broken[step])
+            logging.warning("checkpoint %s/%s cannot be read, using the one before: %s", folder, step, broken[step])
     if broken:
         lines = "".join(f"\n  {step}: {error}" for step, error in broken.items())
         raise ValueError(f"no checkpoint in {folder} can be read:{lines}")
@@ -28,9 +28,9 @@ def newest(folder: Path, steps: Iterable[int], read: Callable[[int], Any]) -> tu
 
 @contextlib.contextmanager
 def written(folder: Path, whole: Callable[[], Iterable[int]]) -> Iterator[None]:
-    """Within it, whatever Orbax raises becomes an OSError that says what is left and what to do: a disk may be full.
+    """In this context, any error of Orbax becomes an OSError that says what is left and what to do: a disk may be full.
 
-    whole: the steps that are there and whole."""
+    whole: gives the steps with whole checkpoints."""
     try:
         yield
     except Exception as error:  # of many kinds, from threads of Orbax and TensorStore

@@ -1,4 +1,4 @@
-"""What the commands share: their flags, the cache of compiled programs, and how an error is reported."""
+"""Shared by the commands: flags, stored compiled programs, and how errors are reported."""
 
 import argparse
 import ast
@@ -15,23 +15,23 @@ from ml_collections import ConfigDict, config_flags
 
 from flaxkd.machine import files
 
-MODEL = "pipeline folder, hub id (owner/name) or workdir of a training"
+MODEL = "pipeline folder, hub id (owner/name) or workdir of a run"
 
-# {flag: options of argparse} of those that several commands have. A command may add to them or change them.
+# {flag: options of argparse} of flags shared by several commands. A command may add options or change them.
 FLAGS = {
     "config": {"help": "configuration, e.g. configs/small.py; --config.KEY=VALUE overrides a key"},
     "model": {"help": f"{MODEL}; default: the embedded teacher"},
     "teacher": {"help": f"{MODEL}; default: the embedded teacher"},
     "out": {"type": Path, "help": "default: %(default)s"},
     "seed": {"type": int, "default": 0, "help": "default: %(default)s"},
-    "steps": {"type": int, "default": 25, "help": "calls of the UNet, pndm makes one more; default: %(default)s"},
+    "steps": {"type": int, "default": 25, "help": "UNet calls, plus one for pndm; default: %(default)s"},
     "batch-size": {"type": int, "help": "pictures at a time; default: %(default)s"},
-    "dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "default: bfloat16, float32 on a CPU"},
+    "dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "default: bfloat16; float32 on a CPU"},
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes `--batch_size` for `--batch-size`, and what flags were called before: {"--reference": "--teacher"}."""
+    """Takes `--batch_size` for `--batch-size`, and former names of flags, such as {"--reference": "--teacher"}."""
 
     renamed: dict[str, str]
 
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(module: str, doc: str, renamed: dict[str, str] | None = None, **kwargs) -> Parser:
-    """A parser for `python -m {module}`, whose help begins with the module's docstring."""
+    """A parser for `python -m {module}`. Its help begins with the module's docstring."""
     kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs
     made = Parser(prog=f"python -m {module}", description=doc, **kwargs)
     made.renamed = renamed or {}
@@ -56,7 +56,7 @@ def parser(module: str, doc: str, renamed: dict[str, str] | None = None, **kwarg
 
 
 def add(to: argparse._ActionsContainer, *names: str, **options) -> None:
-    """Adds flags of FLAGS to a parser or a group of it; `options` replace those of the table."""
+    """Adds flags of FLAGS to a parser or one of its groups; `options` replace those of the table."""
     for name in names:
         to.add_argument(f"--{name}", **FLAGS[name] | options)
 
@@ -64,13 +64,13 @@ def add(to: argparse._ActionsContainer, *names: str, **options) -> None:
 def parse(parser: Parser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
     """The flags of a command with --config, and the configuration with its overrides `--config.key=value`.
 
-    Raises ValueError like `configuration`."""
+    Raises ValueError, as `configuration` does."""
     args, overrides = parser.parse_known_args(arguments)
     return args, configuration(args.config, check_overrides(parser, overrides))
 
 
 def check_overrides(parser: Parser, overrides: list[str]) -> list[str]:
-    """The arguments left for the configuration. Ends the process if one of them is for nothing."""
+    """The overrides of the configuration. Ends the process if another argument is among them."""
     for before, other in itertools.pairwise(["", *overrides]):
         value = before.startswith("--config.") and "=" not in before and not other.startswith("-")
         if not (other.startswith("--config.") or value):
@@ -79,7 +79,7 @@ def check_overrides(parser: Parser, overrides: list[str]) -> list[str]:
 
 
 def configuration(file: str, overrides: Sequence[str]) -> ConfigDict:
-    """The configuration `FILE.py[:ARGUMENT]` with overrides `--config.key=value`, whose keys are then fixed.
+    """The configuration `FILE.py[:ARGUMENT]` with overrides `--config.key=value`. Its keys are then fixed.
 
     Raises ValueError with the file or key at fault."""
     values, typed = flags.FlagValues(), ["flaxkd", f"--config={file}", *overrides]
@@ -88,9 +88,9 @@ def configuration(file: str, overrides: Sequence[str]) -> ConfigDict:
     try:
         config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=typed)
         values(typed)
-    except (AttributeError, OSError, flags.Error) as error:  # the first is a key that does not exist
+    except (AttributeError, OSError, flags.Error) as error:  # the first is an unknown key
         reason = str(error).strip()
-        if reason[:1] in ("'", '"') and reason[-1:] == reason[:1]:  # ml_collections quotes what a KeyError says
+        if reason[:1] in ("'", '"') and reason[-1:] == reason[:1]:  # ml_collections quotes a KeyError
             reason = ast.literal_eval(reason)
         reason = reason.splitlines()
         # The error of a configuration's own code comes with its traceback.
@@ -100,18 +100,18 @@ def configuration(file: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def keep_compiled_programs() -> None:
-    """In the folder of JAX_COMPILATION_CACHE_DIR, or flaxkd's own, so that the same command begins at once."""
+    """Stores them in JAX_COMPILATION_CACHE_DIR or flaxkd's own folder: the same command then starts at once."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or files.cache_home() / "jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-# What a person can mend: a setting, a file, a full disk, a missing package, a run that went wrong.
+# What a person can fix: a setting, a file, a full disk, a missing package, a run that went wrong.
 REPORTED = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Within it, these errors end the process with one message and status 1; FLAXKD_TRACEBACK lets them through."""
+    """In this context, these errors end the process with one message and status 1; FLAXKD_TRACEBACK lets them pass."""
     try:
         yield
     except REPORTED as error:

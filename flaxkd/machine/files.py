@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders that belong to one run, and where flaxkd keeps what it can make again."""
+"""Whole-or-absent files, folders that belong to one run, and the folder for what flaxkd can make again."""
 
 import contextlib
 import errno
@@ -15,21 +15,22 @@ from etils import epath
 
 
 class DiskFull(OSError):
-    """No space is left where a file is written. The unfinished file has been removed."""
+    """No space is left for a file. The unfinished file has been removed."""
 
 
 def cache_home() -> Path:
-    """Where flaxkd keeps what it can make again: $FLAXKD_CACHE, else ~/.cache/flaxkd."""
+    """The folder for what flaxkd can make again: $FLAXKD_CACHE, else ~/.cache/flaxkd."""
     return Path(os.environ.get("FLAXKD_CACHE") or "~/.cache/flaxkd").expanduser()
 
 
 @contextlib.contextmanager
 def whole(file: os.PathLike) -> Iterator[Path]:
-    """A path on this machine to write to. After the block, its content is `file`; if the block fails, nothing is.
+    """A path on this machine to write to. After the block it becomes `file`; if the block fails, `file` is unchanged.
 
-    Several processes may write the same file at once: the last one stays. file: may be `gs://`, to which the content
-    is copied. Raises DiskFull in place of any error that only says so."""
+    Several processes may write the same file at once: the last one wins. file: may be `gs://`; the content is copied
+    there. Missing folders are made. Raises DiskFull in place of any error that means a full disk."""
     file = epath.Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     with contextlib.ExitStack() as stack:
         remote = "://" in os.fspath(file)
@@ -42,13 +43,13 @@ def whole(file: os.PathLike) -> Iterator[Path]:
                     shutil.copyfileobj(here, there, 2**20)
             work.replace(file)
         except (OSError, RuntimeError) as error:
-            # ArrayRecord raises a RuntimeError that quotes the system's words.
+            # ArrayRecord raises a RuntimeError with the system's words.
             if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
                 raise
             where = f"{file.parent} or {folder}" if remote else file.parent
             raise DiskFull(
-                f"no space is left in {where} to write {file.name}. What is finished is kept, the unfinished file is "
-                "removed: make room, and run the same command again, which goes on from there"
+                f"no space is left in {where} to write {file.name}. Finished files are kept, the unfinished one is "
+                "removed: make room, and run the same command again to resume"
             ) from error
         finally:
             if work.exists():
@@ -57,7 +58,7 @@ def whole(file: os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder to fill. After the block it is `out`, in place of what was there; if the block fails, nothing is."""
+    """A new folder to fill. After the block it replaces `out`; if the block fails, `out` is unchanged."""
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
@@ -79,7 +80,7 @@ def write_json(file: os.PathLike, content: Any) -> None:
 
 
 def read_json(file: os.PathLike) -> Any:
-    """The content of a JSON file. Raises FileNotFoundError or ValueError, which name the file."""
+    """The content of a JSON file. Raises FileNotFoundError or ValueError, with the file's name."""
     file = epath.Path(file)
     try:
         return json.loads(file.read_text())
@@ -90,7 +91,7 @@ def read_json(file: os.PathLike) -> Any:
 
 
 def read_jsonl(file: Path) -> list[dict]:
-    """The records of a file with a JSON object a line; [] if there is no file. A line cut short by a kill ends it."""
+    """The records of a file, one JSON object a line; [] without a file. Reading ends at a line cut short by a kill."""
     records: list[dict] = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
@@ -101,18 +102,17 @@ def read_jsonl(file: Path) -> list[dict]:
 
 
 def claim(file: os.PathLike, settings: dict, *, differ: str, remedy: str, free: Sequence[str] = ()) -> None:
-    """Makes the folder of `file` belong to these settings: writes them to `file`, or compares with those there.
+    """Claims the folder of `file` for these settings: writes them to `file`, or compares them with those there.
 
-    settings: what JSON can hold. free: keys that may differ; the file then gets the new ones.
-    Raises ValueError that names every other key that differs: "FOLDER {differ}", the keys, and `remedy`."""
+    settings: what JSON can hold. free: keys that may differ; the file then gets the new values.
+    Raises ValueError that names every other differing key: "FOLDER {differ}", the keys, and `remedy`."""
     file = epath.Path(file)
     if compare(file, settings, differ=differ, remedy=remedy, free=free):
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
 
 
 def compare(file: os.PathLike, settings: dict, *, differ: str, remedy: str, free: Sequence[str] = ()) -> bool:
-    """Whether `file` is absent, or has other values of `free` keys. Raises ValueError for others, as `claim` does."""
+    """Whether `file` is absent or differs in `free` keys. Raises ValueError for other keys, as `claim` does."""
     file = epath.Path(file)
     if not file.is_file():
         return True

@@ -15,16 +15,16 @@ def main(arguments: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, and a training may hold this machine's
     parser = command.parser("flaxkd.plan", table.__doc__, allow_abbrev=False)
     command.add(parser, "config", required=True)
-    help = "TPU topology (v5e:4x8) or GPUs (a100-80x8); repeat it for several"
-    parser.add_argument("--device", action="append", required=True, help=help)
-    parser.add_argument("--largest", action="store_true", help="also look for the largest batch per device that fits")
-    parser.add_argument("--whole", action="store_true", help="compile for a TPU to the end")
-    command.add(parser, "out", default=Path("plan"), help="folder of the result; default: %(default)s")
+    machines = "TPU topology (v5e:4x8) or GPUs (a100-80x8); repeat for several"
+    parser.add_argument("--device", action="append", required=True, help=machines)
+    parser.add_argument("--largest", action="store_true", help="also find the largest batch per device that fits")
+    parser.add_argument("--whole", action="store_true", help="compile TPU programs to the end")
+    command.add(parser, "out", default=Path("plan"), help="result folder; default: %(default)s")
     rows = []
     with command.reported():
         args, config = command.parse(parser, arguments)
         if args.largest and args.whole:
-            raise ValueError("--largest compiles several steps, which takes hours with --whole: leave one out")
+            raise ValueError("--largest compiles several steps, which takes hours with --whole: drop one")
         targets = [devices.target(name) for name in args.device]
         for target in targets:
             if not args.largest:
@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows += found
             if found:
                 rows += next_size(config, target, found[-1]["per_device"] // config.accumulate)
-    files.write_json(args.out / "plan.json", rows)
-    files.write_text(args.out / "plan.md", markdown(rows))
+        files.write_json(args.out / "plan.json", rows)
+        files.write_text(args.out / "plan.md", markdown(rows))
     print(markdown(rows))
     print(f"wrote {args.out / 'plan.json'}\nwrote {args.out / 'plan.md'}   ({time.time() - begin:.0f} s)")
 

@@ -1,6 +1,6 @@
-"""The very training step, compiled for devices that are not here: what it holds, computes and sends there.
+"""The training step, compiled for devices you do not have: its memory, its FLOPs and its communication.
 
-TPU programs compile with libtpu, those of a GPU with JAX's CUDA plugin, on any machine and without either device.
+TPU programs compile with libtpu, GPU programs with JAX's CUDA plugin, on any machine and without either device.
 """
 
 import contextlib
@@ -32,41 +32,41 @@ from flaxkd.training.task import Task
 
 
 class Lowered(NamedTuple):
-    """A training step before its compilation, and the bytes of what goes into it, on one device."""
+    """A training step before compilation, and the bytes of its inputs on one device."""
 
     program: jax.stages.Lowered
     held: dict[str, int]  # "parameters", "optimizer", "average", "teacher", "batch"
     passes: tuple[tuple[dict, int], ...]  # as `Task.passes`, at the size of the latents
     batch_size: int  # images
-    attention: str  # the form that the longest takes, a name in models.attention.FORMS
-    compiler: str  # what will compile it, and its version
+    attention: str  # the form of the longest one, a name in models.attention.FORMS
+    compiler: str  # name and version
 
 
 class Compiled(NamedTuple):
-    """What a compiled step needs, on one device. All in bytes but `flops` (of one step; custom calls count none)."""
+    """Needs of a compiled step on one device, in bytes except for `flops` (of one step, without custom calls)."""
 
-    needed: int  # arguments, results and temporaries at their peak; of a program that did not fit, what it asked for
+    needed: int  # peak of arguments, results and temporaries; for a program that does not fit, its request
     temporary: int | None
     flops: float | None
-    collectives: dict[str, tuple[int, int]] | None  # kind: (how many, bytes of their results); None: not told
-    seconds: float  # that compiling took
+    collectives: dict[str, tuple[int, int]] | None  # kind: (count, bytes of the results); None: not reported
+    seconds: float  # taken by compiling
 
     @property
     def fits(self) -> bool:
         return self.temporary is not None
 
 
-# What libtpu wants to know of the TPU that it is on, which is none.
+# Answers to the questions of libtpu about its TPU. There is none.
 ELSEWHERE = {
-    "TPU_SKIP_MDS_QUERY": "1",  # else it asks Google Cloud where it is, for minutes
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: without this and the next it complains, and goes on
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise it asks Google Cloud for its location, for minutes
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: without this and the next it complains and continues
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it only compiles: another plan, or a training, may run
 }
 
 
 def topology(target: devices.Target) -> list:
-    """The devices of a machine that is not here. Raises ValueError if what compiles for it is not installed."""
+    """The devices of a machine you do not have. Raises ValueError if it is unknown or its compiler is not installed."""
     for name, value in ELSEWHERE.items():
         os.environ.setdefault(name, value)
     try:
@@ -85,20 +85,20 @@ def topology(target: devices.Target) -> list:
         extra = "plan" if target.platform == "tpu" else "plan-gpu"
         raise ValueError(
             f"cannot compile for {target.name}: {str(error).splitlines()[0]}\n"
-            f'Is there such a machine? What compiles for it comes with: pip install "flaxkd[{extra}]"'
+            f'Does such a machine exist? Its compiler comes with: pip install "flaxkd[{extra}]"'
         ) from error
 
 
 def teacher(config, scratch: Path) -> Folder:
-    """The teacher's pipeline folder; of a published one that is not on this machine, a folder without weights."""
+    """The teacher's pipeline folder; for a published teacher, a folder without weights and without a download."""
     known = published(config.teacher)
     return fresh.skeleton(scratch, known) if known else Folder.open(config.teacher)
 
 
 def lower(config, target: devices.Target) -> Lowered:
-    """The training step of a configuration for the devices of `target`, without a byte of any weight.
+    """The training step of a configuration for the devices of `target`, without any weights in memory.
 
-    Raises ValueError for a configuration that `flaxkd.train` would refuse there."""
+    Raises ValueError for a configuration that `flaxkd.train` would refuse on them."""
     there = topology(target)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, there)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
@@ -126,8 +126,8 @@ def lower(config, target: devices.Target) -> Lowered:
         if "cuDNN" not in str(error):
             raise
         raise ValueError(
-            f"cannot compile for {target.name}: {error}. Its attention is that of cuDNN, which comes with: "
-            'pip install "flaxkd[plan-gpu]"; --config.attention=plain does without'
+            f"cannot compile for {target.name}: {error}. Its attention needs cuDNN, which comes with: "
+            'pip install "flaxkd[plan-gpu]"; --config.attention=plain works without it'
         ) from error
     attention = longest_attention(config, mesh, unet, size, dtype)
     passes = tuple((unet | {"sample_size": size}, times) for unet, times in task.passes)
@@ -135,14 +135,14 @@ def lower(config, target: devices.Target) -> Lowered:
 
 
 def longest_attention(config, mesh, unet: dict, size: int, dtype) -> str:
-    """The form that self-attention takes at the outermost level of a UNet."""
+    """The form of self-attention at the outermost level of a UNet."""
     outermost = build("unet", unet).config.down[0]
     attend = DotProductAttention(mesh, config.attention)
     return attend.name(attend.platform, dtype, size**2, size**2, outermost.channels // outermost.heads)
 
 
 def _task(config, folder: Folder, dtype, mesh) -> Task:
-    """The task with shapes in place of parameters: its weights are tracers, which end as shapes."""
+    """The task with shapes in place of parameters: its weights are traced, and only their shapes are kept."""
     made = []
 
     def weights(trees):
@@ -155,25 +155,24 @@ def _task(config, folder: Folder, dtype, mesh) -> Task:
 
 
 def _bytes(tree, shardings) -> int:
-    """Of a tree of shapes, on the device that holds most."""
+    """Bytes of a tree of shapes, on the device that holds most."""
     size = lambda x, on: int(np.prod(on.shard_shape(x.shape), dtype=int)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(size, tree, jax.tree.broadcast(shardings, tree))))
 
 
-# Without the GPU, XLA cannot time its Triton kernels for matrix products, and fails on some: cuBLAS's are taken.
+# Without the GPU, XLA cannot time its Triton kernels for matrix products and fails on some: cuBLAS replaces them.
 OPTIONS = {"tpu": {}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 def kept(make: Callable, config, lowered: Lowered, target: devices.Target) -> Compiled:
-    """make(config, lowered, target), or what it said before of the very same program for the same devices."""
+    """make(config, lowered, target), or its earlier result for the same program and the same devices."""
     versions = [make.__name__, lowered.compiler, jax.__version__]
     text = json.dumps([lowered.program.as_text(), target.name, target.topology, *versions])
     file = files.cache_home() / "plan" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if file.is_file():
         return Compiled(**json.loads(file.read_text()))
     result = make(config, lowered, target)
-    with contextlib.suppress(OSError):  # a full disk costs the next plan its time, and nothing else
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a full disk costs the next plan only time
         files.write_json(file, result._asdict())
     return result
 
@@ -194,15 +193,15 @@ def whole(config, lowered: Lowered, target: devices.Target) -> Compiled:
         sent = collectives(made.as_text())
     except (
         jax.errors.JaxRuntimeError
-    ):  # a libtpu that this jaxlib was not made for may write what it cannot read
+    ):  # this jaxlib may be unable to read the output of a libtpu from another release
         sent = None
     seconds = time.perf_counter() - begin
     return Compiled(needed, memory.temp_size_in_bytes, cost.get("flops"), sent, seconds)
 
 
 def asked(message: str) -> int | None:
-    """Bytes that a TPU program wanted, from the message that says that it does not fit; None for other messages."""
-    # As libtpu 0.0.42 and 0.0.52 say it of arguments, results and temporaries together, and as older ones do.
+    """Bytes requested by a TPU program, from the message of one that does not fit; None for other messages."""
+    # The message of libtpu 0.0.42 and 0.0.52, for arguments, results and temporaries together; then the older one.
     found = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message)
     found = found or re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
@@ -216,9 +215,9 @@ SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """{kind: (how many, bytes of their results on one device)} of a compiled program's text.
+    """{kind: (count, bytes of the results on one device)} of the collectives in a compiled program's text.
 
-    Those in a loop count once. An operation in two halves, `-start` and `-done`, counts with the second."""
+    One in a loop counts once. An operation in two halves, `-start` and `-done`, counts with the second."""
     found: dict[str, tuple[int, int]] = {}
     line = re.compile(rf"= (\([^)]*\)|\S+) ({'|'.join(KINDS)})(-start|-done)?\(")
     for shapes, kind, half in line.findall(re.sub(r"\{[^{}]*\}|/\*[^*]*\*/", "", hlo)):
@@ -233,26 +232,26 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-# -- A TPU program as far as its memory is fixed -----------------------------------------------------------------------
+# -- A TPU program, compiled until its memory is fixed -----------------------------------------------------------------
 #
-# XLA fixes every buffer before it writes machine code, which may take half an hour more. A separate process compiles
-# with XLA's dumps turned on, and is ended as soon as the buffers are in them. The size of the machine code is unknown.
+# XLA fixes every buffer before it writes machine code, which may take another half hour. A separate process compiles
+# with XLA's dumps enabled, and is stopped once they contain the buffers. The size of the machine code stays unknown.
 
 DUMPS = "--xla_dump_to={} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train_step.*"
-# XLA writes the dumps in this order. The last one is a mere sign that the others are whole.
+# XLA writes the dumps in this order. The last one only shows that the others are complete.
 PROGRAM, BUFFERS, MEMORY, LAST = (
     f"*after_optimizations{rest}.txt"
     for rest in ("", "-buffer-assignment", "-memory-usage-report", "_after_buffer_assignment")
 )
-TOTAL = r"\(color=0\)\s+Total bytes: (\d+)"  # color 0 is the memory of the device, others are on its chip
+TOTAL = r"\(color=0\)\s+Total bytes: (\d+)"  # color 0 is device memory; the others are on the chip
 TEMPORARY = r"^allocation \d+: size (\d+), preallocated-temp"
 
 
 def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
-    """What the step of `config` needs on a TPU; `lowered` is the same step, which the other process lowers again.
+    """Needs of the step of `config` on a TPU. `lowered` is the same step; the other process lowers it again.
 
-    Where no such dumps are written, it takes as long as `whole`, and knows as much.
-    Raises RuntimeError with what the compiler said if that is not that the program is too large."""
+    Without such dumps it takes as long as `whole`, and returns the same.
+    Raises RuntimeError with the compiler's last lines, unless the program is merely too large."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="flaxkd-plan-") as scratch:
         folder = Path(scratch)
@@ -284,7 +283,7 @@ def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
 
 
 def read(folder: Path, seconds: float) -> Compiled:
-    """What XLA's dumps say of one program, all bytes on one device."""
+    """The needs of one program according to XLA's dumps, in bytes on one device."""
     text = lambda pattern: next(folder.glob(pattern)).read_text()
     needed = int(re.search(TOTAL, text(MEMORY))[1])
     temporary = sum(map(int, re.findall(TEMPORARY, text(BUFFERS), re.MULTILINE)))
@@ -292,7 +291,7 @@ def read(folder: Path, seconds: float) -> Compiled:
 
 
 if __name__ == "__main__":
-    from flaxkd.plan import compiling  # by its own name, or the other process could not read what is pickled
+    from flaxkd.plan import compiling  # or the other process could not unpickle the result
 
     jax.config.update("jax_platforms", "cpu")
     here = Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, as their makers publish it, and how much of it others have got out of them."""
+"""Peaks of accelerators, as published by their makers, and the share of them that others have reached."""
 
 import math
 import re
@@ -14,7 +14,7 @@ class Device(NamedTuple):
     memory: int
 
 
-# By what `jax.Device.device_kind` contains; the first that fits counts. NVIDIA: data sheets of A100, H100 and H200
+# By a part of `jax.Device.device_kind`; the first match counts. NVIDIA: data sheets of A100, H100 and H200
 # (without sparsity). TPU: cloud.google.com/tpu/docs, the page of each version.
 PEAKS = {
     "A100-SXM4-80GB": Device(312e12, 80 * 2**30),
@@ -26,26 +26,26 @@ PEAKS = {
     "TPU v4": Device(275e12, 32 * 2**30),
     "TPU v5 lite": Device(197e12, 16 * 2**30),
     "TPU v5e": Device(197e12, 16 * 2**30),
-    "TPU v5": Device(459e12, 95 * 2**30),  # v5p calls itself so
+    "TPU v5": Device(459e12, 95 * 2**30),  # v5p's own name
     "TPU v6 lite": Device(918e12, 32 * 2**30),
     "TPU v6e": Device(918e12, 32 * 2**30),
 }
 
 
 def peak(device: jax.Device) -> Device | None:
-    """The row of a device, or None if it is in none: a CPU's peak depends on more than its name."""
+    """The row of a device, or None without one: a CPU's peak depends on more than its name."""
     kind = device.device_kind
     return next((row for name, row in PEAKS.items() if name.lower() in kind.lower()), None)
 
 
 class Kind(NamedTuple):
-    """A device that a run can be planned for. `utilisation` is a share of its peak, of which `source` tells."""
+    """A device to plan for. `utilisation` is a share of its peak, and `source` says where it comes from."""
 
     platform: str
     device_kind: str  # a row of PEAKS
     utilisation: float
     source: str
-    chip: str = "default"  # how its compiler is told that both cores of a chip are one device
+    chip: str = "default"  # setting of its compiler: megacore makes both cores of a chip one device
 
 
 MLPERF = "MLPerf Training v4.1, Stable Diffusion 2, 512 px, cached latents"
@@ -66,7 +66,7 @@ KINDS = {
 
 
 class Target(NamedTuple):
-    """A machine that is not here: `v5e:4x8` is 32 chips, `a100-80x8` is 8 GPUs."""
+    """A machine to plan for: `v5e:4x8` is 32 chips, `a100-80x8` is 8 GPUs."""
 
     name: str
     kind: str  # a row of KINDS
@@ -83,7 +83,7 @@ class Target(NamedTuple):
 
 
 def target(name: str) -> Target:
-    """The machine of that name. Raises ValueError, with examples, for one that is not known."""
+    """The machine of that name. Raises ValueError with examples for an unknown name."""
     tpu = re.fullmatch(r"(v\d[ep]?):(\d+(?:x\d+){1,2})", name)
     gpu = re.fullmatch(r"([a-z]+100(?:-\d+)?)(?:x(\d+))?", name)
     kind = (tpu or gpu)[1] if tpu or gpu else None
@@ -100,19 +100,19 @@ def target(name: str) -> Target:
 
 
 class Gpu(NamedTuple):
-    """What XLA's compiler asks of an NVIDIA GPU; sizes in bytes. Tuning guides of Ampere and Hopper, data sheets."""
+    """An NVIDIA GPU for XLA's compiler; sizes in bytes. Source: tuning guides of Ampere and Hopper, data sheets."""
 
     title: str
-    capability: int  # its major version
+    capability: int  # major version
     cores: int
-    units: int  # of float32, in a core
+    units: int  # of float32, per core
     clock: float  # GHz
-    bandwidth: float  # bytes/s of its memory
+    bandwidth: float  # of the memory, bytes/s
     cache: int  # level 2
-    shared: int  # memory of a core
+    shared: int  # shared memory per core
 
     def description(self, memory: int) -> str:
-        """As text of the protocol buffer stream_executor.GpuTargetConfigProto."""
+        """The GPU as text of the protocol buffer stream_executor.GpuTargetConfigProto."""
         return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048

@@ -1,13 +1,13 @@
-"""Will it fit, how fast may it be, and what does it cost? Of a training step, for machines that nobody has rented yet.
+"""Does a training step fit, how fast may it be, and what does it cost? For machines you have not rented yet.
 
     python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:4x8 --device a100-80x8
     python -m flaxkd.plan --config configs/small.py:sd15 --device v5e:2x2 --config.batch_size=32 --largest
 
-Compiles the very step that `flaxkd.train` would run, for the TPU topology or the GPUs named, on this machine's CPU, as
-far as it takes to know its bytes: a minute or two at full size, and kept, so that asking again costs nothing. The speed
-is an estimate, from the least FLOPs of the step and the share of a device's peak that others have published. --largest
-looks for the largest batch per device that fits, and for what would make twice that fit. --whole compiles for a TPU to
-the end, up to an hour, for the bytes of the machine code. Needs `pip install "flaxkd[plan]"`.
+Compiles the training step of `flaxkd.train` for the named TPU topology or GPUs on this machine's CPU, until its memory
+is known: a minute or two at full size. Results are stored, so repeating a plan costs nothing. The speed is an estimate,
+from the least FLOPs of the step and the published share of a device's peak. --largest finds the largest batch per
+device that fits, and tries ways to fit twice that. --whole compiles TPU programs to the end, up to an hour, for the
+bytes of the machine code. Needs `pip install "flaxkd[plan]"`.
 """
 
 import math
@@ -20,20 +20,20 @@ from flaxkd.plan import compiling, devices
 
 GIB = 2**30
 SPARE = 0.93  # of a GPU's memory: the rest is for its context, cuDNN and NCCL
-USABLE = 0.984  # of a TPU's: libtpu says 15.75 of a v5e's 16 GiB
-CODE = GIB  # set aside for a TPU's program, where it is not compiled to its end. Of those that were, 0.85 at most
-ATTEMPTS = 5  # compilations of a search
-# What saves memory, in the order in which to try it; the attention that pays on the device is the default.
+USABLE = 0.984  # of a TPU's: libtpu reports 15.75 of a v5e's 16 GiB
+CODE = GIB  # reserved for a TPU's machine code, if not compiled to the end. Complete programs had at most 0.85 GiB
+ATTEMPTS = 5  # compilations per search
+# Ways to save memory, in the order to try them. attention=None, the default, picks the form that pays on the device.
 KNOBS = ({"attention": None}, {"remat": True}, {"fsdp": True}, {"remat": True, "fsdp": True})
 
 
 def row(config, target: devices.Target, whole: bool = False) -> dict:
-    """What the configuration's training step needs on one device of `target`, and how fast it may be: see COLUMNS.
+    """Needs of the configuration's training step on one device of `target`, and its estimated speed: see COLUMNS.
 
-    Raises ValueError for a configuration that cannot run there, or if nothing here compiles for it."""
-    with told_while(f"{target.name}, {config.batch_size // target.count} images a device: tracing"):
+    Raises ValueError for a configuration that cannot run there, or without a compiler for `target`."""
+    with progress_line(f"{target.name}, {config.batch_size // target.count} images per device: tracing"):
         lowered = compiling.lower(config, target)
-    with told_while(f"{target.name}, {config.batch_size // target.count} images a device: compiling"):
+    with progress_line(f"{target.name}, {config.batch_size // target.count} images per device: compiling"):
         make = compiling.whole if whole or target.platform == "gpu" else compiling.assigned
         compiled = compiling.kept(make, config, lowered, target)
     fits = compiled.fits and compiled.needed <= room(target, make is compiling.whole)
@@ -70,30 +70,30 @@ def row(config, target: devices.Target, whole: bool = False) -> dict:
 
 
 def room(target: devices.Target, whole: bool = False) -> float:
-    """Bytes of a device that a step may need. whole: as `compiling.whole` says it, machine code included."""
+    """Bytes that a step may need on a device. whole: as reported by `compiling.whole`, machine code included."""
     if target.platform == "gpu":
         return SPARE * target.peak.memory
     return USABLE * target.peak.memory - (0 if whole else CODE)
 
 
 def image_flops(lowered: compiling.Lowered) -> float:
-    """The least FLOPs of training with one image, by the passes of its task; of a task without UNets, XLA's count."""
+    """The least FLOPs of training on one image, by the passes of its task; for a task without UNets, XLA's count."""
     if not lowered.passes:
         return lowered.program.cost_analysis()["flops"] / lowered.batch_size
     return sum(times * students.cost(unet)[1] for unet, times in lowered.passes)
 
 
 def per_device(config, target: devices.Target, images: int):
-    """The configuration with so many images on each device, at each of its accumulation steps."""
+    """The configuration with `images` images per device and accumulation step."""
     config = config.copy_and_resolve_references()
     config.batch_size = images * target.count * config.accumulate
     return config
 
 
 def largest(config, target: devices.Target) -> list[dict]:
-    """Rows of the search for the largest batch per device that fits, the last of which is found; [] if none fits.
+    """Fitting rows of a search for the largest batch per device. The last row is the largest; [] if none fits.
 
-    What a step needs grows by the same amount with every image: two compilations tell where the memory ends."""
+    Every image adds the same amount of memory: two compilations show where it runs out."""
     images = max(config.batch_size // (target.count * config.accumulate), 1)
     seen: dict[int, dict] = {}
     fitting, low = [], 0
@@ -107,18 +107,18 @@ def largest(config, target: devices.Target) -> list[dict]:
 
 
 def predicted(seen: dict[int, dict], target: devices.Target) -> int:
-    """The number of images at which the memory ends, by a line through what has been compiled."""
+    """The number of images that fills the memory, by a line through the last two compiled sizes."""
     points = sorted((n, r["needed"]) for n, r in seen.items())
     if len(points) == 1:
         held = seen[points[0][0]]["held"]
-        points.insert(0, (0, sum(held.values()) + held["parameters"]))  # and the gradients
+        points.insert(0, (0, sum(held.values()) + held["parameters"]))  # plus the gradients
     (a, at_a), (b, at_b) = points[-2:]
     slope = max((at_b - at_a) / (b - a), 1)
     return int(b + (room(target) - at_b) / slope)
 
 
 def next_size(config, target: devices.Target, images: int) -> list[dict]:
-    """Rows for twice as many images on a device, one for each way of KNOBS to save memory that is not in use yet.
+    """Rows for twice as many images per device, one for each unused way of KNOBS to save memory.
 
     "fsdp" shards parameters, optimizer state and teacher over all devices."""
     settings = lambda c: (c.attention, c.remat, shape_of(c.mesh, target))
@@ -174,27 +174,27 @@ COLUMNS = {
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a table, and below it where its figures come from."""
+    """The rows as a table, with the sources of its figures below."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 7 + "---:|" * (len(COLUMNS) - 7)]
     lines += ["| " + " | ".join(cell(r) for cell in COLUMNS.values()) + " |" for r in rows]
     lines += [
         "",
-        "Sizes are GiB on one device, by the compiler; `needed` of what does not fit is what it asked for.",
+        "Sizes are GiB on one device, by the compiler; `needed` of a step that does not fit is its request.",
     ]
     if not all(r["whole"] for r in rows):
         lines += [
-            f"For a TPU, `needed` is without the machine code, for which {CODE / GIB:.0f} GiB is set aside."
+            f"For a TPU, `needed` excludes the machine code, for which {CODE / GIB:.0f} GiB is reserved."
         ]
     lines += [
         "images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"
     ]
-    lines += ["the utilisation that others have published, of the bfloat16 peak:", ""]
+    lines += ["the published utilisation of the bfloat16 peak:", ""]
     sources = {r["device"].split(":")[0]: f"{r['utilisation']:.0%} ({r['source']})" for r in rows}
     return "\n".join(lines + [f"- {name}: {text}" for name, text in sources.items()]) + "\n"
 
 
-class told_while:
-    """Within it, a line says what is being done, and for how long."""
+class progress_line:
+    """Within it, a line shows the current work and its elapsed time."""
 
     def __init__(self, what: str):
         self.bar = tqdm(desc=what, bar_format="{desc} ({elapsed})", leave=False)

@@ -1,8 +1,8 @@
-"""THE TABLE of families: the kinds of pipelines that flaxkd knows, their parts, and what conditions their UNet.
+"""THE TABLE of families: the kinds of pipelines flaxkd knows, their parts, and what conditions their UNet.
 
-A family is a row of `FAMILIES`; `of` finds the row of a folder. Nobody else tells one kind of pipeline from another.
-`ARCHITECTURES` are published members of the families as configurations without weights, which is what planning a run
-and the tables of students need.
+A family is a row of `FAMILIES`; `of` finds the row of a folder. Nothing else tells one kind of pipeline from another.
+`ARCHITECTURES` are published members of the families: configurations without weights, for `flaxkd.plan` and the tables
+of students.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ class Part(NamedTuple):
     """A network of a pipeline folder: PART/config.json and PART/STEM.safetensors."""
 
     module: type[nn.Module]
-    config: type  # its dataclass of configuration
-    library: str  # whose class loads it in PyTorch, as model_index.json names it
+    config: type  # its configuration dataclass
+    library: str  # has the class that loads it in PyTorch, as in model_index.json
     class_name: str
     stem: str
-    inputs: Callable[[Any], Inputs]  # of its configuration: the smallest arguments of a call
+    inputs: Callable[[Any], Inputs]  # configuration -> the smallest arguments of a call
 
 
 def _unet_inputs(c: UNetConfig) -> Inputs:
@@ -56,9 +56,9 @@ PARTS = {
 
 
 def build(part: str, config: dict, dtype=jnp.float32, **kwargs) -> nn.Module:
-    """The module of a part (a name in PARTS) with this config.json; `dtype` is that of the compute.
+    """The module of a part (a name in PARTS) with this config.json. dtype: of the compute.
 
-    Raises ValueError that names what the configuration asks for and flaxkd does not have."""
+    Raises ValueError that names the settings flaxkd does not support."""
     row = PARTS[part]
     return row.module(row.config.from_dict(config), dtype=dtype, **kwargs)
 
@@ -81,13 +81,13 @@ def count(part: str, config: dict) -> int:
 
 
 def text_states(modules: Mapping, params: Mapping, input_ids) -> dict:
-    """The last states of one text encoder, float[b, l, d], of token ids int32[b, l]. Traceable."""
+    """{"encoder_hidden_states": float[b, l, d]}: a text encoder's last states for token ids int32[b, l]. Traceable."""
     states = modules["text_encoder"].apply({"params": params["text_encoder"]}, input_ids)
     return {"encoder_hidden_states": states}
 
 
 class Architecture(NamedTuple):
-    """A published member of a family: the configurations of its parts, and the hub ids of weights that have them."""
+    """A published member of a family: the configurations of its parts, and the hub ids of matching weights."""
 
     title: str
     unet: dict
@@ -99,16 +99,16 @@ class Architecture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """A row: what all pipelines of a kind have in common."""
+    """A row: what all pipelines of a kind share."""
 
     title: str
-    pipeline: str  # the class of diffusers that loads its folders
+    pipeline: str  # diffusers' class for its folders
     encoders: tuple[str, ...]  # parts that read the caption
-    unet: Mapping[str, Any]  # fields of unet/config.json that tell it from the other families; absent is False
+    unet: Mapping[str, Any]  # fields of unet/config.json that set it apart; a missing one is False
     condition: Callable[[Mapping, Mapping, Any], dict]  # (modules, params, input_ids) -> keyword arguments of its UNet
     stages: int  # of the UNet
     layers: int  # of a down block; an up block has one more
-    shown: str  # the architecture that stands for it in the tables of students
+    shown: str  # its architecture in the tables of students
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -124,14 +124,14 @@ FAMILIES = {
 
 
 def of(index: dict, unet: dict, vae: dict) -> Family | None:
-    """The row of a pipeline by its model_index.json, unet/config.json and vae/config.json; None if it is in none."""
-    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):  # inpainting and the like: more than a caption
+    """The row of a pipeline, from its model_index.json, unet/config.json and vae/config.json; None if unknown."""
+    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):  # inpainting and the like
         return None
     kind = str(index.get("_class_name", ""))
     encoders = tuple(name for name in index if name.startswith("text_encoder"))
     for family in FAMILIES.values():
         same = all(bool(unet.get(name, False)) == value for name, value in family.unet.items())
-        # A pipeline for images (Img2Img, ...) has the same parts: its name goes on where the usual one ends.
+        # A pipeline for images (Img2Img, ...) has the same parts, and a name that starts like the usual one.
         if kind.startswith(family.pipeline.removesuffix("Pipeline")) and encoders in ((), family.encoders) and same:
             return family
     return None
@@ -222,6 +222,6 @@ ARCHITECTURES = {
 
 
 def published(teacher: str | None) -> Architecture | None:
-    """The architecture of that name or hub id, or None if it is in no row."""
+    """The architecture with that name or hub id; None if unknown."""
     rows = ARCHITECTURES.items()
     return next((row for name, row in rows if teacher == name or teacher in row.hub_ids), None)

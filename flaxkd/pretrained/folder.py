@@ -2,8 +2,8 @@
 
     model_index.json    unet/ vae/ text_encoder/ (config.json, *.safetensors)    tokenizer/    scheduler/
 
-Reading needs neither torch nor diffusers. Weights are read from safetensors alone, since a pickle can run code. No
-other file of flaxkd parses a `config.json` of a pipeline. writing.py writes such folders.
+Reading needs neither torch nor diffusers. Weights are read from safetensors alone, since a pickle can run code. Only
+this file of flaxkd parses the `config.json` files of a pipeline. writing.py writes such folders.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ then pass NEW_FOLDER. (For a single .ckpt file, from_single_file takes the place
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folder:
-    """A pipeline folder: its family, configurations, networks, weights and tokenizer, each read at its first use.
+    """A pipeline folder: its family, configurations, networks, weights and tokenizer, each read on first use.
 
-    path: of the folder. configs, weights: of parts that are not as on disk: {part: its config.json} and {part: () ->
-    its parameters, a nested dict}, such as those of a training's newest checkpoint, or shapes in place of numbers.
-    step: () -> that of the checkpoint that `weights` are from, if they are."""
+    path: of the folder. configs, weights: {part: its config.json} and {part: () -> its parameters, a nested dict}, used
+    in place of the files, such as those of a run's newest checkpoint, or shapes in place of numbers.
+    step: () -> the step of that checkpoint; None if `weights` come from none."""
 
     path: Path
     configs: Mapping[str, dict] = dataclasses.field(default_factory=dict)
@@ -48,11 +48,11 @@ class Folder:
     def open(cls, model: str | os.PathLike | None = None) -> "Folder":
         """The folder of `model`: a path, a hub id (owner/name), or None for the embedded teacher.
 
-        Raises FileNotFoundError like `hub.resolve`."""
+        Raises FileNotFoundError, as `hub.resolve` does."""
         return cls(hub.resolve(model))
 
     def replace(self, configs: Mapping[str, dict], weights: Mapping[str, Callable[[], dict]], step=None) -> "Folder":
-        """The same folder with other parts in place of its own."""
+        """The same folder with these parts in place of its own."""
         return Folder(self.path, {**self.configs, **configs}, {**self.weights, **weights}, step)
 
     # -- What it is ---------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class Folder:
 
     @functools.cached_property
     def family(self) -> families.Family:
-        """Its row of the table. Raises ValueError for a pipeline that is in no row."""
+        """Its row of the table. Raises ValueError for a pipeline outside the table."""
         unet, vae = self.config("unet"), self.config("vae")
         found = families.of(self.index, unet, vae)
         if found is None:
@@ -82,7 +82,7 @@ class Folder:
         return self.family.parts
 
     def config(self, part: str) -> dict:
-        """The config.json of a part, or scheduler_config.json of "scheduler". Raises FileNotFoundError, ValueError."""
+        """The config.json of a part, or scheduler_config.json for "scheduler". Raises FileNotFoundError, ValueError."""
         if part in self.configs:
             return self.configs[part]
         path = self.path / part / CONFIGS[part]
@@ -93,7 +93,7 @@ class Folder:
     # -- Networks and weights -----------------------------------------------------------------------------------------
 
     def module(self, part: str, dtype=jnp.float32, **kwargs) -> nn.Module:
-        """The module of a part; `dtype` is that of the compute, `kwargs` go to the module. Raises ValueError."""
+        """The module of a part. dtype: of the compute. kwargs: of the module. Raises ValueError."""
         return families.build(part, self.config(part), dtype, **kwargs)
 
     def shapes(self, part: str) -> dict:
@@ -107,7 +107,7 @@ class Folder:
     def tensors(self, part: str) -> dict[str, np.ndarray]:
         """The tensors {diffusers' key: array} in the files of a part, in their dtypes.
 
-        Reads one safetensors file, or the several that an index lists, or else a half-precision variant. Raises
+        Reads one safetensors file, else the files listed in an index, else a half-precision variant. Raises
         ValueError if there is only a pickle, and FileNotFoundError if there is nothing, both with the remedy."""
         tensors = {}
         for path in self._weight_files(part):
@@ -119,13 +119,13 @@ class Folder:
         return tensors
 
     def stored(self, part: str) -> dict:
-        """The parameters of a part in the dtypes of its files: a nested dict of views of them."""
+        """The parameters of a part in the dtypes of its files: a nested dict of views of the tensors."""
         return keys.from_tensors(self.tensors(part), self.shapes(part), f"{self.path}/{part}")
 
     def params(self, part: str, dtype=None) -> dict:
         """The parameters of a part in `dtype` (None: float32): a nested dict of C-contiguous numpy arrays.
 
-        Raises FileNotFoundError and ValueError like `tensors`, `module` and `keys.from_tensors`."""
+        Raises FileNotFoundError and ValueError, as `tensors`, `module` and `keys.from_tensors` do."""
         dtype = jnp.float32 if dtype is None else dtype
         if part in self.weights:
             return jax.tree.map(lambda x: x.astype(dtype), self.weights[part]())
@@ -163,14 +163,14 @@ class Folder:
         path = self.path / "tokenizer"
         if not (path / "tokenizer.json").is_file() and not (path / "vocab.json").is_file():
             raise FileNotFoundError(f"{path} has neither vocab.json nor tokenizer.json: copy the model's there")
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it is fine that there is no torch
-        from transformers import CLIPTokenizer  # a second of import, of which drawing and training need one
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
+        from transformers import CLIPTokenizer  # a second of import, needed for captions alone
 
         return CLIPTokenizer.from_pretrained(path, local_files_only=True)
 
     @property
     def text_length(self) -> int:
-        """Tokens of a caption."""
+        """The number of tokens of a caption."""
         return self.tokenizer.model_max_length
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
@@ -183,28 +183,28 @@ class Folder:
 
     @functools.cached_property
     def factor(self) -> int:
-        """Pixels of a side of one latent."""
+        """Pixels along a side of one latent."""
         return self.module("vae").config.factor
 
     @functools.cached_property
     def scaling_factor(self) -> float:
-        """What brings latents to about unit variance."""
+        """The factor that scales latents to about unit variance."""
         return self.module("vae").config.scaling_factor
 
     @functools.cached_property
     def resolution(self) -> int:
-        """Pixels of a side that its UNet was trained at."""
+        """Pixels along a side of the pictures its UNet was trained on."""
         return self.module("unet").config.sample_size * self.factor
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of a square picture; None: at its own resolution."""
+        """(h, w, c) of the latents of a square picture. resolution: in pixels; None: the model's own."""
         side = (resolution or self.resolution) // self.factor
         return side, side, self.module("vae").config.latent_channels
 
     def check_resolution(self, pixels: int, name: str, multiple: int | None = None) -> None:
-        """Raises ValueError, by the name of the option, unless a side of so many pixels is whole latents.
+        """Raises ValueError that names the option, unless a side of `pixels` holds a whole number of latents.
 
-        multiple: of pixels; None: one latent."""
+        multiple: in pixels; None: the size of one latent."""
         multiple = multiple or self.factor
         if pixels < multiple or pixels % multiple:
             near = max(1, round(pixels / multiple)) * multiple

@@ -1,7 +1,7 @@
-"""A new miniature of Stable Diffusion: a pipeline folder with random weights and a tokenizer of its own.
+"""A new miniature of Stable Diffusion: a pipeline folder with random weights and its own tokenizer.
 
-This is where the embedded teacher began (`configs/vae.py`, then `configs/teacher.py`). A run that names such a
-folder as its teacher trains from scratch.
+The embedded teacher began as one (`configs/vae.py`, then `configs/teacher.py`). A run with such a folder as its
+teacher trains from scratch.
 """
 
 import json
@@ -16,15 +16,15 @@ from flaxkd.pretrained import families
 from flaxkd.pretrained.folder import CONFIGS, Folder
 from flaxkd.pretrained.writing import save
 
-# The last layer of every residual branch of the UNet starts at zero, so that a new network is nearly the identity.
+# The last layer of every residual branch of the UNet starts at zero: a new network is nearly the identity.
 ZERO = ("conv2", "proj_out", "conv_out")
 
 
 def initial(shapes: dict, seed: int, zero: tuple[str, ...] = ()) -> dict:
     """Random float32 parameters for a tree of shapes: LeCun normal kernels, embeddings of 0.02, norms of one.
 
-    Drawn with numpy: compiling the initialisation of a module takes longer than training it for a while. zero:
-    names of modules whose kernels are zero."""
+    Sampled with numpy: compiling the initialisation of a module takes longer than training it for a while. zero:
+    names of modules with zero kernels."""
     rng = np.random.default_rng(seed)
     params = {}
     for path, like in sorted(flatten_dict(shapes).items()):
@@ -40,7 +40,7 @@ def initial(shapes: dict, seed: int, zero: tuple[str, ...] = ()) -> dict:
 
 
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int, out: Path) -> None:
-    """Writes a CLIP tokenizer (byte-level BPE, lower case, words end in </w>) learnt from captions to folder `out`."""
+    """Learns a CLIP tokenizer (byte-level BPE, lower case, words end in </w>) from captions, and writes it to `out`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -64,11 +64,11 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int, out: 
     CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=max_length).save_pretrained(out)
 
 
-WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's: a digit is a word of its own
+WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's: every digit is a word
 
 
 def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Folder:
-    """Writes a pipeline folder with random weights, and returns it; one that is there already is left alone.
+    """Writes a pipeline folder with random weights, and returns it. An existing one is left alone.
 
     architecture: {"unet", "vae", "text_encoder", "scheduler": their configurations, "vocab_size": int}."""
     out = Path(out)
@@ -78,7 +78,6 @@ def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Fold
         path = Path(scratch)
         length = architecture["text_encoder"]["max_position_embeddings"]
         train_tokenizer(captions, architecture["vocab_size"], length, path / "tokenizer")
-        (path / "scheduler").mkdir()
         scheduler = architecture["scheduler"]
         files.write_json(path / "scheduler" / CONFIGS["scheduler"], scheduler)
         index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", scheduler["_class_name"]]}
@@ -97,11 +96,10 @@ def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Fold
 
 
 def skeleton(out: Path, architecture: families.Architecture) -> Folder:
-    """A pipeline folder without weights: configurations, and a tokenizer of the same length. For planning a run."""
+    """A pipeline folder without weights: configurations, and a tokenizer of the same length. For `flaxkd.plan`."""
     for part, name in CONFIGS.items():
-        (out / part).mkdir(parents=True, exist_ok=True)
         files.write_json(out / part / name, getattr(architecture, part))
     files.write_json(out / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     length = architecture.text_encoder["max_position_embeddings"]
-    train_tokenizer(["a picture"], 520, length, out / "tokenizer")  # the words that it knows do not matter
+    train_tokenizer(["a picture"], 520, length, out / "tokenizer")  # its vocabulary does not matter
     return Folder(out)

@@ -1,4 +1,4 @@
-"""Where a model is: a pipeline folder on disk, or a hub id (owner/name) that is downloaded once."""
+"""Finds a model: a pipeline folder on disk, or a hub id (owner/name), downloaded once."""
 
 import os
 import re
@@ -10,11 +10,11 @@ EMBEDDED = Path(__file__).parents[1] / "assets" / "teacher"  # the miniature in 
 
 
 def resolve(model: str | os.PathLike | None) -> Path:
-    """The pipeline folder of `model`: None is the embedded one, else it is a folder or a hub id (owner/name).
+    """The pipeline folder of `model`: a folder, a hub id (owner/name), or None for the embedded teacher.
 
-    The small files and the safetensors of a hub id are downloaded into the cache of huggingface_hub, or taken from
-    there; HF_HUB_OFFLINE and HF_HOME are honoured. Raises FileNotFoundError with the remedy if there is no such
-    folder, no model_index.json in it, or no network."""
+    The small files and the safetensors of a hub id are downloaded into huggingface_hub's store, or reused from there;
+    HF_HUB_OFFLINE and HF_HOME are honoured. Raises FileNotFoundError with the remedy if the folder, its
+    model_index.json or the network is missing."""
     if model is None:
         folder, origin = EMBEDDED, "the embedded teacher"
     elif Path(model).expanduser().is_dir():
@@ -44,7 +44,7 @@ def _download(hub_id: str) -> Path:
         path = snapshot_download(
             hub_id, allow_patterns=wanted, ignore_patterns=["*fp16*", "*non_ema*"], etag_timeout=5
         )
-    except Exception as error:  # of hub, network, proxy or disk: the remedy is the same
+    except Exception as error:  # from hub, network, proxy or disk: the remedy is the same
         raise FileNotFoundError(
             f"{hub_id} is no folder here, and could not be downloaded from the hub:\n"
             f"  {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"

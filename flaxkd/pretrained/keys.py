@@ -1,8 +1,7 @@
 """One rule between the names of diffusers' (and transformers') tensors and the paths of Flax parameters.
 
-The modules of `flaxkd.models` have diffusers' names, dots and numbers included (`down_blocks.0`, `to_out.0`),
-so a key splits into a path at every dot that no number follows, and only the leaf and the order of axes
-change:
+The modules of `flaxkd.models` have diffusers' names, dots and numbers included (`down_blocks.0`, `to_out.0`). A
+key splits into a path at every dot, except before a number. Only the leaf and the order of axes change:
 
     module        key                        path                           axes
     convolution   conv_in.weight [o,i,h,w]   ("conv_in", "kernel")          [h,w,i,o]
@@ -11,7 +10,7 @@ change:
     norm          norm1.weight [c]           ("norm1", "scale")             unchanged
     any           conv_in.bias [o]           ("conv_in", "bias")            unchanged
 
-These are the only transposes of weights in flaxkd. Reading files is the business of folder.py.
+flaxkd transposes weights nowhere else. folder.py reads the files.
 """
 
 import re
@@ -47,11 +46,11 @@ def to_diffusers(path: tuple[str, ...], array: np.ndarray) -> tuple[str, np.ndar
 def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
     """Makes the parameters of a module from the tensors of its file.
 
-    tensors: {diffusers key: array}. like: nested dict of anything with `.shape`, as by `families.shapes`.
-    what: the name of the module in the error message. Returns a nested dict with the structure of `like`,
-    whose leaves are views of the tensors in their own dtypes. Names that older libraries wrote, and newer
-    ones, are understood (`_current`). Raises one ValueError that lists all missing, unexpected and mis-shaped
-    tensors, and those that are no floating-point numbers, as quantised ones are."""
+    tensors: {diffusers key: array}. like: nested dict of anything with `.shape`, as from `families.shapes`.
+    what: the name of the module in the error message. Returns a nested dict with the structure of `like`. Its
+    leaves are views of the tensors in their own dtypes. Names from older and newer libraries are understood
+    (`_current`). Raises one ValueError that lists all missing, unexpected, mis-shaped and non-floating-point
+    (for example quantised) tensors."""
     expected = {}
     for path, leaf in flatten_dict(like).items():
         key, axes = _key(path, len(leaf.shape))
@@ -90,7 +89,7 @@ def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
 
 
 def to_tensors(params: dict) -> dict[str, np.ndarray]:
-    """The parameters of a module under diffusers' names, as C-contiguous arrays: what safetensors writes."""
+    """The parameters of a module under diffusers' names, as C-contiguous arrays, ready for safetensors."""
     pairs = (to_diffusers(path, np.asarray(array)) for path, array in flatten_dict(params).items())
     return {key: np.ascontiguousarray(array) for key, array in pairs}
 
@@ -107,10 +106,10 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def _current(key: str, array: np.ndarray, expected: dict) -> tuple[str, np.ndarray]:
-    """The name under which a tensor is expected, if it has another one.
+    """The expected name and shape of a tensor stored under another name.
 
-    Autoencoders from before diffusers 0.18 name their attention otherwise, and some store it as 1x1
-    convolutions; text encoders saved by transformers 5 lack the prefix that all files on the hub have."""
+    Autoencoders from before diffusers 0.18 name their attention differently, and some store it as 1x1
+    convolutions. Text encoders saved by transformers 5 lack the prefix found in all files on the hub."""
     module, _, leaf = key.rpartition(".")
     block, _, name = module.rpartition(".")
     for candidate in (f"{block}.{_OLD_ATTENTION.get(name)}.{leaf}", f"text_model.{key}"):

@@ -1,4 +1,4 @@
-"""Writes pipeline folders that StableDiffusionPipeline.from_pretrained loads. Needs neither torch nor diffusers."""
+"""Writes pipeline folders for StableDiffusionPipeline.from_pretrained. Needs neither torch nor diffusers."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ def save(
 ) -> Path:
     """Writes a whole pipeline folder, and returns `out`.
 
-    parts: {part: (config.json as a dict, params)} of those that are new, written as `dtype` (None: as they are). The
-    other networks come from the pipeline folder `source` in their own dtype, under today's names; tokenizer and
-    scheduler are copied. card: the text of README.md. beside: {name: path} of what is laid beside it. All is written
-    under another name and then renamed: an export that is killed leaves nothing half-written. An earlier export at
-    `out` is replaced. Raises ValueError if `out` is anything else, or holds `source`, if `source` is in no row of the
-    families, if parameters and configuration do not fit, or if a number is too large for `dtype`."""
+    parts: {part: (config.json as a dict, params)} of the new parts, written in `dtype` (None: unchanged). The other
+    networks come from the pipeline folder `source` in their own dtype, under current names; tokenizer and scheduler
+    are copied. card: the text of README.md. beside: {name: path} of files to copy beside it. Everything is written
+    under another name and then renamed: a killed export leaves nothing half-written. An earlier export at `out` is
+    replaced. Raises ValueError if `out` is anything else or holds `source`, if `source` belongs to no family, if
+    parameters and configuration do not fit, or if a number is too large for `dtype`."""
     out = Path(out).absolute()
     _check_replaceable(out, source.path.absolute())
     family = source.family
@@ -40,7 +40,7 @@ def save(
                 tensors = _cast(keys.to_tensors(params), dtype, part)
             else:
                 config, tensors = source.config(part), source.tensors(part)
-            # There and back: what is written fits its configuration and has today's names.
+            # There and back: the written tensors fit their configuration and have current names.
             params = keys.from_tensors(tensors, families.shapes(part, config), f"{part} of {source.path}")
             _write_part(new / part, part, config, keys.to_tensors(params))
         shutil.copytree(source.path / "scheduler", new / "scheduler")
@@ -54,7 +54,7 @@ def save(
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies tokenizer/ with all its files: transformers 5 writes tokenizer.json, 4 reads the other two."""
+    """Copies tokenizer/ and adds missing files: transformers 5 writes tokenizer.json, 4 reads the other two."""
     folder = shutil.copytree(Path(source) / "tokenizer", Path(out) / "tokenizer")
     if (folder / "vocab.json").is_file():
         return
@@ -70,7 +70,7 @@ def _check_replaceable(out: Path, source: Path) -> None:
     if out.exists() and not earlier and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an earlier export: choose a new folder")
     if source.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"writing {out} would replace {source}, which it is made from: choose a new folder")
+        raise ValueError(f"writing {out} would replace its source {source}: choose a new folder")
 
 
 def _cast(tensors: dict[str, np.ndarray], dtype, part: str) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def _write_part(folder: Path, part: str, config: dict, tensors: dict[str, np.nda
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     if row.library == "transformers":
         config = {"architectures": [row.class_name], "model_type": "clip_text_model"} | config
-        # transformers 5 loads in the dtype that it finds here, diffusers the UNet in float32 whatever is stored.
+        # transformers 5 loads in the dtype given here; diffusers loads the UNet in float32, whatever is stored.
         config = {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": "float32"}
     else:
         config = {"_class_name": row.class_name} | config

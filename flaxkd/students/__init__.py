@@ -1,4 +1,4 @@
-"""Students: THE TABLE (table), how one is cut from its teacher (cutting), what is compared (pairs), a picture of it."""
+"""Students: THE TABLE (table), cutting one from its teacher (cutting), feature pairs (pairs), a picture (picture)."""
 
 from flaxkd.students.cutting import config, cost, shapes, take, teacher_path
 from flaxkd.students.pairs import PAIRINGS, feature_pairs

@@ -14,7 +14,7 @@ from flaxkd.students.table import CLASH, TABLE, diagram
 
 
 def size_table(title: str, teacher_config: dict) -> str:
-    """The students of one teacher as text: names, what is kept, parameters and FLOPs with their shares."""
+    """The students of one teacher as text: names, kept layers, parameters and FLOPs with their shares."""
     size, channels = teacher_config["sample_size"], teacher_config["in_channels"]
     head = f"{'down blocks | mid | up blocks':33}{'parameters':>14}{'share':>8}{'GFLOPs':>10}{'share':>8}"
     lines = [f"{title}, latents {size}x{size}x{channels}", f"  {'':20}{head}"]
@@ -29,7 +29,7 @@ def size_table(title: str, teacher_config: dict) -> str:
 
 
 def pair_table() -> str:
-    """The feature pairs of every published student as text; they are the same for every teacher."""
+    """The feature pairs of every published student as text, the same for every teacher."""
     lines = ["Feature pairs; a block is named once where student and teacher agree, else student<-teacher"]
     for student in TABLE:
         for pairing, published in student.published.items():
@@ -42,12 +42,12 @@ def pair_table() -> str:
 
 
 def main() -> None:
-    jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and a training may hold it
+    jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and a run may be using it
     for family in FAMILIES.values():
         shown = ARCHITECTURES[family.shown]
         print(size_table(shown.title, shown.unet) + "\n", flush=True)
     print("Digits are layers kept, dots layers removed. GFLOPs: one forward pass, batch 1, 77 text tokens.")
-    print(f"Names: {CLASH}.\nNames joined by = are one network, with other features compared.\n")
+    print(f"Names: {CLASH}.\nNames joined by = are one network, compared at different features.\n")
     print(pair_table())
 
 

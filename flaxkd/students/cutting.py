@@ -9,13 +9,13 @@ from flaxkd.students.table import Student
 
 
 def config(student: Student, teacher_config: dict) -> dict:
-    """The student's `unet/config.json`: the teacher's, its fields cut to the blocks and layers that are kept.
+    """The student's `unet/config.json`: the teacher's, with its fields cut to the kept blocks and layers.
 
-    Raises ValueError for a teacher that is not a whole UNet of the student's families.
+    Raises ValueError if the teacher is not a whole UNet of the student's families.
     """
     teacher = _check_teacher(student, teacher_config)
     down, up, channels = student.down, student.up, teacher.block_out_channels
-    if channels[max(down)] != channels[-1]:  # what the outer up block takes came through the inner stage
+    if channels[max(down)] != channels[-1]:  # the outer up block takes what came through the inner stage
         raise ValueError(
             f"{student.names[0]} lacks the inner stage, so the teacher's two inner stages must be equally wide, "
             f"as in Stable Diffusion, but block_out_channels = {list(channels)}: take a student that keeps all stages"
@@ -57,16 +57,16 @@ def _check_teacher(student: Student, teacher_config: dict) -> UNetConfig:
         wrong.append("the mid block is missing")
     if wrong:
         raise ValueError(
-            "a student can only be cut from a whole UNet like that of Stable Diffusion 1.x and 2.x, but of "
-            f"this teacher {'; '.join(wrong)}. If it is a student itself, give the model that it was cut from"
+            "a student can only be cut from a whole UNet like that of Stable Diffusion 1.x and 2.x, but in "
+            f"this teacher {'; '.join(wrong)}. If it is itself a student, give the model it was cut from"
         )
     return teacher
 
 
 def teacher_path(student: Student, path: tuple[str, ...]) -> tuple[str, ...]:
-    """Where in the teacher the student's parameter at `path` comes from.
+    """The path in the teacher of the student's parameter at `path`.
 
-    sd_small's ("up_blocks.1", "resnets.1", "conv1", "bias") is ("up_blocks.1", "resnets.2", "conv1", "bias").
+    sd_small's ("up_blocks.1", "resnets.1", "conv1", "bias") comes from ("up_blocks.1", "resnets.2", "conv1", "bias").
     """
     kind, _, i = path[0].partition(".")
     kept = {"down_blocks": student.down, "up_blocks": student.up}.get(kind)
@@ -79,11 +79,11 @@ def teacher_path(student: Student, path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def take(student: Student, teacher_params: dict, student_shapes: dict) -> dict:
-    """The student's parameters as cut: every one a copy of one of the teacher's, in the teacher's dtype.
+    """The student's parameters as cut: each is a copy of one of the teacher's, in the teacher's dtype.
 
     teacher_params: nested dict of numpy or jax arrays; student_shapes: the student's parameters as shapes.
-    They share no memory: the train step donates the student's, and the teacher has to outlive that.
-    Raises ValueError listing every parameter that the teacher has not, or has in another shape.
+    The copies share no memory with the teacher's: the train step donates them, and the teacher must outlive that.
+    Raises ValueError that lists every parameter the teacher lacks or has in another shape.
     """
     teacher, new, wrong = flatten_dict(teacher_params), {}, []
     for path, like in flatten_dict(student_shapes).items():
@@ -101,21 +101,21 @@ def take(student: Student, teacher_params: dict, student_shapes: dict) -> dict:
 
 
 def shapes(unet_config: dict) -> dict:
-    """{"params": tree, "features": tree} of a UNet, as shapes at its sample_size and batch 1, in 1 s."""
+    """{"params": tree, "features": tree} of a UNet as shapes, at its sample_size and batch 1. Takes 1 s."""
     model, inputs = _program(unet_config)
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)
 
 
 def cost(unet_config: dict) -> tuple[int, float]:
-    """(parameters, FLOPs of a forward pass at its sample_size, batch 1, 77 text tokens) of a UNet, in 2 s.
+    """(parameters, FLOPs of a forward pass at its sample_size, batch 1, 77 text tokens) of a UNet. Takes 2 s.
 
-    The count is XLA's, of the program before compilation: a multiply-add is two, attention and elementwise
-    operations are included, products with the zeros of a padding are not.
+    XLA counts the program before compilation. A multiply-add is two FLOPs. Attention and elementwise operations
+    count; products with padding zeros do not.
     """
     model, inputs = _program(unet_config)
     params = shapes(unet_config)["params"]
     traced = jax.jit(model.apply).trace({"params": params}, *inputs)
-    program = traced.lower(lowering_platforms=("tpu",))  # a CPU has other forms of some layers, with loops
+    program = traced.lower(lowering_platforms=("tpu",))  # on a CPU some layers take other forms, with loops
     return sum(x.size for x in jax.tree.leaves(params)), program.cost_analysis()["flops"]
 
 

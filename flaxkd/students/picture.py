@@ -1,4 +1,4 @@
-"""Students block by block, drawn from the table: what each keeps of its teacher, and what is compared.
+"""Draws the students block by block, from the table: what each keeps of its teacher, and what is compared.
 
 `python -m flaxkd.blocks` draws the README's picture.
 """
@@ -16,7 +16,7 @@ SHOWN = ARCHITECTURES["sd15"]  # the teacher of the README's picture
 # Lengths in units of the height of the largest block.
 NAMES, GAP, ROW = 3.15, 0.46, 1.42  # width of the names, between blocks, between rows
 WIDTHS = {"resnets": 0.19, "attentions": 0.19, "resample": 0.13}
-SEAM, HALF = 0.035, 0.75  # between bars; height of a block relative to that of one with twice its latent rows
+SEAM, HALF = 0.035, 0.75  # between bars; height of a block relative to one with twice its latent rows
 
 INK, FAINT, REMOVED = "#1b1f24", "#59636e", "#b9c0c8"
 FILLS = {"resnets": "#46586b", "attentions": "#9fb6cd", "resample": "#dbe3eb"}
@@ -25,9 +25,9 @@ WORDS = {"resnets": "resnet", "attentions": "transformer", "resample": "down- or
 
 
 class Bar(NamedTuple):
-    """A module of the teacher, e.g. "up_blocks.1.resnets.2", on the page: from `left`, at latent size `size`.
+    """A module of the teacher on the page, e.g. "up_blocks.1.resnets.2": it starts at `left`, at latent size `size`.
 
-    halvings: how often the latents were halved up to there."""
+    halvings: how often the latents have been halved by then."""
 
     module: str
     left: float
@@ -45,17 +45,17 @@ class Bar(NamedTuple):
 
 
 def stages(unet: UNetConfig) -> dict[str, Stage]:
-    """{module name: block} in the order in which they run."""
+    """{module name: block} in the order they run."""
     blocks = {f"down_blocks.{i}": stage for i, stage in enumerate(unet.down)}
     blocks |= {"mid_block": unet.mid} if unet.mid else {}
     return blocks | {f"up_blocks.{i}": stage for i, stage in enumerate(unet.up)}
 
 
 def modules(unet: UNetConfig) -> dict[str, list[str]]:
-    """{block: its modules}, both in the order in which they run."""
+    """{block: its modules}, both in the order they run."""
     found = {}
     for block, stage in stages(unet).items():
-        mid = block == "mid_block"  # it begins with a resnet, and has attention before each of the others
+        mid = block == "mid_block"  # it starts with a resnet; attention precedes each of the others
         names = ["resnets.0"] if mid else []
         for i, depth in enumerate(stage.depths):
             attention = [f"attentions.{i}"] * bool(depth)
@@ -65,7 +65,7 @@ def modules(unet: UNetConfig) -> dict[str, list[str]]:
 
 
 def layout(unet: UNetConfig) -> tuple[list[Bar], dict[str, float]]:
-    """(bars, {module name: x of its output}): a block's output is in the gap behind it, a layer's on its bar."""
+    """(bars, {module name: x of its output}): a block's output is in the gap after it, a layer's on its bar."""
     bars, outputs, left, halvings = [], {}, NAMES, 0
     for block, names in modules(unet).items():
         for name in names:
@@ -82,7 +82,7 @@ def layout(unet: UNetConfig) -> tuple[list[Bar], dict[str, float]]:
 
 
 def origin(student: Student, module: str) -> str:
-    """The module of the teacher that the student's was copied from."""
+    """The teacher's module that the student's was copied from."""
     path = students.teacher_path(student, (*_path(module), "output"))
     return ".".join(path).removesuffix(".output")
 
@@ -99,7 +99,7 @@ def _path(module: str) -> tuple[str, ...]:
 
 
 def kept(student: Student) -> set[str]:
-    """The modules of the teacher that the student has."""
+    """The teacher's modules that the student keeps."""
     unet = UNetConfig.from_dict(students.config(student, ARCHITECTURES[student.family.shown].unet))
     return {origin(student, name) for names in modules(unet).values() for name in names}
 
@@ -113,7 +113,7 @@ class Comparison(NamedTuple):
 
 
 def comparisons(student: Student) -> list[Comparison]:
-    """The feature pairs of the pairings under which this student was published."""
+    """This student's feature pairs, over all its published pairings."""
     found: dict[tuple[str, str], list[str]] = {}
     for pairing in student.published:
         for mine, theirs in students.feature_pairs(student, pairing):
@@ -128,10 +128,10 @@ def draw(
     title: str = SHOWN.title,
     format: str | None = None,
 ) -> None:
-    """Writes the picture: a row for the teacher, one for each student, dotted lines through what is compared.
+    """Writes the picture: a row for the teacher, one for each student, and dotted lines through compared features.
 
-    teacher: its unet/config.json; out: a path or an open file, then of `format`. Raises ValueError like
-    `students.config` if a student cannot be cut from that teacher."""
+    teacher: its unet/config.json. out: a path, or an open file with its `format`. Raises ValueError, as
+    `students.config` does, if a student cannot be cut from that teacher."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,7 +205,7 @@ def draw_bar(axes, bar: Bar, y: float, present: bool) -> None:
 
 
 def bead(axes, x: float, y: float, colors: list[str]) -> None:
-    """A dot; of two colors, half of it has each."""
+    """A dot, split evenly between its colors."""
     from matplotlib.patches import Wedge
 
     for i, color in enumerate(colors):
@@ -216,7 +216,7 @@ def bead(axes, x: float, y: float, colors: list[str]) -> None:
 
 def legend(axes, y: float) -> None:
     x = 0.12
-    axes.apply_aspect()  # or texts would be measured on a page of another shape
+    axes.apply_aspect()  # else texts are measured on a page of another shape
     renderer = axes.figure.canvas.get_renderer()
 
     def say(words: str) -> None:

@@ -1,4 +1,4 @@
-"""THE TABLE of tasks: the kinds of training. `make` is how all commands get the task of a configuration."""
+"""THE TABLE of tasks, the kinds of training. All commands get the task of a configuration from `make`."""
 
 import importlib
 from collections.abc import Callable
@@ -21,10 +21,10 @@ TASKS = {
 
 
 def make(config, folder: Folder, dtype, mesh=None) -> Task:
-    """The task of a configuration: `config.task` is a row of TASKS, or "module:function" outside of this package.
+    """The task of a configuration. `config.task` is a row of TASKS, or "module:function" outside this package.
 
     None is the row that trains the parts of `config.train`. folder: the teacher's. dtype: of the compute. mesh: the
-    devices that it will run on. Raises ValueError for a task that is not found, or that refuses the configuration."""
+    devices it will run on. Raises ValueError if the task is not found or refuses the configuration."""
     parts = frozenset(config.train)
     name = config.task or next((name for name, row in TASKS.items() if parts and parts <= row.trains), None)
     if name in TASKS:
@@ -38,6 +38,6 @@ def make(config, folder: Folder, dtype, mesh=None) -> Task:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"task = {name!r} is not in the table ({', '.join(TASKS)}), and cannot be imported ({error}): give "
-            "module:function, of a module that Python finds from here"
+            "module:function, with a module that Python can import from here"
         ) from error
     return own(config, folder, dtype, mesh)

@@ -1,4 +1,4 @@
-"""The autoencoder's own training: pixels back to pixels through the latents of the UNet."""
+"""Training the autoencoder: from pixels to the UNet's latents and back to pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,8 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
 def vae_loss(reconstruction, images, moments, kl_weight: float) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L = mean|e| + mean e^2 + (mean|e_rows| + mean|e_columns|) / 2 + kl_weight mean KL(posterior, unit Gaussian)
 
-    with the error e of images float[b, H, W, 3] in [-1, 1] and its differences along rows and columns, which keep
-    outlines sharp where the perceptual loss of Rombach et al. 2022 would need another network.
+    e is the error of images float[b, H, W, 3] in [-1, 1]; e_rows and e_columns are its differences along rows and
+    columns. They keep outlines sharp without the extra network of the perceptual loss of Rombach et al. 2022.
     moments: float[b, h, w, 2c]. Returns (L, metrics)."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
     error = reconstruction.astype(jnp.float32) - images
@@ -53,7 +53,7 @@ def vae_loss(reconstruction, images, moments, kl_weight: float) -> tuple[jax.Arr
     loss_edge = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2)) / 2
     loss_kl = jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar) / 2
     loss = loss_absolute + loss_square + loss_edge + kl_weight * loss_kl
-    psnr = 10 * jnp.log10(4 / loss_square)  # in decibel; the range of the images is 2
+    psnr = 10 * jnp.log10(4 / loss_square)  # in decibels; the images span a range of 2
     terms = {
         "loss_absolute": loss_absolute,
         "loss_square": loss_square,
@@ -64,8 +64,9 @@ def vae_loss(reconstruction, images, moments, kl_weight: float) -> tuple[jax.Arr
 
 
 def scaling_factor(folder: Folder, params: dict, images) -> float:
-    """What brings the latents of `images` uint8[b, H, W, 3] to unit variance, as in Rombach et al. 2022, section 4.3.1.
+    """The factor that scales the latents of `images` uint8[b, H, W, 3] to unit variance.
 
-    folder: has the autoencoder's configuration; params: its trained parameters."""
+    As in Rombach et al. 2022, section 4.3.1. folder: holds the autoencoder's configuration. params: its trained
+    parameters."""
     mean, _ = jnp.split(encoding.moments(folder.module("vae"), params, images), 2, axis=-1)
     return round(float(1 / jnp.std(mean)), 5)

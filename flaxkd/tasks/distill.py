@@ -1,6 +1,6 @@
 """Distillation as BK-SDM and Segmind's distill-sd do it, with the loss of losses.py.
 
-The same task without a student trains a whole UNet (and text encoder) on the noise alone.
+Without a student, the same task trains a whole UNet (and text encoder) on the noise alone.
 """
 
 import jax
@@ -16,12 +16,12 @@ from flaxkd.training.task import Network, Task
 
 
 def task(config, folder: Folder, dtype, mesh=None) -> Task:
-    """The task that a configuration describes. folder: the teacher's; dtype: of the compute.
+    """The task of a configuration. folder: the teacher's. dtype: of the compute.
 
-    mesh: the devices that it will run on, for the kernels that are theirs; None: any, without.
+    mesh: the devices it will run on, for their kernels; None: any devices, without kernels.
 
-    Without `config.student` the teacher's own UNet is trained on the noise alone. `config.train` names the parts
-    that learn: ("unet",) or ("unet", "text_encoder"). Raises ValueError for a configuration that cannot be trained."""
+    Without `config.student`, the teacher's own UNet is trained on the noise alone. `config.train` names the trained
+    parts: ("unet",) or ("unet", "text_encoder"). Raises ValueError for a configuration that cannot be trained."""
     _check(config)
     family, teacher_config = folder.family, folder.config("unet")
     student = students.get(config.student) if config.student else None
@@ -74,7 +74,7 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         return {"teacher": teacher, "student as cut": Network({"unet": unet_config}, as_cut)}
 
     h, w, c = folder.latent_shape(config.data.resolution)
-    learning = (unet_config, 3 + config.remat)  # forward, and back as two; rematerialisation goes forward once more
+    learning = (unet_config, 3 + config.remat)  # one pass forward, two back; rematerialisation adds one forward
     return Task(
         batch={
             "moments": jax.ShapeDtypeStruct((h, w, 2 * c), jnp.float32),
@@ -93,7 +93,7 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
 
 
 def _check(config) -> None:
-    """Raises ValueError for settings that do not go together."""
+    """Raises ValueError for settings that do not fit together."""
     if "unet" not in config.train:
         raise ValueError(f"train = {tuple(config.train)}: a text encoder is trained together with the 'unet'")
     if config.init not in ("teacher", "random"):
@@ -109,7 +109,7 @@ def _check(config) -> None:
 
 
 def _settings(config, folder: Folder) -> dict:
-    """The arguments of `inputs.prepare` but for the batch."""
+    """The keyword arguments of `inputs.prepare`."""
     return {
         "schedule": diffusion.NoiseSchedule.from_config(folder.config("scheduler"), config.prediction_type),
         "scaling_factor": folder.scaling_factor,

@@ -1,4 +1,4 @@
-"""What the UNets of a task see, and what they should say: noise, timesteps and dropped captions, all sampled here."""
+"""Inputs and targets of the UNets. Noise, timesteps and dropped captions are all sampled here."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from flaxkd.models.vae import sample_latents
 
 
 class Inputs(NamedTuple):
-    """What both UNets see, and what they should say. The leaves have the batch as first axis."""
+    """What both UNets see, and their target. The batch is the first axis of every leaf."""
 
     noisy_latents: jax.Array  # float32[b, h, w, 4]
     timesteps: jax.Array  # int32[b]
@@ -23,14 +23,14 @@ class Inputs(NamedTuple):
 def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: float, empty_ids: np.ndarray,
             caption_dropout: float, noise_offset: float, snr_gamma: float | None,
             timestep_sampling: str = "uniform") -> Inputs:  # fmt: skip
-    """Samples latents, noise, timesteps and dropped captions for {"moments", "input_ids"}."""
+    """Samples latents, noise, timesteps and dropped captions for a batch {"moments", "input_ids"}."""
     moments, input_ids = batch["moments"], batch["input_ids"]
     b = moments.shape[0]
     key_latents, key_noise, key_offset, key_timesteps, key_dropout = jax.random.split(key, 5)
     shape = (*moments.shape[:-1], moments.shape[-1] // 2)
     latents = sample_latents(jax.random.normal(key_latents, shape), moments, scaling_factor)
     noise = jax.random.normal(key_noise, shape)
-    if noise_offset:  # a shift of whole channels, so that very dark and very bright pictures can be learnt
+    if noise_offset:  # a shift of whole channels lets a UNet learn very dark and very bright pictures
         noise += noise_offset * jax.random.normal(key_offset, (b, 1, 1, latents.shape[-1]))
     weighted = timestep_sampling == "uniform" and snr_gamma is not None
     timesteps = diffusion.sample_timesteps(key_timesteps, schedule, b, None if weighted else snr_gamma)

@@ -1,4 +1,4 @@
-"""What a UNet says of noisy latents, and how far that is from what it should say: the equation of distillation."""
+"""A UNet's prediction for noisy latents, and its distance from the targets: the equation of distillation."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from flaxkd.models.layers import FEATURES, features
 
 
 class Prediction(NamedTuple):
-    """What a UNet says of noisy latents. noise_pred: float[b, h, w, 4]; features: {module name: float[...]}."""
+    """A UNet's prediction for noisy latents. noise_pred: float[b, h, w, 4]; features: {module name: float[...]}."""
 
     noise_pred: jax.Array
     features: dict[str, jax.Array]
 
 
 def predict(unet, params, noisy_latents, timesteps, condition: Mapping) -> Prediction:
-    """What a UNet says, with all its features (those that nobody reads cost nothing under jit). Traceable.
+    """A UNet's prediction, with all its features (unread ones cost nothing under jit). Traceable.
 
     noisy_latents: float[b, h, w, 4]; timesteps: int32[b]; condition: the keyword arguments that `Family.condition`
-    makes of a caption."""
+    makes from captions."""
     noise_pred, captured = unet.apply(
         {"params": params}, noisy_latents, timesteps, **condition, mutable=[FEATURES]
     )
@@ -28,7 +28,7 @@ def predict(unet, params, noisy_latents, timesteps, condition: Mapping) -> Predi
 
 
 def mse(a, b, weights=None) -> jax.Array:
-    """Mean of squares in float32, of equal shapes (broadcasting would hide a wrong pair). weights: [b] or None."""
+    """Mean squared error in float32, for equal shapes (broadcasting would hide a wrong pair). weights: [b] or None."""
     if a.shape != b.shape:
         raise ValueError(f"cannot compare {a.shape} with {b.shape}")
     squares = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))
@@ -45,12 +45,12 @@ def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weig
           + w_output  mean|noise_T - noise_S|^2
           + w_feature sum_l mean|f_T^l - f_S^l|^2
 
-    target: float32[b, h, w, 4], the noise or v. teacher: None if there is none; then L is its first term.
+    target: float32[b, h, w, 4], the noise or v. teacher: None for none; then L is loss_noise alone.
     pairs: ((student module, teacher module), ...). weight: has `.noise`, `.output`, `.feature`.
     noise_weights: float32[b] for the first term (Min-SNR), or None. normalize: divides each term of the sum by
-    mean|f_T^l|^2, so that no block outweighs the others by its scale alone (LAPTOP-Diff, arXiv:2404.11098).
+    mean|f_T^l|^2: scale alone then gives no block more weight (LAPTOP-Diff, arXiv:2404.11098).
     Returns (L, {"loss", "loss_noise", "loss_output", "loss_feature", "feature/<student module>", ...}), float32
-    scalars. Raises KeyError naming a module that captured nothing, ValueError for a pair of unequal shapes.
+    scalars. Raises KeyError that names a module without a feature, ValueError for a pair of unequal shapes.
     """
     loss_noise = mse(student.noise_pred, target, noise_weights)
     if teacher is None:

@@ -1,4 +1,4 @@
-"""The sheet of samples of a run: the validation prompts, drawn with what is trained and what it is compared with."""
+"""The sheet of samples of a run: the validation prompts, drawn with the trained networks and with their references."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +14,15 @@ from flaxkd.models.attention import DotProductAttention
 from flaxkd.pretrained import Folder, build
 from flaxkd.training.task import Network, Task
 
-# That a device draws at a time. On a TPU v5e: 0.8 GiB of temporaries at 512 pixels, 1.5 for a picture of 2.1 at 768.
+# Pixels per device at a time. On a TPU v5e: 0.8 GiB of temporaries at 512 pixels, 1.5 for an SD 2.1 picture at 768.
 PIXELS = 512**2
 
 
 class Sheet:
-    """Draws the sheet of a run. All processes compute, since the parameters may lie on the devices of all.
+    """Draws the sheet of a run. All processes compute, since the parameters may be spread over the devices of all.
 
-    config, folder, task: of the run. trained: the weights before the first step, on the devices, as are `frozen`.
-    dtype: of the compute. What training does not move is drawn at once, and kept as pictures."""
+    config, folder, task: of the run. trained: the weights before the first step, on the devices, like `frozen`.
+    dtype: of the compute. Columns that training does not change are drawn at the start and kept as pictures."""
 
     def __init__(self, config, folder: Folder, task: Task, trained: dict, frozen: dict, dtype, mesh):
         self.config, self.task, self.dtype = config, task, dtype
@@ -39,7 +39,7 @@ class Sheet:
         self.drawn = self._pictures(task.before(trained, frozen))
 
     def draw(self, trained: dict, frozen: dict, path: Path) -> None:
-        """Writes the sheet of these weights; the first process does."""
+        """Draws the sheet of these weights. The first process writes it."""
         if self.pipeline is None:
             return
         columns = self.drawn | self._pictures(self.task.columns(trained, frozen))
@@ -59,7 +59,7 @@ class Sheet:
             for part, unet in own.items()
         }
         pipeline = self.pipeline.with_parts(modules, network.params)
-        # All devices draw, a few pictures each at a time: at full size, more would take more memory than training.
+        # All devices draw, a few pictures each at a time: at full size, more would need more memory than training.
         each = min(-(-len(self.prompts) // mesh.size), max(PIXELS // config.data.resolution**2, 1))
         drawn = batches.draw(
             pipeline,

@@ -1,1 +1,1 @@
-"""How anything is trained: what a task is (task), the step (step), checkpoints, metrics and curves."""
+"""Training of any kind: what a task is (task), the step (step), checkpoints, metrics, curves and signals."""

@@ -1,6 +1,6 @@
-"""Nothing is lost: asynchronous Orbax checkpoints of what is trained, its optimizer, EMA, step and data position.
+"""Nothing is lost: asynchronous Orbax checkpoints of parameters, optimizer, EMA, step and data position.
 
-The teacher is never saved. Randomness needs no state of its own: it is derived from seed and step.
+The teacher is never saved. Neither is a random state: random numbers derive from seed and step.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 from flaxkd.machine import checkpoints, files, hosts
 from flaxkd.training.step import State
 
-# Keys of a config that may differ when a run resumes: they change what it shows, not what it computes. And bad_steps,
-# since whoever finds a run stopped by its own caution must be able to go on with more or less of it.
+# Keys of a config that may differ when a run resumes: they change what it shows, not what it computes. bad_steps
+# is among them: a run stopped by its bad steps must be able to resume with other limits.
 FREE = (
     "checkpoint",
     "log_every",
@@ -27,16 +27,16 @@ FREE = (
 
 CLAIM = {
     "differ": "holds a run of another configuration",
-    "remedy": "Choose another --workdir, or delete that one to begin anew.",
+    "remedy": "Choose another --workdir, or delete that one to start over.",
     "free": FREE,
 }
 
 
 def claim(workdir: Path, config: dict) -> None:
-    """Makes `workdir` this run's own: writes config.json, or checks that the one there is the same run's.
+    """Claims `workdir` for this run: writes config.json, or checks that the one there belongs to the same run.
 
-    The first of several processes writes it, and all check. Raises ValueError naming the keys that differ, for a
-    workdir that belongs to another configuration, and for one that is not the same folder for all processes."""
+    The first process writes it, and all processes check. Raises ValueError if the workdir belongs to another
+    configuration (the message names the differing keys), or if the processes do not share the folder."""
     path = workdir / "config.json"
     if hosts.is_first():
         files.claim(path, config, **CLAIM)
@@ -44,13 +44,13 @@ def claim(workdir: Path, config: dict) -> None:
     if not path.is_file():
         raise ValueError(
             f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: give all a --workdir on a "
-            "file system that their hosts share"
+            "file system shared by their hosts"
         )
     files.compare(path, config, **CLAIM)
 
 
 def manager(workdir: Path, keep: int, keep_every: int | None = None) -> ocp.CheckpointManager:
-    """Keeps the newest `keep` checkpoints, and for good those of every `keep_every`-th step."""
+    """Keeps the newest `keep` checkpoints, and that of every `keep_every`-th step for good."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True
     )
@@ -58,9 +58,9 @@ def manager(workdir: Path, keep: int, keep_every: int | None = None) -> ocp.Chec
 
 
 def save(manager: ocp.CheckpointManager, state: State, data_position: dict) -> None:
-    """Begins to save; training may go on meanwhile. data_position: of the batch that comes next, any json.
+    """Starts a save; training may continue meanwhile. data_position: of the next batch, any JSON.
 
-    Raises OSError, as `wait` does, if this one or the one before cannot be written."""
+    Raises OSError, as `wait` does, if this checkpoint or the one before cannot be written."""
     step = int(state.step)
     if step not in manager.all_steps():
         args = ocp.args.Composite(
@@ -71,7 +71,7 @@ def save(manager: ocp.CheckpointManager, state: State, data_position: dict) -> N
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Until all is saved. Raises OSError, saying what is left, if it cannot be written: a disk may be full."""
+    """Waits until all is saved. Raises OSError that says what is left if a save fails: a disk may be full."""
     with _written(manager):
         manager.wait_until_finished()
 
@@ -82,9 +82,9 @@ def _written(manager: ocp.CheckpointManager):
 
 
 def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tuple[State, dict] | None:
-    """(state, data position) of the newest checkpoint that can be read, on `shardings`; None if there is none.
+    """(state, data position) of the newest readable checkpoint, on `shardings`; None if there are no checkpoints.
 
-    A broken one is removed, and the one before is taken. Raises ValueError if there are checkpoints but none can be
+    A broken one is removed, and the one before is used. Raises ValueError if there are checkpoints but none can be
     read, or if processes can read different ones."""
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like._asdict(), shardings._asdict()
@@ -94,12 +94,12 @@ def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tu
     try:
         read = lambda step: manager.restore(step, args=args)
         found = checkpoints.newest(Path(manager.directory), manager.all_steps(), read)
-    except ValueError as error:  # told after all processes have been asked, or the others would wait for this one
+    except ValueError as error:  # raised below, once all processes have compared: they wait for this one
         failure = error
     if not hosts.same(-1 if found is None else found[0]):
         raise ValueError(
-            f"process {jax.process_index()} can read another checkpoint of {manager.directory} than the others: "
-            f"{'none' if found is None else found[0]}. Move the newest one away, which is broken for some. "
+            f"process {jax.process_index()} and the others can read different checkpoints of {manager.directory}; it "
+            f"can read {'none' if found is None else found[0]}. Move the newest one away: it is broken for some. "
             f"{failure or ''}"
         )
     if failure:
@@ -108,5 +108,5 @@ def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tu
         return None
     step, restored = found
     for broken in [s for s in manager.all_steps() if s > step]:
-        manager.delete(broken)  # or the run could not save this step again
+        manager.delete(broken)  # else the run could not save this step again
     return State(**restored.state), restored.data

@@ -1,4 +1,4 @@
-"""curves.png: everything in the metrics.jsonl of a run, over its steps."""
+"""curves.png: every figure in a run's metrics.jsonl, over its steps."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def draw(workdir: Path) -> None:
                 else name
             )
             if title == "feature pairs" and validation:
-                continue  # the legend holds as many pairs as it can: training's
+                continue  # the legend has room for training's pairs alone
             style = dict(marker="o", markersize=3, linewidth=1.2) if validation else dict(linewidth=1)
             color = (
                 plt.get_cmap("tab10")(i % 10)
@@ -58,6 +58,6 @@ def draw(workdir: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         if len(names) > 1 and axis.get_legend_handles_labels()[0]:
-            below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # or it hides the curves
+            below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # else it hides the curves
             axis.legend(fontsize=7, **(below if title == "feature pairs" else {}))
     figures.save(figure, Path(workdir) / "curves.png")

@@ -1,4 +1,4 @@
-"""What a run tells: starts.jsonl, metrics.jsonl, TensorBoard events, a progress bar with rate and time left."""
+"""What a run reports: starts.jsonl, metrics.jsonl, TensorBoard events, a progress bar with rate and time left."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ SHOWN = ("loss", "loss_noise", "loss_output", "loss_feature", "images_per_second
 
 
 def note_start(workdir: Path, **facts) -> None:
-    """Appends one line to starts.jsonl: when this process began, with which versions, and `facts`."""
+    """Appends one line to starts.jsonl: the time of the start, the versions, and `facts`."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
     record = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts, "versions": versions}
     with (Path(workdir) / STARTS).open("a") as file:
@@ -33,11 +33,11 @@ def read(workdir: Path) -> list[dict]:
 
 
 class Writer:
-    """Appends records {"step": int, name: float} to metrics.jsonl and to TensorBoard, and moves the bar.
+    """Appends records {"step": int, name: float} to metrics.jsonl and to TensorBoard, and advances the bar.
 
-    A value that is not finite, for which JSON has no word, is left out. On resume at `start`, records of later steps,
-    which that run will write again, are dropped.
-    workdir: None for one that does nothing, as of every process but the first."""
+    Non-finite values are left out: JSON has no word for them. On resume at `start`, records of later steps are
+    dropped: the run will write them again. workdir: None for a writer that does nothing, as in every process but the
+    first."""
 
     def __init__(self, workdir: Path | None, start: int, steps: int):
         self.bar = tqdm(
@@ -49,7 +49,7 @@ class Writer:
             mininterval=1,
             disable=workdir is None,
         )
-        self.pending: list[tuple[int, dict]] = []  # measured on the device, and not fetched yet
+        self.pending: list[tuple[int, dict]] = []  # measured on the device, not fetched yet
         self.since, self.logged = time.time(), start
         self.events = None
         if workdir is None:
@@ -60,7 +60,7 @@ class Writer:
         self.events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
 
     def add(self, step: int, values: dict) -> None:
-        """Keeps what a step measured, {name: scalar on the device}, for `fetch`."""
+        """Keeps the measurements of a step, {name: scalar on the device}, for `fetch`."""
         self.pending.append((step, values))
         self.bar.update()
 
@@ -72,7 +72,7 @@ class Writer:
         return fetched
 
     def log(self, fetched: list[tuple[int, dict]], batch_size: int) -> None:
-        """Writes the means over the steps that were taken, and the rate since the last time."""
+        """Writes the means over the unskipped steps, and the rate since the last call."""
         step, now = fetched[-1][0], time.time()
         rate = (step - self.logged) * batch_size / max(now - self.since, 1e-9)
         values = [found for _, found in fetched]
@@ -85,7 +85,7 @@ class Writer:
         self.restart()
 
     def restart(self) -> None:
-        """Begins to measure the rate anew: what took the time until now was no step."""
+        """Restarts the measurement of the rate: the time until now was not spent on steps."""
         self.since = time.time()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -104,7 +104,7 @@ class Writer:
             )
 
     def say(self, line: str) -> None:
-        """Above the bar."""
+        """Prints a line above the bar."""
         if self.events is not None:
             tqdm.write(line, file=sys.stderr)
 
@@ -115,5 +115,5 @@ class Writer:
 
 
 def round_off(value: float) -> float:
-    """Seven significant digits, what float32 has."""
+    """Rounds to seven significant digits, the precision of float32."""
     return float(f"{float(value):.7g}")

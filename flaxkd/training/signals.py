@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves first."""
+"""SIGTERM and Ctrl-C: a run saves before it stops."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ class Stopped(Exception):
 
 
 class stop_signals:
-    """Within it, SIGTERM and Ctrl-C set `asked`, which the loop reads between steps; a second Ctrl-C interrupts."""
+    """In this context, SIGTERM and Ctrl-C set `asked`; the loop reads it between steps. A second Ctrl-C interrupts."""
 
     def __init__(self):
         self.asked = False
@@ -19,7 +19,7 @@ class stop_signals:
             if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.asked = True
-            print(f"\n{signal.Signals(number).name}: saving, then leaving", file=sys.stderr, flush=True)
+            print(f"\n{signal.Signals(number).name}: saving, then stopping", file=sys.stderr, flush=True)
 
         self.before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self

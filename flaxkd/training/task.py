@@ -1,4 +1,4 @@
-"""`Task`: what is trained, and against what. Trainer, planner and benchmark ask it, and know no kind of training."""
+"""`Task`: what is trained, and against what. Trainer, planner and benchmark work with any task."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,31 +9,31 @@ import numpy as np
 
 
 class Network(NamedTuple):
-    """A pipeline that a sheet of samples draws with: the teacher's folder, but for these parts."""
+    """A pipeline for a sheet of samples: the teacher's folder, with these parts replaced."""
 
-    configs: Mapping[str, dict]  # {part: its config.json} of those with another architecture than the teacher's
+    configs: Mapping[str, dict]  # {part: its config.json} of parts unlike the teacher's
     params: Mapping[str, dict]  # {part: tree}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """What is trained, and against what. A function of (config, folder, dtype, mesh) makes one: see flaxkd.tasks.
+    """What is trained, and against what. A function of (config, folder, dtype, mesh) makes it: see flaxkd.tasks.
 
-    batch: what an example is, {name: jax.ShapeDtypeStruct} without the batch axis; the names are those of
+    batch: one example, {name: jax.ShapeDtypeStruct} without the batch axis; the names are those of
         data/loader.py ("images"; "moments", "input_ids").
-    trained: {part: tree} in float32. frozen: {name: tree} in compute precision; no gradient, never saved.
-    prepare(key, batch) -> inputs: all randomness, for the whole batch at once, so that neither the number of devices
-        nor the accumulation changes it. The leaves of inputs have the batch as first axis.
+    trained: {part: tree} in float32. frozen: {name: tree} in compute precision, without gradients, never saved.
+    prepare(key, batch) -> inputs: all randomness, for the whole batch at once: neither the number of devices nor the
+        accumulation changes it. The batch is the first axis of every leaf of inputs.
     loss(trained, frozen, average, inputs) -> (loss, metrics): means over the batch, float32 scalars, no randomness.
         average: the moving average of `trained`, or {} if the run keeps none.
-    configs: {part: its config.json} of the parts that are exported.
+    configs: {part: its config.json} of the exported parts.
     assemble(trained, frozen) -> {part: whole parameters} of at least those parts.
-    columns(trained, frozen) -> {title: Network}: what a sheet of samples shows of these weights; {}: there is none.
-    before(trained, frozen) -> {title: Network}: what it shows beside them and training does not move, called once, with
-        the weights before the first step.
-    finish(trained, held_out) -> {part: config.json}: what only a finished run knows. held_out: a batch of examples.
-    passes: (a UNet's config.json, how often an example goes forward through it, twice that for going back), for
-        estimates; () if it trains no UNet.
+    columns(trained, frozen) -> {title: Network}: what a sheet of samples shows of these weights; {}: no sheet.
+    before(trained, frozen) -> {title: Network}: what it shows beside them, unchanged by training. Called once, with the
+        weights before the first step.
+    finish(trained, held_out) -> {part: config.json}: config known only at the end. held_out: a batch of examples.
+    passes: (a UNet's config.json, forward passes of an example through it, a backward pass counted as two), for
+        estimates; () for a task without a UNet.
     """
 
     batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -53,7 +53,7 @@ class Task:
         return {name: jax.ShapeDtypeStruct((n, *x.shape), x.dtype) for name, x in self.batch.items()}
 
     def random_batch(self, n: int, seed: int) -> dict[str, np.ndarray]:
-        """A batch of n examples for measuring time: unit Gaussian floats, and integers of 0 to 99."""
+        """A batch of n examples for timing: unit Gaussian floats, and integers from 0 to 99."""
         rng = np.random.default_rng(seed)
 
         def sample(x):

