@@ -22,7 +22,7 @@ def solve(
 
     noise_pred_fn: (latents float32[...], timestep float32[]) -> float[...], the UNet's output (noise or v).
     latents: as `schedule.start` says. noise: float32[steps, ...], unit Gaussian, for a sampler that adds some between
-    its steps, else None. Raises ValueError if one has it and the other has not.
+    its steps, else None. Raises ValueError if only one of the two has it.
     """
     if (schedule.noise is None) != (noise is None):
         needs = "draws no noise" if schedule.noise is None else f"needs noise of shape [{len(schedule.noise)}, ...]"
@@ -72,7 +72,7 @@ def text_to_image(
     `schedule` and `guidance` are traced.
 
     modules: the networks of a pipeline, static. condition: that of its family, static (see pretrained/families.py).
-    params: {part: tree}, best on the device already. negative_ids: int32[b, l], the token ids of what not to draw, or
+    params: {part: tree}, preferably on the device. negative_ids: int32[b, l], the token ids of what not to draw, or
     of "". latents: float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the
     equation too, where diffusers ignores `negative_ids`. image_latents: float32[b, h, w, 4] of `image_to_latents`,
     from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073). noise: float32[steps, b,

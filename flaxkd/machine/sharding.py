@@ -1,6 +1,6 @@
 """One mesh and one rule. Axes: `data` splits the batch, `fsdp` splits batch, parameters and optimizer state.
 
-And the precision and the compiler's options of the devices that are there.
+It also knows the precision and the compiler's options of the present devices.
 """
 
 import functools
@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# XLA's libraries for a CPU. YNNPACK does a convolution to 64 channels or fewer on one core: 32x16x16x64 -> 64 takes
-# 5.6 ms on two, and 3.3 ms by what XLA has without it. Reductions are faster with it.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+from flaxkd.machine import cpu
+
 FSDP_MIN_SIZE = 2**20  # elements; smaller tensors cost more to gather than to keep
 
 
@@ -22,22 +21,15 @@ def compute_dtype(name: str | None = None) -> np.dtype:
     return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
-@functools.cache
 def compiler_options(platform: str | None = None) -> dict[str, str]:
-    """For `jax.jit`, on "cpu", "tpu" or "gpu"; None: the devices that are there."""
-    if (platform or jax.default_backend()) != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=CPU_OPTIONS).lower().compile()
-    except jax.errors.JaxRuntimeError:  # they are experimental: another jaxlib may not know them
-        return {}
-    return CPU_OPTIONS
+    """For `jax.jit`, on "cpu", "tpu" or "gpu"; None: the present devices. Call it before anything is lowered."""
+    return cpu.compiler_options() if (platform or jax.default_backend()) == "cpu" else {}
 
 
 def jit(**kwargs) -> Callable:
-    """A decorator: `jax.jit` with the compiler's options, which are known once there are devices, at the first call.
+    """A decorator: `jax.jit` with the compiler's options. They are known at the first call, when there are devices.
 
-    Within another `jax.jit` it is the usual one: options are those of the outermost."""
+    Within another `jax.jit` it is the plain one: the options are those of the outermost."""
 
     def decorate(function):
         @functools.cache
@@ -55,9 +47,9 @@ def jit(**kwargs) -> Callable:
 
 
 def make_mesh(data: int, fsdp: int, on: list | None = None) -> Mesh:
-    """A mesh of all devices, or of those of `on`; -1 for `data` takes what `fsdp` leaves.
+    """A mesh of all devices, or of those in `on`; -1 for `data` takes what `fsdp` leaves.
 
-    Raises ValueError if it does not come out."""
+    Raises ValueError unless the product is the number of devices."""
     devices = jax.device_count() if on is None else len(on)
     rows = devices // fsdp if data == -1 else data
     if rows < 1 or fsdp < 1 or rows * fsdp != devices:
@@ -70,7 +62,7 @@ def make_mesh(data: int, fsdp: int, on: list | None = None) -> Mesh:
 
 
 def local_mesh() -> Mesh:
-    """A mesh of this process's devices alone, for work that processes share out among them without speaking."""
+    """A mesh of this process's devices alone, for work that processes split without communication."""
     devices = np.array(jax.local_devices()).reshape(-1, 1)
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
@@ -85,28 +77,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put(tree, shardings):
-    """Arrays of numpy, the same in every process, on the devices. shardings: one for each leaf, or one for all.
+    """Puts numpy arrays, the same in every process, on the devices. shardings: one for each leaf, or one for all.
 
-    Unlike jax.device_put, it does not send the whole to all processes to see whether they agree."""
+    Unlike jax.device_put, it does not send everything to all processes to check that they agree."""
     place = lambda x, on: jax.make_array_from_callback(x.shape, on, lambda index: np.asarray(x[index]))
     return jax.tree.map(place, tree, jax.tree.broadcast(shardings, tree))
 
 
 def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch this process's devices hold, ascending: int[n]. It has to read no others.
+    """The rows of a global batch on this process's devices, ascending: int[n]. It need not read any others.
 
-    They need not be neighbours: a mesh follows the wires between the devices, and not the hosts that these are in."""
+    They may have gaps: a mesh follows the wires between devices, not the hosts."""
     held = batch(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
 
 
 def fill(x: np.ndarray, each: int, mesh: Mesh) -> np.ndarray:
-    """As many rows as make `each` for every device: the first ones, or all and then the same again."""
+    """Rows of x, cut or repeated from the start to give `each` rows to every device."""
     return np.resize(x, (each * mesh.size, *x.shape[1:]))
 
 
 def put_rows(tree, mesh: Mesh, batch_size: int):
-    """The global batch on the devices, from the `rows` that each process has of it: numpy arrays [n, ...]."""
+    """The global batch on the devices, from each process's own `rows` of it: numpy arrays [n, ...]."""
     mine = rows(mesh, batch_size)
 
     def place(x):
@@ -121,14 +113,14 @@ def put_rows(tree, mesh: Mesh, batch_size: int):
 
 
 def whole(tree, mesh: Mesh):
-    """A tree of arrays on the devices as numpy arrays, in every process, wherever its parts are."""
+    """A tree of arrays on the devices as numpy arrays, complete in every process."""
     if all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
 
 
 def params(mesh: Mesh, tree):
-    """A sharding per leaf: the largest axis that divides goes over `fsdp`, if the tensor is large; else replicated.
+    """A sharding per leaf: `fsdp` splits the largest divisible axis of a large tensor; others are replicated.
 
     tree: anything whose leaves have `.shape`: parameters, optimizer state, EMA, a whole training state."""
 

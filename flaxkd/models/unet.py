@@ -1,7 +1,7 @@
 """The UNet of Stable Diffusion 1.x, 2.x and XL, and of every model pruned from them, in functional Linen.
 
 Its configuration is diffusers' `config.json`; its modules have diffusers' names, so that weights convert by one
-rule (`flaxkd.keys`). Ho et al. 2020, Rombach et al. 2022 (arXiv:2112.10752); diffusers `UNet2DConditionModel`.
+rule (pretrained/keys.py). Ho et al. 2020, Rombach et al. 2022 (arXiv:2112.10752); diffusers `UNet2DConditionModel`.
 """
 
 import dataclasses

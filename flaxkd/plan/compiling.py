@@ -138,7 +138,7 @@ def longest_attention(config, mesh, unet: dict, size: int, dtype) -> str:
     """The form of self-attention at the outermost level of a UNet."""
     outermost = build("unet", unet).config.down[0]
     attend = DotProductAttention(mesh, config.attention)
-    return attend.name(attend.platform, dtype, size**2, size**2, outermost.channels // outermost.heads)
+    return attend.name(dtype, size**2, size**2, outermost.channels // outermost.heads)
 
 
 def _task(config, folder: Folder, dtype, mesh) -> Task:

@@ -15,12 +15,12 @@ from flaxkd.training.task import Task
 
 
 class Health(NamedTuple):
-    """Of the steps so far. usual: float32[], their loss on average; the others int32[], numbers of steps."""
+    """The steps so far. usual: float32[], their mean loss; the others int32[], numbers of steps."""
 
-    usual: jax.Array  # over the good ones, the last MEMORY of them or so
+    usual: jax.Array  # over about the last MEMORY good steps
     good: jax.Array
     skipped: jax.Array
-    in_a_row: jax.Array  # skipped, up to the last step
+    in_a_row: jax.Array  # skipped without a break, up to the last step
 
 
 MEMORY = 100  # steps
@@ -100,9 +100,10 @@ def judge(health: Health, loss, grad_norm, spike: float | None) -> tuple[jax.Arr
 
 
 def mean(function: Callable, inputs, parts: int):
-    """What `function` gives for a batch, where it gives means over its examples: of `parts` of it, one after another.
+    """`function` of a batch, evaluated on `parts` of it one after another, in the memory of one part.
 
-    inputs: a tree of [b, ...], b a multiple of `parts` times the devices. It takes the memory of one part."""
+    function: inputs -> a tree of means over their examples. inputs: a tree of [b, ...], b a multiple of `parts` times
+    the devices."""
     if parts == 1:
         return function(inputs)
     # Every part takes examples from all devices: the batch axis is split from within.
@@ -119,10 +120,10 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
     """(train_step, evaluate), both compiled once.
 
     train_step(state, frozen, batch, key) -> (state, metrics): one update, or none if `judge` says so; `state` is
-    donated. All randomness is fold_in(key, step), and the key an argument, so that another seed is not another program
-    to compile.
+    donated. All randomness is fold_in(key, step). The key is an argument, since another seed must not compile another
+    program.
     evaluate(trained, frozen, average, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call.
-    It holds no more examples at a time than a training step, so that what fits for one fits for the other.
+    It holds no more examples at a time than a training step: a step that fits has a validation that fits.
     """
     schedule = learning_rate(config)
     shardings = sharding.params(mesh, state)
