@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,8 +18,8 @@ from flaxkd.diffusion import sampling
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import sharding
 from flaxkd.plan import compiling
+from tests.running import ROOT
 
-ROOT = Path(__file__).parent.parent
 FEW = dict(
     num_inference_steps=2, guidance_scale=3.0, progress=False
 )  # two compiled programs: of 1 and 2 pictures

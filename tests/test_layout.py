@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.running import ROOT
+
 FOLDERS = ("flaxkd", "configs", "convert", "tests")
 
 # A folder imports from lines above its own and from itself; the files at the root, the commands, from all of them.

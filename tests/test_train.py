@@ -11,11 +11,11 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
 from PIL import Image
 
 from configs import tiny
 from flaxkd import train
+from tests.running import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
 
 
 @pytest.fixture(scope="module")

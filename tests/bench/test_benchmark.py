@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_configs import load
 
 from flaxkd.bench import benchmark, torch_works, works
 from flaxkd.bench.works import Prepared
 from flaxkd.plan import devices
 from flaxkd.pretrained import Folder
+from tests.test_configs import load
 
 
 def small(tiny_pipeline, **changes):

@@ -10,10 +10,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import EVERY, ROOT, STEPS, finish, records, wait_for
 from jax.sharding import AxisType, Mesh
 
 from flaxkd.machine import sharding
+from tests.running import EVERY, ROOT, STEPS, finish, records, wait_for
 
 MANY = int(os.environ.get("FLAXKD_TEST_PROCESSES", 2))  # of which one dies
 

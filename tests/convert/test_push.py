@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
 from flaxkd import pretrained
+from tests.running import ROOT
 
-ROOT = Path(__file__).parent.parent
 TOKEN = "hf_0123456789"
 
 

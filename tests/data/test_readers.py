@@ -4,7 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_build import (
+
+from flaxkd.data import openmoji, readers, sources
+from flaxkd.data.filters import Recipe
+from tests.data.test_large import (
     CAPTIONS,
     N,
     check_complete,
@@ -17,9 +20,6 @@ from test_build import (
     saved_to_disk,
     tars,
 )
-
-from flaxkd.data import openmoji, readers, sources
-from flaxkd.data.filters import Recipe
 
 
 def parquet(folder):

@@ -8,11 +8,11 @@ import threading
 
 import pytest
 from PIL import Image
-from test_configs import parse
 
 from flaxkd.ablation import runs, table
 from flaxkd.ablation.__main__ import main
 from flaxkd.evaluate import evaluation
+from tests.test_configs import parse
 
 # Does to its workdir what a training does: steps, and an export at the end; fails or waits if a file says so.
 TRAINER = """

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from conftest import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
 
 from configs import small
 from flaxkd import tasks
 from flaxkd.bench import works
 from flaxkd.plan import compiling, devices, table
 from flaxkd.pretrained import Folder
+from tests.running import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
 
 # The text encoder learns to say everything a tenth louder.
 OWN = '''

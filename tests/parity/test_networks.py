@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import perturb
 
 from flaxkd import pretrained, students
 from flaxkd.models.layers import FEATURES, features
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import keys
+from tests.conftest import perturb
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

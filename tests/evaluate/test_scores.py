@@ -8,12 +8,12 @@ import urllib.error
 import numpy as np
 import pytest
 import scipy.linalg
-from conftest import CAPTIONS
 from PIL import Image
 
 from flaxkd.data import prompts
 from flaxkd.drawing import resumable
 from flaxkd.evaluate import fidelity, scores
+from tests.tiny import CAPTIONS
 
 torch = pytest.importorskip("torch")
 

@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import CAPTIONS
 from PIL import Image
 
 from flaxkd import export, pretrained, students
@@ -14,6 +13,7 @@ from flaxkd.drawing import batches
 from flaxkd.evaluate import evaluation, fidelity, scores
 from flaxkd.evaluate.__main__ import main
 from flaxkd.pretrained import Folder
+from tests.tiny import CAPTIONS
 
 FEW = ["--sampler=ddim", "--steps=2", "--batch-size=4"]
 
