@@ -6,6 +6,7 @@ Read `run` from the top: set up, loop, end. What is trained is a `Task` (trainin
 Several processes, on one host or many, all run this; --distributed says that there are others (see machine/hosts.py).
 """
 
+import logging
 import os
 import shlex
 import sys
@@ -311,21 +312,24 @@ def default_workdir(config_filename: str) -> Path:
     return Path("runs", "-".join(filter(None, (Path(file).stem, argument))))
 
 
-def main(_=None) -> None:
-    from absl import flags, logging
-
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes
-    config, workdir = FLAGS.config, FLAGS.workdir
-    workdir = Path(workdir) if workdir else default_workdir(flags.FLAGS["config"].config_filename)
+def main(arguments: list[str] | None = None) -> None:
+    parser = command.parser("flaxkd.train", __doc__, allow_abbrev=False)
+    command.add(parser, "config", required=True)
+    parser.add_argument("--workdir", type=Path, help="folder of the run; default: runs/NAME or runs/NAME-ARGUMENT")
+    hosts.add_arguments(parser)
+    with command.reported():
+        args, config = command.parse(parser, arguments)
+    typed = shlex.join(["python", "-m", "flaxkd.train", *(sys.argv[1:] if arguments is None else arguments)])
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file that it writes
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     status = 0
-    with hosts.together(FLAGS), command.reported():
+    with hosts.together(args), command.reported():
         cpu.keep_memory()
         try:
-            run(config, workdir, shlex.join(["python", "-m", "flaxkd.train", *sys.argv[1:]]))
+            run(config, args.workdir or default_workdir(args.config), typed)
         except Stopped as stopped:
             print(stopped, flush=True)
             status = 143
@@ -333,12 +337,4 @@ def main(_=None) -> None:
 
 
 if __name__ == "__main__":
-    from absl import app, flags
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/small.py", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the run; default runs/NAME or runs/NAME-ARGUMENT")
-    hosts.define_flags()
-    flags.mark_flag_as_required("config")
-    FLAGS = flags.FLAGS
-    app.run(main, argv=command.underscored(sys.argv, FLAGS))
+    main()

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flaxkd import students
@@ -101,26 +100,14 @@ def plan(args: argparse.Namespace) -> list[Run]:
             students.get(student)
             for variant, row in VARIANTS.items():
                 own = dict(zip(OWN, (student, seed, *row), strict=True))
-                options = [f"--config={args.config}"]
-                options += [f"--config.{key}={value}" for key, value in SPARING.items()]
+                options = [f"--config.{key}={value}" for key, value in SPARING.items()]
                 options += args.overrides
                 options += [f"--config.{key}={value}" for key, value in own.items()]
-                config = configuration(options)
+                config = command.configuration(args.config, options)
                 workdir = args.out / f"{student}-{variant}-{seed}"
-                arguments = [*TRAINER, f"--workdir={workdir}", *options]
+                arguments = [*TRAINER, f"--config={args.config}", f"--workdir={workdir}", *options]
                 runs.append(Run(student, variant, seed, workdir, arguments, config))
     return runs
-
-
-def configuration(options: list[str]) -> ConfigDict:
-    """The configuration that flaxkd.train makes of these options. Raises ValueError with what is wrong of them."""
-    values, typed = flags.FlagValues(), ["train", *options]
-    try:
-        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=typed)
-        values(typed)
-    except (AttributeError, OSError, flags.Error) as error:  # the first is a key that does not exist
-        raise ValueError(f"{options[0]} and its overrides cannot be read: {error}") from error
-    return values.config
 
 
 def finished(run: Run) -> bool:
@@ -202,14 +189,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     epilog = f"--config.KEY=VALUE is for all runs. They differ in {', '.join(OWN)}."
     parser = command.parser("flaxkd.ablation", __doc__, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
-    add("--config", required=True, help="of all runs, e.g. configs/small.py")
+    command.add(parser, "config", required=True, help="of all runs, e.g. configs/small.py")
     add("--students", nargs="+", action="extend", help="repeat it for several; default: sd_small and sd_tiny")
     add("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
     add("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
     command.add(parser, "out", default=Path("runs/ablation"), help="default: %(default)s")
-    args, args.overrides = parser.parse_known_args(arguments)
+    args, overrides = parser.parse_known_args(arguments)
+    args.overrides = command.check_overrides(parser, overrides)
     args.students = args.students or ["sd_small", "sd_tiny"]
-    for other in args.overrides:
-        if not (other.startswith("--config.") and "=" in other):
-            parser.error(f"unrecognized argument: {other} (keys of the configuration are --config.KEY=VALUE)")
     return args

@@ -1,13 +1,17 @@
 """What the commands share: their flags, the cache of compiled programs, and how an error is reported."""
 
 import argparse
+import ast
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from flaxkd.machine import files
 
@@ -15,6 +19,7 @@ MODEL = "pipeline folder, hub id (owner/name) or workdir of a training"
 
 # {flag: options of argparse} of those that several commands have. A command may add to them or change them.
 FLAGS = {
+    "config": {"help": "configuration, e.g. configs/small.py; --config.KEY=VALUE overrides a key"},
     "model": {"help": f"{MODEL}; default: the embedded teacher"},
     "teacher": {"help": f"{MODEL}; default: the embedded teacher"},
     "out": {"type": Path, "help": "default: %(default)s"},
@@ -56,17 +61,42 @@ def add(to: argparse._ActionsContainer, *names: str, **options) -> None:
         to.add_argument(f"--{name}", **FLAGS[name] | options)
 
 
-def underscored(arguments: Sequence[str], known) -> list[str]:
-    """Arguments for absl, whose flags have underscores: `--coordinator-address` is `--coordinator_address`.
+def parse(parser: Parser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
+    """The flags of a command with --config, and the configuration with its overrides `--config.key=value`.
 
-    known: the flags of absl."""
+    Raises ValueError like `configuration`."""
+    args, overrides = parser.parse_known_args(arguments)
+    return args, configuration(args.config, check_overrides(parser, overrides))
 
-    def today(arg: str) -> str:
-        flag, equals, value = arg.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        return f"--{name}{equals}{value}" if flag.startswith("--") and name in known else arg
 
-    return [today(arg) for arg in arguments]
+def check_overrides(parser: Parser, overrides: list[str]) -> list[str]:
+    """The arguments left for the configuration. Ends the process if one of them is for nothing."""
+    for before, other in itertools.pairwise(["", *overrides]):
+        value = before.startswith("--config.") and "=" not in before and not other.startswith("-")
+        if not (other.startswith("--config.") or value):
+            parser.error(f"unrecognized argument: {other} (keys of the configuration are --config.KEY=VALUE)")
+    return overrides
+
+
+def configuration(file: str, overrides: Sequence[str]) -> ConfigDict:
+    """The configuration `FILE.py[:ARGUMENT]` with overrides `--config.key=value`, whose keys are then fixed.
+
+    Raises ValueError with the file or key at fault."""
+    values, typed = flags.FlagValues(), ["flaxkd", f"--config={file}", *overrides]
+    if not Path(file.partition(":")[0]).is_file():
+        raise ValueError(f"there is no file {file.partition(':')[0]}: give a configuration, e.g. configs/small.py")
+    try:
+        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=typed)
+        values(typed)
+    except (AttributeError, OSError, flags.Error) as error:  # the first is a key that does not exist
+        reason = str(error).strip()
+        if reason[:1] in ("'", '"') and reason[-1:] == reason[:1]:  # ml_collections quotes what a KeyError says
+            reason = ast.literal_eval(reason)
+        reason = reason.splitlines()
+        # The error of a configuration's own code comes with its traceback.
+        reason = reason[-1:] if any(line.startswith("Traceback") for line in reason) else reason
+        raise ValueError(f"--config={file} and its overrides cannot be read: " + "\n".join(reason)) from error
+    return values.config
 
 
 def keep_compiled_programs() -> None:

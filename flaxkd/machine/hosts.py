@@ -35,15 +35,6 @@ FLAGS = {
 }
 
 
-def define_flags() -> None:
-    """The flags of `together` for a command that uses absl."""
-    from absl import flags
-
-    define = {bool: flags.DEFINE_bool, str: flags.DEFINE_string, int: flags.DEFINE_integer}
-    for name, (kind, meaning) in FLAGS.items():
-        define[kind](name, False if kind is bool else None, meaning)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The same flags for a command that uses argparse."""
     group = parser.add_argument_group("several processes")

@@ -1,6 +1,7 @@
 """The table, against published figures and configurations. Full-size models are but shapes (`eval_shape`)."""
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -247,3 +248,13 @@ def test_printout_names_every_student_and_the_clash(monkeypatch, capsys):
     assert "sd_small = bk_base" in printed and students.CLASH in printed
     assert "1,000   50.0%" in printed
     assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_the_readme_has_the_compute_of_today():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    whole = students.cost(SD15)[1]
+    for student in TABLE:
+        share = students.cost(students.config(student, SD15))[1] / whole
+        for name in student.names:
+            (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
+            assert f"| {share:.1%} |".replace("%", " %") in row, name
