@@ -24,84 +24,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import tiny
 from tests.running import EVERY, ROOT, STEPS
-from tests.tiny import CAPTIONS, SCHEDULER, TEXT, UNET, VAE, clip_tokenizer
-
-
-def perturb(module, seed: int):
-    """Random weights of unit scale, such that no two tensors are alike and no norm is the identity."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-            parameter.copy_(noise / fan_in**0.5 if parameter.ndim > 1 else parameter + 0.2 * noise)
-    return module.eval()
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
-    """A pipeline folder as diffusers writes it: random weights, 8x8 latents, 32x32 pixels. Read only."""
-    torch = pytest.importorskip("torch")
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)  # `perturb` adds to biases that torch itself draws
-    tokenizer = clip_tokenizer(CAPTIONS, max_length=16)
-    n = len(tokenizer)
-    ends = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
-    text = CLIPTextConfig(vocab_size=n, max_position_embeddings=16, **TEXT, **ends)
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    StableDiffusionPipeline(
-        unet=perturb(UNet2DConditionModel(**UNET), 0),
-        vae=perturb(AutoencoderKL(**VAE), 1),
-        text_encoder=perturb(CLIPTextModel(text), 2),
-        tokenizer=tokenizer,
-        scheduler=PNDMScheduler(**SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory) -> Path:
-    """A CLIP of transformers with random weights, as `save_pretrained` writes it."""
-    torch = pytest.importorskip("torch")
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    tokenizer = clip_tokenizer(CAPTIONS, max_length=16)
-    n = len(tokenizer)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    ends = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
-    config = CLIPConfig(
-        text_config=dict(vocab_size=n, max_position_embeddings=16, **sizes, **ends),
-        vision_config=dict(image_size=32, patch_size=8, **sizes),
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def inception():
-    """Stands in for InceptionV3: means of colours in place of features and logits."""
-    torch = pytest.importorskip("torch")
-
-    class Inception(torch.nn.Module):
-        def forward(self, images):
-            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
-            cells = images.float().unfold(2, 16, 16).unfold(3, 16, 16).mean((-1, -2)).flatten(1)
-            return cells, cells / 20
-
-    return Inception()
+    """A pipeline folder with random weights, 8x8 latents, 32x32 pixels. Read only."""
+    return tiny.write(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 # -- Runs: flaxkd.train in a process of its own, since a kill needs one ----------------------------------------------
@@ -171,14 +101,14 @@ def plain(home) -> dict:
     )
     from flaxkd.pretrained import fresh
 
-    vae = VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
+    vae = tiny.VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
     text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     text |= dict(max_position_embeddings=16, projection_dim=8)
     architecture = dict(
         unet=unet,
         vae=vae,
         text_encoder=text,
-        scheduler=SCHEDULER | {"_class_name": "PNDMScheduler"},
+        scheduler=tiny.SCHEDULER | {"_class_name": "PNDMScheduler"},
         vocab_size=520,
     )
     folder = fresh.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)

@@ -8,7 +8,7 @@ from flaxkd import cache
 from flaxkd.data import encoding, loader, sources
 from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder, hub
-from tests.data.test_large import CAPTIONS, N, listed, tars
+from tests.data.image_sets import CAPTIONS, N, listed, tars
 
 TRAINING = ConfigDict(dict(data=dict(resolution=32, random_flip=False)))
 

@@ -1,6 +1,13 @@
-"""A Stable Diffusion of a few kilobytes: its configurations, and a tokenizer."""
+"""A Stable Diffusion of a megabyte: its configurations and weights."""
 
-import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flaxkd import pretrained
+from flaxkd.pretrained import families, fresh
 
 CAPTIONS = ["red apple", "green apple", "grinning face", "flag: Ivory Coast", "it's 12 o'clock"]
 
@@ -29,18 +36,32 @@ SCHEDULER = dict(
 )
 
 
-def clip_tokenizer(captions: list[str], max_length: int):
-    """A CLIP tokenizer whose merges are learnt from the captions."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
+def weights(shapes: dict, seed: int) -> dict:
+    """Random weights of unit scale, such that no two tensors are alike and no norm is the identity."""
+    rng, params = np.random.default_rng(seed), {}
+    for path, like in sorted(flatten_dict(shapes).items()):
+        noise = rng.standard_normal(like.shape, np.float32)
+        if path[-1] in ("kernel", "embedding"):
+            fan_in = np.prod(like.shape[:-1]) if path[-1] == "kernel" else like.shape[-1]
+            params[path] = noise / np.float32(np.sqrt(fan_in))
+        else:
+            params[path] = np.float32(path[-1] == "scale") + np.float32(0.2) * noise
+    return unflatten_dict(params)
 
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=320, end_of_word_suffix="</w>", show_progress=False)
-    words = [word for caption in captions for word in caption.lower().split()]
-    learner.train_from_iterator(words, trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    vocab = {name: i for i, name in enumerate(dict.fromkeys([*names, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+def write(out: Path) -> Path:
+    """Writes the pipeline folder, with every key that those on the hub have."""
+    architecture = {
+        "unet": families.SD15 | UNET,
+        "vae": families.VAE | VAE,
+        "text_encoder": families.CLIP_L | TEXT | {"max_position_embeddings": 16},
+        "scheduler": families.EPSILON | SCHEDULER,
+        "vocab_size": 550,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        source = fresh.write(Path(scratch) / "pipeline", architecture, CAPTIONS, seed=0)
+        parts = {
+            part: (source.config(part), weights(source.shapes(part), seed))
+            for seed, part in enumerate(source.parts)
+        }
+        return pretrained.save(out, source=source, parts=parts)

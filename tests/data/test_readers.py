@@ -7,7 +7,7 @@ import pytest
 
 from flaxkd.data import openmoji, readers, sources
 from flaxkd.data.filters import Recipe
-from tests.data.test_large import (
+from tests.data.image_sets import (
     CAPTIONS,
     N,
     check_complete,

@@ -1,4 +1,4 @@
-"""The forms of attention agree, in value and gradient, with each other and with PyTorch."""
+"""The forms of attention agree with each other, in value and gradient."""
 
 import functools
 
@@ -22,21 +22,6 @@ def inputs(n: int, m: int, heads: int = 2, c: int = 8, dtype=np.float32):
 def value_and_gradients(attention, query, key, value, dy):
     y, backward = jax.vjp(attention, query, key, value)
     return y, *backward(dy)
-
-
-@pytest.mark.parametrize(
-    ("n", "m"), [(512, 512), (1024, 256), (128, 130), (40, 7)]
-)  # blocked, blocked, once, plain
-def test_attention_is_that_of_torch(n, m):
-    torch = pytest.importorskip("torch")
-    arrays = inputs(n, m)
-    ours = jax.jit(lambda *x: value_and_gradients(attention.dot_product_attention, *x))(*arrays)
-    query, key, value, dy = (torch.from_numpy(np.array(x)).transpose(1, 2).requires_grad_() for x in arrays)
-    y = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    y.backward(dy.detach())
-    for a, b in zip(ours, (y, query.grad, key.grad, value.grad), strict=True):
-        b = b.detach().transpose(1, 2).numpy()
-        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
 def test_long_attention_takes_one_head_at_a_time_on_a_cpu_alone():
