@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("FLAXKD_TEST_DEVICES", "4")  # 8: all meshes of test_unet_step.py, in minutes
+os.environ.setdefault("FLAXKD_TEST_DEVICES", "4")  # 8: all meshes of tasks/test_distill.py, in minutes
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={os.environ['FLAXKD_TEST_DEVICES']}"
 )
@@ -25,129 +24,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-STEPS, EVERY = 40, 10  # of a run of `command`, and between its checkpoints
-
-CAPTIONS = ["red apple", "green apple", "grinning face", "flag: Ivory Coast", "it's 12 o'clock"]
-
-UNET = dict(
-    sample_size=8,
-    block_out_channels=(8, 16, 16, 16),
-    layers_per_block=2,
-    norm_num_groups=4,
-    attention_head_dim=2,
-    cross_attention_dim=16,
-)
-VAE = dict(
-    sample_size=32,
-    block_out_channels=(8, 8, 16),
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-    layers_per_block=1,
-    norm_num_groups=4,
-    latent_channels=4,
-)
-TEXT = dict(
-    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16
-)
-SCHEDULER = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-)
-
-
-def perturb(module, seed: int):
-    """Random weights of unit scale, such that no two tensors are alike and no norm is the identity."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-            parameter.copy_(noise / fan_in**0.5 if parameter.ndim > 1 else parameter + 0.2 * noise)
-    return module.eval()
-
-
-def clip_tokenizer(captions: list[str], max_length: int):
-    """A CLIP tokenizer whose merges are learnt from the captions."""
-    import json
-
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=320, end_of_word_suffix="</w>", show_progress=False)
-    words = [word for caption in captions for word in caption.lower().split()]
-    learner.train_from_iterator(words, trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    vocab = {name: i for i, name in enumerate(dict.fromkeys([*names, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+from tests import tiny
+from tests.running import EVERY, ROOT, STEPS
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
-    """A pipeline folder as diffusers writes it: random weights, 8x8 latents, 32x32 pixels. Read only."""
-    torch = pytest.importorskip("torch")
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)  # `perturb` adds to biases that torch itself draws
-    tokenizer = clip_tokenizer(CAPTIONS, max_length=16)
-    n = len(tokenizer)
-    ends = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
-    text = CLIPTextConfig(vocab_size=n, max_position_embeddings=16, **TEXT, **ends)
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    StableDiffusionPipeline(
-        unet=perturb(UNet2DConditionModel(**UNET), 0),
-        vae=perturb(AutoencoderKL(**VAE), 1),
-        text_encoder=perturb(CLIPTextModel(text), 2),
-        tokenizer=tokenizer,
-        scheduler=PNDMScheduler(**SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory) -> Path:
-    """A CLIP of transformers with random weights, as `save_pretrained` writes it."""
-    torch = pytest.importorskip("torch")
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    tokenizer = clip_tokenizer(CAPTIONS, max_length=16)
-    n = len(tokenizer)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    ends = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
-    config = CLIPConfig(
-        text_config=dict(vocab_size=n, max_position_embeddings=16, **sizes, **ends),
-        vision_config=dict(image_size=32, patch_size=8, **sizes),
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def inception():
-    """Stands in for InceptionV3: means of colours in place of features and logits."""
-    torch = pytest.importorskip("torch")
-
-    class Inception(torch.nn.Module):
-        def forward(self, images):
-            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
-            cells = images.float().unfold(2, 16, 16).unfold(3, 16, 16).mean((-1, -2)).flatten(1)
-            return cells, cells / 20
-
-    return Inception()
+    """A pipeline folder with random weights, 8x8 latents, 32x32 pixels. Read only."""
+    return tiny.write(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 # -- Runs: flaxkd.train in a process of its own, since a kill needs one ----------------------------------------------
@@ -217,49 +101,15 @@ def plain(home) -> dict:
     )
     from flaxkd.pretrained import fresh
 
-    vae = VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
+    vae = tiny.VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
     text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     text |= dict(max_position_embeddings=16, projection_dim=8)
     architecture = dict(
         unet=unet,
         vae=vae,
         text_encoder=text,
-        scheduler=SCHEDULER | {"_class_name": "PNDMScheduler"},
+        scheduler=tiny.SCHEDULER | {"_class_name": "PNDMScheduler"},
         vocab_size=520,
     )
     folder = fresh.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)
     return {"teacher": folder.path, "student": ""}
-
-
-def finish(process, code=0, timeout=600) -> str:
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == code, f"exit status {process.returncode}\n{out}\n{err}"
-    return out + err
-
-
-def wait_for(path: Path, process, timeout=600) -> None:
-    end = time.time() + timeout
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < end, f"{path} did not appear"
-        time.sleep(0.002)
-
-
-def state(workdir: Path, step: int = STEPS):
-    """What a checkpoint holds, as numpy arrays."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_bits(a, b):
-    import jax
-
-    pairs = zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
-    different = [jax.tree_util.keystr(path) for (path, x), y in pairs if not np.array_equal(x, y)]
-    assert not different, f"{len(different)} leaves differ: {different[:5]}"

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from test_build import CAPTIONS, N, listed, tars
 
 from flaxkd import cache
 from flaxkd.data import encoding, loader, sources
 from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder, hub
+from tests.data.image_sets import CAPTIONS, N, listed, tars
 
 TRAINING = ConfigDict(dict(data=dict(resolution=32, random_flip=False)))
 

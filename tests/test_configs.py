@@ -13,8 +13,8 @@ from ml_collections import ConfigDict, config_flags
 
 from flaxkd import students
 from flaxkd.training import step
+from tests.running import ROOT
 
-ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text())
 CASES = [(name, None) for name in NAMES] + [("small", "sd15"), ("tiny", "sd15")]
 PUBLISHED = {

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,8 +18,8 @@ from flaxkd.diffusion import sampling
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import sharding
 from flaxkd.plan import compiling
+from tests.running import ROOT
 
-ROOT = Path(__file__).parent.parent
 FEW = dict(
     num_inference_steps=2, guidance_scale=3.0, progress=False
 )  # two compiled programs: of 1 and 2 pictures
@@ -43,13 +42,6 @@ def command(tiny_pipeline, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # puts it back
     few = ["--model", str(tiny_pipeline), "--steps", "2", "--guidance", "3"]
     return lambda *arguments: generate.main([*few, *map(str, arguments)])
-
-
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "before.png"
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)).save(path)
-    return path
 
 
 def levels(a, b) -> int:
@@ -135,31 +127,6 @@ def test_another_size_and_fresh_noise_in_each_step(pipeline):
     (first,), (again,), (other,) = draw(0), draw(0), draw(1)
     assert first.size == (36, 32)
     assert levels(first, again) == 0 and levels(first, other) > 10
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
-def test_image_to_image_is_the_pipeline_of_diffusers(pipeline, tiny_pipeline, picture, sampler):
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
-        tiny_pipeline, requires_safety_checker=False
-    )
-    theirs.set_progress_bar_config(disable=True)
-    if sampler == "ddim":
-        theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
-    image = Image.open(picture).crop((0, 0, 32, 32))
-    pixels = torch.tensor(np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
-    with torch.no_grad():  # it takes latents for a picture too: its own would be drawn around the mean
-        mean = theirs.vae.encode(pixels).latent_dist.mode() * theirs.vae.config.scaling_factor
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    steps = 4 if sampler == "ddim" else 3  # 2 calls of the UNet either way: int(4 * 0.5), int(3 * 0.5) + 1
-    settings = dict(prompt="red apple", num_inference_steps=steps, guidance_scale=3.0, strength=0.5)
-    generator = torch.Generator().manual_seed(0)
-    expected = theirs(image=mean, generator=generator, output_type="np", **settings).images[0]
-    latents = noise.numpy().transpose(0, 2, 3, 1)
-    (ours,) = pipeline(image=image, latents=latents, sampler=sampler, progress=False, **settings)
-    assert ours.info["strength"] == "0.5"
-    assert np.std(expected) > 0.05
-    assert levels(ours, np.round(expected * 255)) <= 1
 
 
 def test_the_words_that_are_cut_are_named(pipeline, monkeypatch):

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 
 from flaxkd.machine import hosts
+from tests.running import ROOT
 
 LAUNCH = ROOT / "launch"
 SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 COMMAND = "python -m flaxkd.train"
 
 
-@pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*SHELL, ROOT / ".ci" / "run"], ids=lambda file: file.name)
 def test_shellcheck_finds_nothing(file):
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent) or shutil.which("shellcheck")
     if shellcheck is None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.running import ROOT
+
 FOLDERS = ("flaxkd", "configs", "convert", "tests")
 
 # A folder imports from lines above its own and from itself; the files at the root, the commands, from all of them.
@@ -45,6 +46,13 @@ def imports(name: str) -> set[str]:
             inside = {f"{node.module}.{alias.name}" for alias in node.names} & OURS
             found |= inside or {node.module}
     return found
+
+
+def skipped_without(name: str) -> set[str]:
+    """The modules that a file asks for with pytest.importorskip."""
+    calls = [node for node in ast.walk(ast.parse(FILES[name].read_text())) if isinstance(node, ast.Call)]
+    asked = [call.args[0] for call in calls if getattr(call.func, "attr", "") == "importorskip"]
+    return {argument.value for argument in asked}
 
 
 def rank(name: str) -> int | None:
@@ -87,6 +95,19 @@ def test_only_tests_import(foreign):
         "diffusers": {RIVAL},
     }
     assert users <= allowed.get(foreign, set())
+
+
+def test_only_tests_of_parity_import_torch():
+    """So that all others run where there is none."""
+    foreign = ("torch", "diffusers", "torchmetrics", "torch_fidelity", "tests.parity")
+    users = {
+        name
+        for name in {*FILES} - OURS
+        for other in imports(name) | skipped_without(name)
+        if any(other == package or other.startswith(f"{package}.") for package in foreign)
+    }
+    assert {"tests.parity.conftest", "tests.parity.test_models"} <= users
+    assert not {name for name in users if not name.startswith("tests.parity.")}
 
 
 @pytest.mark.parametrize("module", [SCORES, RIVAL])

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 
-from conftest import assert_same_bits, finish, records, state, wait_for
+from tests.running import assert_same_bits, finish, records, state, wait_for
 
 KILLS = int(os.environ.get("FLAXKD_SOAK", "2"))
 EVERY = 20  # steps between checkpoints

@@ -9,13 +9,12 @@ import re
 import shutil
 import signal
 
-import numpy as np
 import pytest
-from conftest import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
 from PIL import Image
 
 from configs import tiny
 from flaxkd import train
+from tests.running import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +66,6 @@ def test_the_teacher_is_not_in_the_checkpoint(finished):
     assert set(saved) == {"step", "params", "opt_state", "ema", "health"}
     assert set(saved["params"]) == set(saved["ema"]) == {"unet"}
     assert "mid_block" not in saved["params"]["unet"]  # of sd_tiny's teacher alone
-
-
-def test_the_export_loads_in_diffusers_with_the_averaged_weights(finished):
-    torch = pytest.importorskip("torch")
-    from diffusers import StableDiffusionPipeline
-
-    workdir, _ = finished
-    pipeline = StableDiffusionPipeline.from_pretrained(workdir / "diffusers", torch_dtype=torch.float32)
-    assert pipeline.unet.config.mid_block_type is None and len(pipeline.unet.down_blocks) == 3
-    kernel = state(workdir)["ema"]["unet"]["conv_in"]["kernel"]
-    weight = pipeline.unet.conv_in.weight.detach().numpy()
-    np.testing.assert_array_equal(weight, np.asarray(kernel).transpose(3, 2, 0, 1).astype(np.float16))
 
 
 def test_kill_minus_9_and_resume_equal_an_uninterrupted_run(finished_plain, plain, command, tmp_path):

@@ -81,3 +81,18 @@ def test_a_configuration_that_is_cut_off_names_its_file(tiny_pipeline, tmp_path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"unet/config\.json is missing: .* not a whole pipeline folder"):
         folder.module("unet")
+
+
+def test_the_published_architectures_have_their_published_sizes():
+    parts = ("unet", "text_encoder", "vae")
+    sizes = {
+        name: tuple(families.count(part, getattr(row, part)) for part in parts)
+        for name, row in ARCHITECTURES.items()
+    }
+    assert sizes == {
+        "sd15": (859_520_964, 123_060_480, 83_653_863),
+        "sd21_base": (865_910_724, 340_387_840, 83_653_863),
+        "sd21": (865_910_724, 340_387_840, 83_653_863),
+    }
+    assert families.published("CompVis/stable-diffusion-v1-4") is ARCHITECTURES["sd15"]
+    assert families.published(None) is families.published("somebody/else") is None

@@ -1,0 +1,136 @@
+"""The benchmark: honest turns, and a table that says what was measured."""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from flaxkd.bench import benchmark, torch_works, works
+from flaxkd.bench.works import Prepared
+from flaxkd.pretrained import Folder
+from tests.test_configs import load
+
+
+def small(tiny_pipeline, **changes):
+    config = load("small")
+    config.teacher, config.batch_size = str(tiny_pipeline), 4
+    config.update(changes)
+    return config
+
+
+def test_a_benchmark_times_every_work_of_everybody(tiny_pipeline, tmp_path, monkeypatch):
+    """All but the work itself, which compiles for minutes: the last test and parity/ look at that."""
+    done = []
+
+    def prepared(subject, work, by=benchmark.OURS):
+        ours = by == benchmark.OURS
+        flops = {"denoise": 2e9, "train": 4e9}.get(work) if ours else None
+        return Prepared(lambda: done.append((subject.name, work, by)), 1.0, flops, flops and 2**20)
+
+    monkeypatch.setattr(works, "prepare", prepared)
+    monkeypatch.setattr(torch_works, "prepare", prepared)
+    result = benchmark.run(
+        small(tiny_pipeline),
+        names=["sd_tiny"],
+        against=[torch_works.EAGER],
+        unet={"norm_num_groups": 8},
+        rounds=5,
+        steps=2,
+        out=tmp_path,
+    )
+    models = [(row["model"], row["by"]) for row in result["rows"]]
+    assert models == [(m, by) for m in ("teacher", "sd_tiny") for by in ("flaxkd", "torch eager")]
+    assert len(done) == 5 * len(models) * len(works.WORKS)
+    for work in works.WORKS:
+        for row in result["rows"]:
+            assert len(row[work]["all_seconds"]) == 5
+            assert row[work]["seconds"] == np.median(row[work]["all_seconds"])
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+    text = (tmp_path / "bench.md").read_text()
+    assert "| teacher | torch eager |" in text and "norm_num_groups 8" in text
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_who_is_compared_takes_turns(monkeypatch):
+    order, clock = [], iter(np.arange(0, 100, 0.5))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    ready = {name: Prepared(lambda name=name: order.append(name), 0.0) for name in "ab"}
+
+    class Bar:
+        update = staticmethod(lambda: None)
+
+    assert benchmark.interleaved(ready, 3, Bar) == {"a": [0.5] * 3, "b": [0.5] * 3}
+    assert order == list("ababab")
+
+
+def rows() -> list[dict]:
+    def row(model, by, seconds, flops):
+        work = {"all_seconds": [seconds] * 5, "seconds": seconds, "first_seconds": 9.0}
+        of = lambda flops: {**work, "flops": flops, "peak_bytes": flops and 3 * 2**20}
+        return {
+            "model": model,
+            "by": by,
+            "parameters": 1234567,
+            "denoise": of(flops and 4e9),
+            "image": of(None),
+            "train": of(flops),
+        }
+
+    return [row("teacher", "flaxkd", 2.0, 6e9), row("sd_small", "flaxkd", 1.0, 8.4e9),
+            row("sd_small", "torch eager", 1.5, None)]  # fmt: skip
+
+
+def test_what_follows_from_the_measures():
+    teacher, student, torch = benchmark.derive(rows(), 4, peak=84e9)
+    assert teacher["train"]["of_least"] == pytest.approx(6 / (3 * 2))
+    assert student["train"]["of_least"] == pytest.approx(8.4 / (2 + 3 * 2))
+    assert student["train"]["of_peak"] == pytest.approx(0.1) and "of_peak" not in torch["train"]
+    assert student["image"]["images_per_second"] == 4 and torch["train"]["images_per_second"] == 4 / 1.5
+
+
+def test_the_table_has_ratios_only_against_somebody(tmp_path):
+    every = benchmark.derive(rows(), 4, None)
+    text = benchmark.markdown({"settings": {"machine": "two cores"}, "rows": every})
+    assert "| sd_small | torch eager | 1.50 | 1.50 | 1.50 |" in text
+    assert "| sd_small | 1,234,567 | 4.0 | 3 | 8.4 | 1.050 | 3 |" in text and "peak |" not in text
+    alone = benchmark.markdown({"settings": {}, "rows": every[:2]})
+    assert "divided" not in alone and "| by |" not in alone
+    benchmark.write(tmp_path, {"settings": {}, "rows": every})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+
+
+def refused(tiny_pipeline, match: str, changes=(), **options):
+    arguments = dict(names=[], against=[], unet={}, rounds=5, steps=2, out=Path("nowhere"))
+    with pytest.raises(ValueError, match=match):
+        benchmark.run(small(tiny_pipeline, **dict(changes)), **arguments | options)
+
+
+def test_what_cannot_be_measured_is_refused_before_any_compute(tiny_pipeline):
+    refused(tiny_pipeline, "rounds = 4", rounds=4)
+    refused(tiny_pipeline, "unknown student 'sd_smal'", names=["sd_smal"])
+    refused(tiny_pipeline, "--unet: unknown widths", unet={"widths": [8]})
+    refused(tiny_pipeline, "of ema_decay", {"ema_decay": 0.9}, against=[torch_works.EAGER])
+    with pytest.raises(ValueError, match="'\\[64' is not JSON"):
+        benchmark.changes(["block_out_channels=[64"])
+    assert benchmark.changes(["block_out_channels=[64]", "sample_size=8"]) == {
+        "block_out_channels": [64],
+        "sample_size": 8,
+    }
+
+
+def test_the_training_step_costs_little_more_than_it_must(monkeypatch):
+    """Of the miniature, by XLA's count before compilation, which the compiled program's is within 1 % of."""
+    flops = {}
+    config = load("small")
+    config.batch_size = jax.device_count()
+    subject = works.subject("sd_small", config, Folder.open(None), steps=2)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: lowered)
+    flops["step"] = works._train(subject)[1].cost_analysis()["flops"]
+    for name in ("teacher", "sd_small"):
+        student = works.subject(name, config, Folder.open(None), steps=2)
+        flops[name] = works._denoise(student)[1].cost_analysis()["flops"] / 2
+    assert 1 < flops["step"] / (flops["teacher"] + 3 * flops["sd_small"]) < 1.05

@@ -1,0 +1,44 @@
+"""A pipeline becomes a workdir, whose export is that pipeline."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from convert import from_diffusers
+from flaxkd import export
+from tests.export.trainings import same, tensors
+
+
+def test_a_converted_folder_can_be_moved(tiny_pipeline, tmp_path):
+    from_diffusers.convert(str(tiny_pipeline), tmp_path / "converted")
+    moved = shutil.move(tmp_path / "converted", tmp_path / "moved")
+    export.export(moved, tmp_path / "back", np.float16)
+    half = {p: {k: x.astype(np.float16) for k, x in t.items()} for p, t in tensors(tiny_pipeline).items()}
+    assert same(tensors(tmp_path / "back"), half)
+
+
+def test_from_diffusers_says_what_it_wrote(tiny_pipeline, tmp_path, capsys):
+    from_diffusers.main(["--model", str(tiny_pipeline), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    for part, stored in tensors(tiny_pipeline).items():
+        assert (
+            f"{len(stored)} tensors" in said
+            and f"{sum(x.size for x in stored.values()):,} parameters" in said
+        ), part
+
+
+def test_from_diffusers_keeps_what_is_there(tiny_pipeline, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(SystemExit, match=r"^error: .* not empty"):
+        from_diffusers.main(["--model", str(tiny_pipeline), "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_from_diffusers_refuses_a_pickle_without_a_trace(tiny_pipeline, tmp_path):
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    path = model / "vae" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(SystemExit, match=r"^error: .*pickle"):
+        from_diffusers.main(["--model", str(model), "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

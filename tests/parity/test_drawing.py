@@ -1,0 +1,80 @@
+"""Pictures are those that the pipelines of diffusers draw."""
+
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+from PIL import Image
+
+from flaxkd.diffusion import samplers, sampling
+from flaxkd.drawing.pipeline import Pipeline
+from flaxkd.pretrained import Folder
+from tests.test_generate import levels
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dpmsolver++"])
+def test_the_same_picture_as_diffusers_from_the_same_latents(diffusers_pipeline, kind):
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(diffusers_pipeline)
+    scheduler = diffusers.DDIMScheduler if kind == "ddim" else diffusers.DPMSolverMultistepScheduler
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    prompts = ["red apple", "grinning face"]
+    expected = pipeline(
+        prompts,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=torch.tensor(latents.transpose(0, 3, 1, 2)),
+        output_type="np",
+    ).images
+
+    folder = Folder.open(diffusers_pipeline)
+    modules, params = {}, {}
+    for part in folder.parts:
+        modules[part], params[part] = folder.load(part)
+    drawn = sampling.text_to_image(
+        FrozenDict(modules),
+        folder.family.condition,
+        params,
+        input_ids=folder.tokenize(prompts),
+        negative_ids=folder.tokenize(["", ""]),
+        latents=latents,
+        schedule=samplers.schedule(kind, folder.config("scheduler"), 4),
+        guidance=3.0,
+    )
+    assert np.std(expected) > 0.05  # not a blank picture
+    np.testing.assert_allclose(drawn, expected, atol=2e-3)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "before.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+def test_image_to_image_is_the_pipeline_of_diffusers(diffusers_pipeline, picture, sampler):
+    pipeline = Pipeline.from_pretrained(diffusers_pipeline)
+    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
+        diffusers_pipeline, requires_safety_checker=False
+    )
+    theirs.set_progress_bar_config(disable=True)
+    if sampler == "ddim":
+        theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    image = Image.open(picture).crop((0, 0, 32, 32))
+    pixels = torch.tensor(np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
+    with torch.no_grad():  # it takes latents for a picture too: its own would be drawn around the mean
+        mean = theirs.vae.encode(pixels).latent_dist.mode() * theirs.vae.config.scaling_factor
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    steps = 4 if sampler == "ddim" else 3  # 2 calls of the UNet either way: int(4 * 0.5), int(3 * 0.5) + 1
+    settings = dict(prompt="red apple", num_inference_steps=steps, guidance_scale=3.0, strength=0.5)
+    generator = torch.Generator().manual_seed(0)
+    expected = theirs(image=mean, generator=generator, output_type="np", **settings).images[0]
+    latents = noise.numpy().transpose(0, 2, 3, 1)
+    (ours,) = pipeline(image=image, latents=latents, sampler=sampler, progress=False, **settings)
+    assert ours.info["strength"] == "0.5"
+    assert np.std(expected) > 0.05
+    assert levels(ours, np.round(expected * 255)) <= 1

@@ -1,0 +1,113 @@
+"""Pipeline folders: what diffusers wrote is read, what is written diffusers reads."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from flaxkd import pretrained
+from flaxkd.pretrained import Folder, keys
+from tests.pretrained.test_folder import weights
+from tests.pretrained.test_writing import shifted
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+# Capitals, spaces, digits, apostrophes, nothing, accents, symbols, too many words.
+PROMPTS = ["red apple", "Woman's  HAT, 12 o'clock", "", "Côte d'Ivoire \N{WHITE MEDIUM STAR}", "apple " * 40]
+
+
+@pytest.fixture
+def copy(diffusers_pipeline, tmp_path) -> Path:
+    return Path(shutil.copytree(diffusers_pipeline, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def exported(diffusers_pipeline, tmp_path_factory) -> tuple[Path, dict]:
+    return shifted(diffusers_pipeline, tmp_path_factory.mktemp("exported") / "pipeline")
+
+
+@pytest.mark.parametrize("part", pretrained.PARTS)
+def test_load_gives_every_tensor_of_the_file(diffusers_pipeline, part):
+    module, params = Folder.open(diffusers_pipeline).load(part)
+    stored = load_file(weights(diffusers_pipeline, part))
+    ours = {key.removeprefix("text_model."): x for key, x in keys.to_tensors(params).items()}
+    assert ours.keys() == {key.removeprefix("text_model.") for key in stored}
+    assert all(np.array_equal(ours[key.removeprefix("text_model.")], stored[key]) for key in stored)
+    assert all(x.flags.c_contiguous and x.dtype == np.float32 for x in jax.tree.leaves(params))
+    assert isinstance(module, pretrained.PARTS[part][0])
+
+
+def test_a_pickle_is_refused_with_the_remedy(copy):
+    path = weights(copy, "unet")
+    torch.save(torch.nn.Linear(1, 1).state_dict(), path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"pickle \(diffusion_pytorch_model\.bin\)") as error:
+        Folder.open(copy).load("unet")
+    assert "save_pretrained(" in str(error.value) and str(copy) in str(error.value)
+    path.with_suffix(".bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors"):
+        Folder.open(copy).load("unet")
+
+
+def test_token_ids_are_those_of_the_diffusers_pipeline(diffusers_pipeline):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(diffusers_pipeline / "tokenizer")
+    expected = theirs(
+        PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="np"
+    ).input_ids
+    ids = Folder.open(diffusers_pipeline).tokenize(PROMPTS)
+    assert ids.dtype == np.int32 and ids.shape == (len(PROMPTS), 16)
+    assert np.array_equal(ids, expected)
+    assert len(set(map(tuple, ids))) == len(PROMPTS)
+
+
+def test_the_two_formats_of_a_tokenizer_agree(diffusers_pipeline, exported, tmp_path):
+    older = tmp_path / "tokenizer"  # as all folders on the hub from before transformers 5
+    shutil.copytree(exported[0] / "tokenizer", older)
+    (older / "tokenizer.json").unlink()
+    ids = [
+        Folder(folder).tokenize(PROMPTS)
+        for folder in (diffusers_pipeline, tmp_path)
+    ]
+    assert np.array_equal(*ids)
+
+
+def test_a_saved_folder_loads_in_diffusers_with_every_tensor_equal(diffusers_pipeline, exported, caplog, recwarn):
+    out, params = exported
+    caplog.set_level(logging.WARNING)
+    for name in ("diffusers", "transformers"):
+        logging.getLogger(name).addHandler(caplog.handler)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(out)
+    for name in ("diffusers", "transformers"):
+        logging.getLogger(name).removeHandler(caplog.handler)
+    said = caplog.text + " ".join(str(w.message) for w in recwarn)
+    assert not [
+        word for word in ("newly initialized", "were not used", "MISSING", "UNEXPECTED") if word in said
+    ]
+
+    expected = keys.to_tensors(params)
+    state = theirs.unet.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(np.array_equal(state[key].numpy(), expected[key]) for key in expected)
+    for part in ("vae", "text_encoder"):
+        expected = load_file(weights(diffusers_pipeline, part))
+        state = getattr(theirs, part).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(np.array_equal(state[key].numpy(), expected[key]) for key in expected)
+    assert theirs.scheduler.config.steps_offset == 1
+    assert (
+        theirs.tokenizer("red apple").input_ids
+        == Folder.open(diffusers_pipeline).tokenizer("red apple").input_ids
+    )
+    assert theirs.vae_scale_factor == 4
+    assert (out / "README.md").read_text() == "# card\n"
+
+
+def test_text_encoder_files_have_the_prefix_that_transformers_4_needs(exported):
+    assert all(key.startswith("text_model.") for key in load_file(weights(exported[0], "text_encoder")))

@@ -1,0 +1,106 @@
+"""Samplers are those of diffusers, with and without a picture to begin with."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxkd.diffusion import samplers, sampling
+from tests.diffusion.stand_ins import (
+    CONFIGS,
+    GAIN,
+    KINDS,
+    LATENTS,
+    LEADING,
+    NEGATIVE,
+    NOISE,
+    PARAMS,
+    POSITIVE,
+    SCHEDULERS,
+    STAND_INS,
+    TABLE,
+    model,
+    noise_of,
+    solve,
+)
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+REFUSED_CONFIGS = {("pndm", "defaults"), ("pndm", "zero_snr")}  # see REFUSED of diffusion/test_sampling.py
+CASES = [(kind, config) for kind in KINDS for config in CONFIGS if (kind, config) not in REFUSED_CONFIGS]
+
+
+def diffusers_scheduler(kind, config, steps):
+    scheduler = getattr(diffusers, SCHEDULERS[kind]).from_config(config)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def diffusers_solve(scheduler, noise_pred_fn, latents, begin=0):
+    """The loop of diffusers' pipelines, on latents that `begin` or init_noise_sigma has been applied to already."""
+    name, drawn = type(scheduler).__module__, iter(NOISE)
+    with pytest.MonkeyPatch.context() as patch:
+        if "ancestral" in name:
+            patch.setattr(f"{name}.randn_tensor", lambda *_, **__: torch.from_numpy(next(drawn)))
+        for t in scheduler.timesteps[begin:]:
+            noise_pred = noise_pred_fn(scheduler.scale_model_input(latents, t), t)
+            latents = scheduler.step(noise_pred, t, latents).prev_sample
+    return latents.numpy()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 25])
+@pytest.mark.parametrize(("kind", "config"), CASES)
+def test_equals_diffusers(kind, config, steps):
+    scheduler = diffusers_scheduler(kind, CONFIGS[config], steps)
+    schedule = samplers.schedule(kind, CONFIGS[config], steps)
+    np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps)
+    latents = torch.from_numpy(LATENTS) * scheduler.init_noise_sigma
+    expected = diffusers_solve(scheduler, functools.partial(model, torch), latents)
+    assert schedule.start[0] == 0
+    # Without signal at the start, diffusers' Euler has latents as large as 4096, and so its float32 errors are.
+    atol = 1e-3 if scheduler.init_noise_sigma > 1000 else 1e-4
+    drawn = solve(schedule.start[1] * LATENTS, schedule, noise_of(schedule))
+    np.testing.assert_allclose(drawn, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.85, 0.3])
+@pytest.mark.parametrize("config", ["leading", "linspace", "sd21"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_to_image_equals_diffusers(kind, config, strength):
+    """As its pipeline does it: strength 0.85 leaves 5 of 6 steps, 0.3 leaves 1, of PNDM one more."""
+    scheduler = diffusers_scheduler(kind, CONFIGS[config], 6)
+    begin = 6 - int(6 * strength)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    data = np.tanh(LATENTS[::-1]).copy()
+    first = scheduler.timesteps[begin : begin + 1].repeat(2)
+    latents = scheduler.add_noise(torch.from_numpy(data), torch.from_numpy(LATENTS), first)
+    expected = diffusers_solve(scheduler, functools.partial(model, torch), latents, begin)
+    schedule = samplers.schedule(kind, CONFIGS[config], 6, strength)
+    np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps[begin:])
+    start = schedule.start[0] * data + schedule.start[1] * LATENTS
+    np.testing.assert_allclose(solve(start, schedule, noise_of(schedule)), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 7.5])
+def test_text_to_image_is_the_pipeline_of_diffusers(kind, guidance):
+    text = {name: torch.from_numpy(TABLE[ids].mean(1)) for name, ids in (("+", POSITIVE), ("-", NEGATIVE))}
+
+    def noise_pred(latents, t):
+        positive, negative = (
+            latents * t / 1000 + torch.tanh(latents + GAIN * text[sign][:, None, None]) / 9 for sign in "+-"
+        )
+        return negative + guidance * (positive - negative)
+
+    scheduler = diffusers_scheduler(kind, LEADING, 6)
+    latents = diffusers_solve(scheduler, noise_pred, torch.from_numpy(LATENTS) * scheduler.init_noise_sigma)
+    expected = (np.kron(latents[..., :3] / 3, np.ones((2, 2, 1))) / 2 + 0.5).clip(0, 1)
+    schedule = samplers.schedule(kind, LEADING, 6)
+    arguments = PARAMS, POSITIVE, NEGATIVE, LATENTS, schedule, guidance
+    images = sampling.text_to_image(*STAND_INS, *arguments, noise=noise_of(schedule))
+    assert images.dtype == jnp.float32
+    assert (expected % 1 > 0).mean() > 0.3  # the rest is clipped to 0 or 1, which would hide a difference
+    np.testing.assert_allclose(images, expected, atol=1e-4)
