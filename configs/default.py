@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # The machine.
     config.dtype = placeholder(str)  # of the compute; None: "bfloat16" on accelerators, "float32" on CPU
     config.remat = False  # recompute blocks in the backward pass: less memory, a third more compute for what is trained
-    # of long self-attention: "plain", "once", "blocked", "splash" (TPU) or "cudnn" (GPU); None: chosen for the device
+    # of long self-attention: "plain", "blocked", "splash" (TPU) or "cudnn" (GPU); None: chosen for the device
     config.attention = placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all the others
     # A CPU counts as this many devices: 2 on 2 cores may train a little faster. But XLA's collectives may then wait
