@@ -1,7 +1,8 @@
-"""What speeds up a CPU: the compiler's options, the form of convolutions, and what becomes of memory.
+"""What speeds up a CPU: the compiler's options, the form of convolutions, and memory that is kept.
 
-Nothing else of flaxkd knows of it, and nothing here changes a result by more than rounding. Every figure is of two
-cores and float32. "The miniature" is the distillation step of sd_small with the embedded teacher.
+The rest of flaxkd knows nothing of it, and nothing here changes a result by more than rounding. Figures are for two
+cores and float32. "The miniature" is the distillation step of sd_small with the embedded teacher. docs/log.md has what
+was measured, and what did not help.
 """
 
 import ctypes
@@ -12,34 +13,34 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-# YNNPACK takes reductions with what goes into them, and not convolutions, of which XLA's own are faster. Measured: the
-# miniature's step with 16 images takes 412 ms by default and 381 so, with 4 images there is no difference; a call of
-# SD1.5's UNet with 2 latents 18.6 and 13.7 s.
+# YNNPACK fuses reductions with their inputs; convolutions stay XLA's own, which are faster. Measured: the miniature's
+# step with 16 images takes 412 ms with the default options and 381 with these, with 4 images there is no difference; a
+# call of SD1.5's UNet with 2 latents takes 18.6 and 13.7 s.
 OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-SMALL = 2 * 2  # positions of a map, up to which a convolution is a matrix product over gathered patches
+SMALL = 2 * 2  # positions; a convolution of so small a map is a matrix product over gathered patches
 NHWC = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # and HWIO
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of malloc.h
 
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """For `jax.jit`; empty if this XLA does not know them. From now on, convolutions are lowered by `_convolution`."""
+    """For `jax.jit`; empty if this XLA does not know them. The first call also installs `_convolution` as lowering."""
     try:
         from jax._src.lax.convolution import _conv_general_dilated_lower as default
-    except ImportError:  # it is JAX's own affair: without it, convolutions are slower
+    except ImportError:  # a private name of JAX: without it, convolutions are slower
         pass
     else:
         rule = functools.partial(_convolution, default)
         mlir.register_lowering(jax.lax.conv_general_dilated_p, rule, platform="cpu")
     try:
         jax.jit(lambda: 0, compiler_options=OPTIONS).lower().compile()
-    except jax.errors.JaxRuntimeError:  # they are experimental: another jaxlib may not know them
+    except jax.errors.JaxRuntimeError:  # experimental: another jaxlib may not know them
         return {}
     return OPTIONS
 
 
 def _convolution(default, ctx, lhs, rhs, **params):
-    """Lowers a convolution, or the gradient of one, for a CPU: `default` is what JAX has for all platforms."""
+    """Lowers a convolution, or the gradient of one, for a CPU. default: JAX's own rule for all platforms."""
     numbers = params["dimension_numbers"]
     if lhs.type.rank != 4 or params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
         return default(ctx, lhs, rhs, **params)
@@ -59,10 +60,10 @@ NAMED = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision
 
 
 def _as_nhwc(form, numbers, x, kernel):
-    """`form` of axes in the order NHWC and HWIO, which is the one that XLA's fast convolution takes.
+    """`form` with axes in the order NHWC and HWIO, which XLA's fast convolution needs.
 
-    XLA turns axes itself, but never within a loop, where a gradient then has the slow one: of 3x3x320x320 over a map
-    of 32x32, 3,239 ms in `lax.scan` and 111 ms outside."""
+    XLA reorders axes itself, but never within a loop, where a gradient therefore runs the slow convolution: 3x3x320x320
+    over a map of 32x32 takes 3,239 ms in `lax.scan` and 111 ms outside."""
     lhs, rhs, out = numbers
     y = form(x.transpose(lhs[0], *lhs[2:], lhs[1]), kernel.transpose(*rhs[2:], rhs[1], rhs[0]))
     order = out[0], *out[2:], out[1]
@@ -70,7 +71,7 @@ def _as_nhwc(form, numbers, x, kernel):
 
 
 def _patches(padding, x, kernel):
-    """float[b, h, w, c] by float[kh, kw, c, d], as a product of matrices: for maps of which XLA makes too little.
+    """float[b, h, w, c] by float[kh, kw, c, d] as a matrix product, for maps too small to keep XLA's threads busy.
 
     Measured: the miniature's step with 4 images takes 183 ms without it and 150 with it, with 16 images 523 and 381.
     SD1.5 has no such map at 512 pixels."""
@@ -83,12 +84,12 @@ def _patches(padding, x, kernel):
 
 
 def keep_memory() -> None:
-    """Lets a training step on a CPU have the memory of the step before. To be called before there are devices.
+    """Lets each training step reuse the memory of the step before. Call it before there are devices.
 
-    glibc gives large blocks back, and they are faulted in again page by page. It keeps them for the main thread alone,
-    which is where XLA computes unless dispatch is asynchronous. Processes that wait for each other are left as they
-    are. Measured: the miniature's step with 16 images takes 392 ms without it and 307 with it; a call of SD1.5's UNet
-    takes as long as before."""
+    glibc returns large blocks to the system, which then faults them in again page by page. It keeps them for the main
+    thread alone; XLA computes there once dispatch is synchronous. Processes that wait for each other are left alone.
+    Measured: the miniature's step with 16 images takes 392 ms without it and 307 with it; a call of SD1.5's UNet takes
+    as long as before."""
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)

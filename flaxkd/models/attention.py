@@ -1,7 +1,7 @@
 """softmax(q k^T / sqrt(c)) v, in the form that pays on a device at a shape: `choose` is the one place that decides.
 
-Every form is equal to `plain` in value and gradient. What they differ in is q k^T, n m numbers for each head of each
-example: `plain` keeps it for the backward pass, the others compute it again, a block at a time.
+Every form equals `plain` in value and gradient. They differ in q k^T, which has n m numbers for each head of each
+example: `plain` keeps it for the backward pass, the others recompute it block by block.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-LONG = 1024**2  # n m, from which on a form without q k^T pays
-QUERIES = 256  # of a block on a CPU, at most
-TILE = 512  # tokens of a block of the TPU kernel, at most
-LANES = 128  # that a TPU's registers have: a block is a multiple
+LONG = 1024**2  # n m; from here on, a form without q k^T pays
+QUERIES = 256  # in a block on a CPU, at most
+TILE = 512  # tokens in a block of the TPU kernel, at most
+LANES = 128  # of a TPU's registers: a block is a multiple
 CUDNN_CHANNELS = 128  # of a head, at most, before Hopper
 
 
@@ -35,9 +35,9 @@ def choose(platform: str, dtype, n: int, m: int, c: int) -> str:
 class DotProductAttention:
     """q float[b, n, heads, c], k and v float[b, m, heads, c] -> float[b, n, heads, c]; the softmax is in float32.
 
-    mesh: the devices, over all of which b is split: XLA can split neither a kernel nor a loop by itself. None: nothing
-    is known of them, and the form is `plain`.
-    form: a name in FORMS in place of what `choose` says, where q k^T is large. None: as it says.
+    mesh: the devices; b is split over all of them, since XLA can split neither a kernel nor a loop by itself. None: the
+    devices are unknown, and the form is `plain`.
+    form: a name in FORMS that replaces the choice of `choose` where q k^T is large. None: its choice.
     Raises ValueError for a form that is unknown, or a kernel that is not for the mesh's devices.
     """
 
@@ -59,12 +59,10 @@ class DotProductAttention:
         return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
     def name(self, dtype, n: int, m: int, c: int) -> str:
-        """Of the form that it takes: see `choose`."""
+        """The name of its form for these shapes: see `choose`."""
         if self.platform is None:
             return self.form or "plain"
-        return (
-            self.form if self.form and n * m >= LONG else choose(self.platform, dtype, n, m, c)
-        )
+        return self.form if self.form and n * m >= LONG else choose(self.platform, dtype, n, m, c)
 
     def __call__(self, query, key, value, *, upcast: bool = False, mask=None) -> jax.Array:
         """`upcast` takes the products q k^T in float32 too (`upcast_attention` of SD 2.1), as the kernels always do;
@@ -86,9 +84,10 @@ def plain(query, key, value, upcast: bool = False, mask=None) -> jax.Array:
 
 
 def blocked(query, key, value, upcast: bool = False) -> jax.Array:
-    """One head of one example after the other, a few queries at a time: on a CPU, q k^T stays in the cache.
+    """One head of one example at a time, in blocks of queries: on a CPU, q k^T stays in the cache.
 
-    Measured on 2 cores: a call of SD1.5's UNet, with 2 latents of 512 pixels, takes 13.7 s with `plain` and 10.1 so."""
+    Measured on 2 cores: a call of SD1.5's UNet with 2 latents of 512 pixels takes 13.7 s with `plain` and 10.1 with
+    this."""
     heads = _heads_first(query, key, value, upcast)
     b, h, n, c = heads[0].shape
     size = max(d for d in range(1, QUERIES + 1) if n % d == 0)
