@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import linen as nn
 
 from flaxkd.machine import cpu
 from flaxkd.models.layers import Conv
+
+torch = pytest.importorskip("torch")
 
 
 def gradients(module: nn.Conv):

@@ -1,12 +1,15 @@
 """The other side of the benchmark does the same work."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
-from flaxkd.bench import torch_works, works
+from flaxkd.bench import benchmark, torch_works, works
+from flaxkd.bench.works import Prepared
 from flaxkd.pretrained import Folder
-from tests.bench.test_benchmark import small
+from tests.bench.test_benchmark import refused, small
 
 pytest.importorskip("torch")
 
@@ -34,3 +37,40 @@ def test_a_step_in_torch_moves_the_student_alone(tiny_pipeline):
     moved = [not bool((a == b).all()) for a, b in zip(before, after, strict=True)]
     n = len(list(networks.unet.parameters()))
     assert np.isfinite(losses).all() and np.mean(moved[:n]) > 0.9 and not any(moved[n:])
+
+
+def test_a_benchmark_times_every_work_of_everybody(tiny_pipeline, tmp_path, monkeypatch):
+    """All but the work itself, which compiles for minutes: the other tests look at that."""
+    done = []
+
+    def prepared(subject, work, by=benchmark.OURS):
+        ours = by == benchmark.OURS
+        flops = {"denoise": 2e9, "train": 4e9}.get(work) if ours else None
+        return Prepared(lambda: done.append((subject.name, work, by)), 1.0, flops, flops and 2**20)
+
+    monkeypatch.setattr(works, "prepare", prepared)
+    monkeypatch.setattr(torch_works, "prepare", prepared)
+    result = benchmark.run(
+        small(tiny_pipeline),
+        names=["sd_tiny"],
+        against=[torch_works.EAGER],
+        unet={"norm_num_groups": 8},
+        rounds=5,
+        steps=2,
+        out=tmp_path,
+    )
+    models = [(row["model"], row["by"]) for row in result["rows"]]
+    assert models == [(m, by) for m in ("teacher", "sd_tiny") for by in ("flaxkd", "torch eager")]
+    assert len(done) == 5 * len(models) * len(works.WORKS)
+    for work in works.WORKS:
+        for row in result["rows"]:
+            assert len(row[work]["all_seconds"]) == 5
+            assert row[work]["seconds"] == np.median(row[work]["all_seconds"])
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+    text = (tmp_path / "bench.md").read_text()
+    assert "| teacher | torch eager |" in text and "norm_num_groups 8" in text
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_what_the_other_side_has_not_is_refused_before_any_compute(tiny_pipeline):
+    refused(tiny_pipeline, "of ema_decay", {"ema_decay": 0.9}, against=[torch_works.EAGER])

@@ -1,7 +1,6 @@
 """The table, against published figures and configurations. Full-size models are but shapes (`eval_shape`)."""
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from flaxkd.models.layers import features
 from flaxkd.pretrained.families import SD15, SD21
 from flaxkd.students import STUDENTS, TABLE
 from flaxkd.students.__main__ import main
+from tests.running import ROOT
 
 TEACHERS = {"sd15": SD15, "sd21": SD21}
 
@@ -251,7 +251,7 @@ def test_printout_names_every_student_and_the_clash(monkeypatch, capsys):
 
 
 def test_the_readme_has_the_compute_of_today():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     whole = students.cost(SD15)[1]
     for student in TABLE:
         share = students.cost(students.config(student, SD15))[1] / whole
