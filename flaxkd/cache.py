@@ -79,11 +79,7 @@ def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
     for kind, note in (("filtered", ""), ("skipped", ", listed in skipped.jsonl")):
         for reason, count in sorted(made[kind].items(), key=lambda entry: -entry[1]):
             print(f"  {kind} {count:,}: {reason}{note}")
-    flags = (
-        ["configs/small.py:sd15", f"--config.teacher={args.teacher}"]
-        if args.teacher
-        else ["configs/small.py"]
-    )
+    flags = ["configs/small.py:sd15", f"--config.teacher={args.teacher}"] if args.teacher else ["configs/small.py"]
     flags += [f"--config.data.source={args.out}", f"--config.data.resolution={recipe.resolution}"]
     flags += [f"--config.data.random_flip={recipe.flip}"]
     typed = shlex.join(["python", "-m", "flaxkd.train", "--config", *flags])
@@ -123,16 +119,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     hosts.add_arguments(parser)
     group = parser.add_argument_group("what is kept")
     group.add_argument("--min-aesthetic", type=float, help="lowest aesthetic score")
-    group.add_argument(
-        "--min-size", type=int, help="smallest shorter side in pixels, before the source was resized"
-    )
+    group.add_argument("--min-size", type=int, help="smallest shorter side in pixels, before the source was resized")
     group.add_argument("--caption-column", help="default: .txt, caption, text or prompt")
     group.add_argument("--aesthetic-column", help="default: aesthetic or aesthetic_score")
     group.add_argument("--image-column", help="of tables; default: image, jpg, jpeg, png, webp or img")
     group = parser.add_argument_group("reading speed")
-    group.add_argument(
-        "--bench", metavar="DIR", help="only read a finished cache, in batches of 256, and time it"
-    )
+    group.add_argument("--bench", metavar="DIR", help="only read a finished cache, in batches of 256, and time it")
     group.add_argument("--seconds", type=float, default=20, help="to measure (default: %(default)s)")
     args = parser.parse_args(arguments)
     if not args.bench and not (args.source and args.out):

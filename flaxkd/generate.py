@@ -24,9 +24,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts is not None:
         if not args.prompts.is_file():
-            raise FileNotFoundError(
-                f"there is no file {args.prompts.absolute()}: --prompts takes one prompt a line"
-            )
+            raise FileNotFoundError(f"there is no file {args.prompts.absolute()}: --prompts takes one prompt a line")
         lines = args.prompts.read_text(encoding="utf-8").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:

@@ -51,9 +51,7 @@ def page(workdir: Path) -> str:
         "": [f"<h1>{html.escape(title)}</h1>", markdown(lead), tiles(workdir, run, parts, source)],
         "What was distilled from what": [blocks_of(run, source, plain), markdown(card.counts(parts, source))],
         "Drawings over time": [frames(workdir)],
-        "Figures over time": [
-            figure(workdir / "curves.png", "curves of every loss, training and validation")
-        ],
+        "Figures over time": [figure(workdir / "curves.png", "curves of every loss, training and validation")],
         "First and last figures": [markdown(card.figures(metrics.read(workdir)).partition("\n")[2])],
         "Evaluation": [measured(workdir, "evaluation", "evaluation of teacher and student")],
         "Benchmark": [measured(workdir, "bench", "times of teacher and student")],
@@ -89,9 +87,7 @@ def tiles(workdir: Path, run: dict, parts: dict[str, dict], source: Folder) -> s
     for loss in ("loss_output", "loss_feature", *(() if run["student"] else ("loss",))):
         values = [r[f"validation/{loss}"] for r in records if r.get(f"validation/{loss}")]
         if len(values) > 1:
-            facts[f"{loss} on held-out captions, share of its starting value"] = (
-                f"{values[-1] / values[0]:.1%}"
-            )
+            facts[f"{loss} on held-out captions, share of its starting value"] = f"{values[-1] / values[0]:.1%}"
     if rates := [record["images_per_second"] for record in records if "images_per_second" in record]:
         facts["images/s, median"] = f"{statistics.median(rates):,.1f}"
     cells = [f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for what, value in facts.items()]

@@ -286,9 +286,7 @@ def conclude(config, workdir: Path, figures: dict[str, float], seconds: float) -
     start = next((r for r in metrics.read(workdir) if "validation/loss" in r), {})
     print(f"\ndone in {seconds / 60:.1f} minutes. Validation, at the start and now:")
     for name in (n for n in figures if "feature/" not in n):
-        print(
-            f"  {name.removeprefix('validation/'):14} {start.get(name, float('nan')):10.5f} {figures[name]:10.5f}"
-        )
+        print(f"  {name.removeprefix('validation/'):14} {start.get(name, float('nan')):10.5f} {figures[name]:10.5f}")
     made = {"samples.png": "drawings of the validation prompts", "curves.png": "all figures over time"}
     made |= {metrics.FILE: "the figures", export.EXPORT: "a complete pipeline folder for diffusers"}
     for name, what in made.items():

@@ -46,9 +46,7 @@ def home(tmp_path_factory):
     rng = np.random.default_rng(0)
     with (pictures / "metadata.jsonl").open("w") as file:
         for i in range(160):
-            Image.fromarray(np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)).save(
-                pictures / f"{i}.png"
-            )
+            Image.fromarray(np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)).save(pictures / f"{i}.png")
             file.write(json.dumps({"file_name": f"{i}.png", "text": f"apple number {i}"}) + "\n")
     return folder
 

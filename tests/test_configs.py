@@ -107,9 +107,7 @@ def chains(path: Path) -> set[str]:
 def test_every_key_is_read():
     read = set().union(*(chains(path) for path in (ROOT / "flaxkd").rglob("*.py")))
     # Of a group that is handed on, the key is read as `weight.noise`.
-    unread = [
-        key for key in leaves(load("default")) if not read & {f"config.{key}", *([key] if "." in key else [])}
-    ]
+    unread = [key for key in leaves(load("default")) if not read & {f"config.{key}", *([key] if "." in key else [])}]
     assert not unread
 
 

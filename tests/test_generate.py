@@ -20,9 +20,7 @@ from flaxkd.machine import sharding
 from flaxkd.plan import compiling
 from tests.running import ROOT
 
-FEW = dict(
-    num_inference_steps=2, guidance_scale=3.0, progress=False
-)  # two compiled programs: of 1 and 2 pictures
+FEW = dict(num_inference_steps=2, guidance_scale=3.0, progress=False)  # two compiled programs: of 1 and 2 pictures
 BOTH = ["red apple", "grinning face"]
 
 
@@ -121,9 +119,7 @@ def test_numbers_that_are_none_are_an_error(pipeline):
 
 
 def test_another_size_and_fresh_noise_in_each_step(pipeline):
-    draw = lambda seed: pipeline(
-        "red apple", seed=seed, width=36, height=32, sampler="euler_ancestral", **FEW
-    )
+    draw = lambda seed: pipeline("red apple", seed=seed, width=36, height=32, sampler="euler_ancestral", **FEW)
     (first,), (again,), (other,) = draw(0), draw(0), draw(1)
     assert first.size == (36, 32)
     assert levels(first, again) == 0 and levels(first, other) > 10
@@ -131,9 +127,7 @@ def test_another_size_and_fresh_noise_in_each_step(pipeline):
 
 def test_the_words_that_are_cut_are_named(pipeline, monkeypatch):
     monkeypatch.setattr("flaxkd.diffusion.sampling.text_to_image", lambda **_: np.zeros((1, 32, 32, 3)))
-    with pytest.warns(
-        UserWarning, match=r"takes 14 tokens.* has 18.* not seen is 'red apple red apple'"
-    ) as record:
+    with pytest.warns(UserWarning, match=r"takes 14 tokens.* has 18.* not seen is 'red apple red apple'") as record:
         pipeline("red  apple " * 9, negative_prompt="red apple", **FEW)
     assert len(record) == 1
 

@@ -83,9 +83,7 @@ def test_nothing_imports_the_trainer():
     assert not [name for name in OURS if "flaxkd.train" in imports(name)]
 
 
-@pytest.mark.parametrize(
-    "foreign", ["torch", "diffusers", "tensorflow", "tests", "torchmetrics", "torch_fidelity"]
-)
+@pytest.mark.parametrize("foreign", ["torch", "diffusers", "tensorflow", "tests", "torchmetrics", "torch_fidelity"])
 def test_only_tests_import(foreign):
     users = {name for name in OURS if any(other.split(".")[0] == foreign for other in imports(name))}
     allowed = {
@@ -114,9 +112,7 @@ def test_only_tests_of_parity_import_torch():
 def test_torch_is_needed_only_when_it_is_asked_for(module):
     body = ast.parse(FILES[module].read_text()).body
     outside = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in outside for alias in node.names} | {
-        getattr(node, "module", "") for node in outside
-    }
+    names = {alias.name for node in outside for alias in node.names} | {getattr(node, "module", "") for node in outside}
     assert outside and not [name for name in names if name.split(".")[0] in ("torch", "diffusers")]
     assert "torch" in imports(module)
 

@@ -67,9 +67,7 @@ def workdir(tiny_pipeline, tmp_path, monkeypatch):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (workdir / "samples").mkdir()
     for step in range(20):
-        Image.fromarray(np.full((30, 40, 3), 10 * step, np.uint8)).save(
-            workdir / "samples" / f"{step:08}.png"
-        )
+        Image.fromarray(np.full((30, 40, 3), 10 * step, np.uint8)).save(workdir / "samples" / f"{step:08}.png")
     Image.fromarray(np.zeros((10, 4000, 3), np.uint8)).save(workdir / "curves.png")
     return workdir
 
@@ -79,9 +77,7 @@ def test_everything_is_on_the_page_and_nothing_elsewhere(workdir):
     table = "| model | PSNR |\n|---|---:|\n| teacher | 100 |\n| mine | 21.5 |"
     (workdir / "evaluation" / "evaluation.md").write_text(f"# Evaluation\n\n{table}\n\n## Settings\n\nnone\n")
     (workdir / "bench").mkdir()
-    (workdir / "bench" / "bench.md").write_text(
-        "# Benchmark\n\n| model | s |\n|---|---:|\n| mine | 0.123 |\n"
-    )
+    (workdir / "bench" / "bench.md").write_text("# Benchmark\n\n| model | s |\n|---|---:|\n| mine | 0.123 |\n")
     out = report.write(workdir)
     assert out == workdir / "report.html" and [p.name for p in workdir.glob(".*")] == []
     text = out.read_text()

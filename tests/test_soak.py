@@ -20,9 +20,7 @@ DEADLY = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)  # the last saves firs
 def test_kills_at_random_moments_change_nothing(plain, command, tmp_path):
     workdir, chance = tmp_path / "killed", random.Random(0)
     keys = plain | {"checkpoint.every": EVERY, "validation.every": 100, "log_every": EVERY}
-    start = lambda workdir, steps: command(
-        workdir, **keys, **{"steps": steps, "learning_rate.decay_steps": 100_000}
-    )
+    start = lambda workdir, steps: command(workdir, **keys, **{"steps": steps, "learning_rate.decay_steps": 100_000})
     checkpoints = lambda: {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
 
     begin, process = time.time(), start(workdir, 100_000)

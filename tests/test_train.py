@@ -96,9 +96,7 @@ def test_sigterm_saves_and_a_truncated_checkpoint_falls_back(finished_plain, pla
         shutil.copytree(workdir / "checkpoints" / str(EVERY), workdir / "checkpoints" / str(EVERY + 1))
         steps.append(EVERY + 1)
     files = [
-        p
-        for p in (workdir / "checkpoints" / str(steps[-1]) / "state").rglob("*")
-        if p.is_file() and "/d/" in str(p)
+        p for p in (workdir / "checkpoints" / str(steps[-1]) / "state").rglob("*") if p.is_file() and "/d/" in str(p)
     ]
     for file in files:
         os.truncate(file, file.stat().st_size // 2)

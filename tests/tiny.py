@@ -28,12 +28,8 @@ VAE = dict(
     norm_num_groups=4,
     latent_channels=4,
 )
-TEXT = dict(
-    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16
-)
-SCHEDULER = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-)
+TEXT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
+SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
 
 
 def weights(shapes: dict, seed: int) -> dict:
@@ -61,7 +57,6 @@ def write(out: Path) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         source = fresh.write(Path(scratch) / "pipeline", architecture, CAPTIONS, seed=0)
         parts = {
-            part: (source.config(part), weights(source.shapes(part), seed))
-            for seed, part in enumerate(source.parts)
+            part: (source.config(part), weights(source.shapes(part), seed)) for seed, part in enumerate(source.parts)
         }
         return pretrained.save(out, source=source, parts=parts)

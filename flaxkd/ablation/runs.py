@@ -159,9 +159,7 @@ def train(run: Run, tick: Callable[[], None]) -> None:
             raise
     if process.returncode or not finished(run):
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise ChildProcessError(
-            f"{run.workdir.name} ended with status {process.returncode}, see {log}:\n{end}"
-        )
+        raise ChildProcessError(f"{run.workdir.name} ended with status {process.returncode}, see {log}:\n{end}")
 
 
 def measure(args: argparse.Namespace, runs: list[Run]) -> dict:

@@ -64,14 +64,12 @@ def result(settings: dict, variants: dict, teacher: dict, rows: dict, curves: di
         "teacher": {key: teacher[key] for key in MEASURES if key in teacher},
         "students": {
             student: {
-                variant: {key: of([row[key] for row in seeds]) for key in MEASURES}
-                for variant, seeds in found.items()
+                variant: {key: of([row[key] for row in seeds]) for key in MEASURES} for variant, seeds in found.items()
             }
             for student, found in rows.items()
         },
         "curves": {
-            student: {variant: curve(runs) for variant, runs in found.items()}
-            for student, found in curves.items()
+            student: {variant: curve(runs) for variant, runs in found.items()} for student, found in curves.items()
         },
     }
 
@@ -97,26 +95,17 @@ def markdown(result: dict) -> str:
     blocks = ["# Ablation", f"{settings['steps']:,} steps of {settings['batch size']} images; {seeds}."]
     titles = [title for title, _, _ in COLUMNS.values()]
     for student, found in result["students"].items():
-        bold = {
-            key: best({name: row[key] for name, row in found.items()}, better)
-            for key, better in MEASURES.items()
-        }
+        bold = {key: best({name: row[key] for name, row in found.items()}, better) for key, better in MEASURES.items()}
         cells = [
             titles,
             [_number(result["teacher"].get(key), digits) for key, (_, digits, _) in COLUMNS.items()],
         ]
         for variant, row in found.items():
-            line = [
-                _number(row[key]["mean"], digits, row[key]["sd"]) for key, (_, digits, _) in COLUMNS.items()
-            ]
-            cells.append(
-                [f"**{x}**" if bold[key] == variant else x for key, x in zip(COLUMNS, line, strict=True)]
-            )
+            line = [_number(row[key]["mean"], digits, row[key]["sd"]) for key, (_, digits, _) in COLUMNS.items()]
+            cells.append([f"**{x}**" if bold[key] == variant else x for key, x in zip(COLUMNS, line, strict=True)])
         blocks += [f"## {student}", table.aligned(["variant", "teacher", *found], cells)]
     arrows = {min: "less is better", max: "more is better"}
-    blocks.append(
-        "\n".join(f"- {title}: {what}; {arrows[MEASURES[key]]}" for key, (title, _, what) in COLUMNS.items())
-    )
+    blocks.append("\n".join(f"- {title}: {what}; {arrows[MEASURES[key]]}" for key, (title, _, what) in COLUMNS.items()))
     keys = list(next(iter(variants.values())))
     cells = [[str(row[key]) for key in keys] for row in variants.values()]
     blocks += ["## Variants", table.aligned(["variant", *variants], [keys, *cells])]

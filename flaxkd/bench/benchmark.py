@@ -33,14 +33,10 @@ from flaxkd.plan import devices
 from flaxkd.pretrained import Folder, fresh, save, shapes
 
 OURS = "flaxkd"
-PAUSE = (
-    0.05  # seconds; threads of another library may spin for a while after their work and slow the next one
-)
+PAUSE = 0.05  # seconds; threads of another library may spin for a while after their work and slow the next one
 
 
-def run(
-    config, *, names: list[str], against: list[str], unet: dict, rounds: int, steps: int, out: Path
-) -> dict:
+def run(config, *, names: list[str], against: list[str], unet: dict, rounds: int, steps: int, out: Path) -> dict:
     """Times everything, writes bench.json, .md and .png to `out`, and returns the content of the first.
 
     names: students. against: of torch_works.EAGER and COMPILED. unet: keys of the teacher's configuration to
@@ -57,9 +53,7 @@ def run(
         for name in names:
             students.config(students.get(name), teacher_config)
         rows = []
-        with tqdm(
-            total=(1 + len(names)) * len(works.WORKS) * (1 + len(against)) * (1 + rounds), unit="run"
-        ) as bar:
+        with tqdm(total=(1 + len(names)) * len(works.WORKS) * (1 + len(against)) * (1 + rounds), unit="run") as bar:
             for name in ("teacher", *names):
                 subject = works.subject(name, config, folder, steps=steps)
                 rows += measure(subject, [OURS, *against], rounds, bar)
@@ -95,9 +89,7 @@ def other_architecture(folder: Folder, changes: dict, out: Path, seed: int) -> F
     unet_config = folder.config("unet")
     known = {*unet_config, *folder.module("unet").config.__dataclass_fields__}
     if wrong := sorted(changes.keys() - known):
-        raise ValueError(
-            f"--unet: unknown {', '.join(wrong)}; keys are those of unet/config.json ({sorted(known)})"
-        )
+        raise ValueError(f"--unet: unknown {', '.join(wrong)}; keys are those of unet/config.json ({sorted(known)})")
     unet_config = unet_config | changes
     parts = {"unet": (unet_config, fresh.initial(shapes("unet", unet_config), seed))}
     return Folder(save(out, source=folder, parts=parts))
@@ -148,9 +140,7 @@ def changes(texts: list[str]) -> dict:
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"--unet {text}: {value!r} is not JSON ({error}); an example is sample_size=32"
-            ) from error
+            raise ValueError(f"--unet {text}: {value!r} is not JSON ({error}); an example is sample_size=32") from error
     return found
 
 
@@ -216,9 +206,7 @@ def costs(rows: list[dict]) -> str:
     if not rows:
         return ""
     peak = any("of_peak" in row["train"] for row in rows)
-    cells = [
-        ["parameters", "GFLOPs / denoising step", "MiB", "GFLOPs / training step", "of the least", "MiB"]
-    ]
+    cells = [["parameters", "GFLOPs / denoising step", "MiB", "GFLOPs / training step", "of the least", "MiB"]]
     cells[0] += ["of the device's peak"] * peak
     for row in rows:
         cells.append([table.number(row["parameters"], 0)])
@@ -233,9 +221,7 @@ def costs(rows: list[dict]) -> str:
         "XLA counts the body of a loop once, such as long attention on a CPU. "
         "A training step needs at least the teacher's forward pass and three of the student's."
     )
-    return "\n\n".join(
-        ["## Size and cost", table.aligned(["model", *(row["model"] for row in rows)], cells), text]
-    )
+    return "\n\n".join(["## Size and cost", table.aligned(["model", *(row["model"] for row in rows)], cells), text])
 
 
 def ratios(rows: list[dict]) -> str:
@@ -280,9 +266,7 @@ def picture(result: dict, path: Path) -> None:
                 color=figures.LINES[i],
                 label=by,
             )
-            axis.bar_label(
-                drawn, [table.number(row[work]["seconds"], 3) for row in own], fontsize=7, padding=2
-            )
+            axis.bar_label(drawn, [table.number(row[work]["seconds"], 3) for row in own], fontsize=7, padding=2)
         axis.set_title(f"seconds per {title}", fontsize=10)
         axis.set_yticks(range(len(models)), models)
         axis.margins(x=0.18)
@@ -291,7 +275,5 @@ def picture(result: dict, path: Path) -> None:
         axis.set_axisbelow(True)
     axes[0].invert_yaxis()
     if len(who) > 1:
-        figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(who), fontsize=8
-        )
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(who), fontsize=8)
     figures.save(figure, path)

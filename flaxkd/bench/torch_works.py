@@ -217,9 +217,7 @@ def _train(subject: Subject, networks: Networks, compiled: bool) -> Callable:
         deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
         latents = (mean + deviation * torch.randn_like(mean)) * pipeline.vae.config.scaling_factor
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(
-            0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
-        )
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         epsilon = kind == "epsilon"
         target = noise if epsilon else scheduler.get_velocity(latents, noise, timesteps)

@@ -60,9 +60,7 @@ class Prepared(NamedTuple):
 
     call: Callable[[], Any]
     first: float  # seconds until the end of the first run: tracing, and compiling or loading the program
-    flops: float | None = (
-        None  # of the compiled program on all devices, by XLA's count: a multiply-add counts as two
-    )
+    flops: float | None = None  # of the compiled program on all devices, by XLA's count: a multiply-add counts as two
     peak_bytes: int | None = None  # arguments, results and temporaries on one device, as assigned by XLA
 
 

@@ -27,9 +27,7 @@ class Recipe:
 
     resolution: int  # pixels per side: the shorter side is resized to it, then the center is cropped
     flip: bool = False  # also keep mirrored pictures, in `train` alone
-    validation: float = (
-        openmoji.VALIDATION_SHARE
-    )  # share of the captions, chosen by hash: equal captions stay together
+    validation: float = openmoji.VALIDATION_SHARE  # share of the captions, chosen by hash: equal captions stay together
     min_aesthetic: float | None = None  # score, on the source's scale
     min_size: int | None = None  # pixels of the shorter side, before any resizing recorded in the source
     caption_column: str | None = None  # None: the first of `CAPTIONS`

@@ -60,9 +60,7 @@ def build(
     if not chunks:
         raise ValueError("the source has no pictures")
     out = epath.Path(out)
-    names = "\n".join(
-        chunk.name.rpartition("/")[2] for chunk in chunks
-    )  # hosts may see it under different paths
+    names = "\n".join(chunk.name.rpartition("/")[2] for chunk in chunks)  # hosts may see it under different paths
     plan = {"format": records.FORMAT, "source": hashlib.sha256(names.encode()).hexdigest()[:16]}
     plan |= {"parts": len(chunks), "encoder": fingerprint} | asdict(recipe)
     _claim(out, plan)
@@ -248,9 +246,7 @@ def finish(out: epath.Path, plan: dict) -> dict | None:
     sizes = {split: sum(part[split] for part in parts) for split in SPLITS}
     filtered = sum((collections.Counter(part["filtered"]) for part in parts), collections.Counter())
     skipped = collections.Counter(entry["reason"] for part in parts for entry in part["skipped"])
-    lines = [
-        json.dumps({"part": part["part"], **entry}) + "\n" for part in parts for entry in part["skipped"]
-    ]
+    lines = [json.dumps({"part": part["part"], **entry}) + "\n" for part in parts for entry in part["skipped"]]
     files.write_text(out / "skipped.jsonl", "".join(lines))
     left = {"filtered": dict(filtered), "skipped": dict(skipped)}
     if empty := [split for split in SPLITS if not sizes[split]]:

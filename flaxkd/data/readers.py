@@ -30,9 +30,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = (".tar", ".parquet", ".arrow")
 
 
-def open_chunks(
-    source: str, *, split: str = "train", image_column: str | None = None, rows: int = ROWS
-) -> list[Chunk]:
+def open_chunks(source: str, *, split: str = "train", image_column: str | None = None, rows: int = ROWS) -> list[Chunk]:
     """The chunks of a source, ordered by name. Reads lists and footers, not pictures.
 
     split: of a source with several. image_column: of tables; None for one of `tables.IMAGES`. rows: per range.
@@ -198,6 +196,4 @@ def _tfds(name: str, split: str, rows: int) -> list[Chunk]:
 def _flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{"captions": {"text": x}} as ("captions/text", x)."""
     for name, value in tree.items():
-        yield from (
-            _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-        )
+        yield from (_flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)])

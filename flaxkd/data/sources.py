@@ -85,15 +85,11 @@ def square(image: Image.Image, resolution: int) -> np.ndarray:
 
 def _made_before(folder: epath.Path, split: str) -> Source:
     if not (folder / split / "cache.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not finished: run the same `python -m flaxkd.cache` again to resume"
-        )
+        raise FileNotFoundError(f"{folder} is not finished: run the same `python -m flaxkd.cache` again to resume")
     about = records.read_about(folder / split)
 
     def load(index: int) -> dict:
-        raise ValueError(
-            f"{folder} has latents and no pictures, but pictures are needed: give the original data"
-        )
+        raise ValueError(f"{folder} has latents and no pictures, but pictures are needed: give the original data")
 
     return Source(about["size"], load, about["source"], folder / split)
 

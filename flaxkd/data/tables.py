@@ -39,9 +39,7 @@ def parquet(files: list[epath.Path], column: str | None, rows: int) -> list[Chun
 
 def arrow(files: list[epath.Path], column: str | None) -> list[Chunk]:
     """One chunk per Arrow file: it is a stream, without a footer that shows where to split it."""
-    return [
-        Chunk(str(file), lambda file=file: _items(file, _batches_of_arrow(file), 0, column)) for file in files
-    ]
+    return [Chunk(str(file), lambda file=file: _items(file, _batches_of_arrow(file), 0, column)) for file in files]
 
 
 def _chunk(file: epath.Path, groups: list[int] | None, start: int, column: str | None) -> Chunk:

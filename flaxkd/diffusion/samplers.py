@@ -140,9 +140,7 @@ def _data(config: dict, alpha, sigma) -> dict[str, np.ndarray]:
     if config["prediction_type"] == "v_prediction":  # v = alpha * noise - sigma * data
         return {"data_latents": alpha, "data_noise_pred": -sigma}
     if not alpha.all():
-        raise ValueError(
-            "rescale_betas_zero_snr needs prediction_type 'v_prediction': it starts at no signal"
-        )
+        raise ValueError("rescale_betas_zero_snr needs prediction_type 'v_prediction': it starts at no signal")
     return {"data_latents": 1 / alpha, "data_noise_pred": -sigma / alpha}
 
 

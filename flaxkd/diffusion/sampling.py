@@ -15,9 +15,7 @@ from flaxkd.diffusion.samplers import PAST, Schedule
 from flaxkd.machine import sharding
 
 
-def solve(
-    noise_pred_fn: Callable, latents: jax.Array, schedule: Schedule, noise: jax.Array | None = None
-) -> jax.Array:
+def solve(noise_pred_fn: Callable, latents: jax.Array, schedule: Schedule, noise: jax.Array | None = None) -> jax.Array:
     """Follows `schedule` from noise to data: float32[...] -> float32[...]. One `lax.scan`, traceable.
 
     noise_pred_fn: (latents float32[...], timestep float32[]) -> float[...], the UNet's output (noise or v).

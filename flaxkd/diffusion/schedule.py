@@ -18,9 +18,7 @@ def alphas_cumprod(scheduler_config: dict) -> np.ndarray:
     steps = scheduler_config.get("num_train_timesteps", 1000)
     start, end = scheduler_config.get("beta_start", 0.0001), scheduler_config.get("beta_end", 0.02)
     if scheduler_config.get("trained_betas") is not None:
-        raise ValueError(
-            "trained_betas is not supported: give beta_schedule, beta_start and beta_end instead"
-        )
+        raise ValueError("trained_betas is not supported: give beta_schedule, beta_start and beta_end instead")
     if schedule == "linear":
         betas = np.linspace(start, end, steps)
     elif schedule == "scaled_linear":  # Stable Diffusion's
@@ -49,9 +47,7 @@ class NoiseSchedule(NamedTuple):
         """`prediction_type` overrides the file's. Raises ValueError for an unsupported one."""
         kind = prediction_type or scheduler_config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"prediction_type = {kind!r} is not supported (supported: epsilon, v_prediction)"
-            )
+            raise ValueError(f"prediction_type = {kind!r} is not supported (supported: epsilon, v_prediction)")
         return cls(alphas_cumprod(scheduler_config).astype(np.float32), kind)
 
 

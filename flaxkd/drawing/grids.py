@@ -38,9 +38,7 @@ def grid(
         title = end_of(draw, title, width, font)
         draw.text((left + width / 2, MARGIN + 8), title, INK, font, anchor="mm")
         for j, image in enumerate(images):
-            tile = Image.fromarray(image).resize(
-                (width, height), Image.NEAREST if scale > 1 else Image.LANCZOS
-            )
+            tile = Image.fromarray(image).resize((width, height), Image.NEAREST if scale > 1 else Image.LANCZOS)
             top = MARGIN + 24 + j * (height + GAP)
             sheet.paste(tile, (left, top))
             draw.rectangle((left - 1, top - 1, left + width, top + height), outline="#d0d7de")

@@ -173,9 +173,7 @@ class Pipeline:
             tokens = self.folder.tokenizer(text, return_offsets_mapping=True, verbose=False)
             if len(tokens["input_ids"]) > length:  # the first and the last one are markers
                 cut = tokens["offset_mapping"][length - 1][0]
-                lost = " ".join(
-                    text[text.rfind(" ", 0, cut) + 1 :].split()
-                )  # a word cut in two is named whole
+                lost = " ".join(text[text.rfind(" ", 0, cut) + 1 :].split())  # a word cut in two is named whole
                 warnings.warn(
                     f"the text encoder takes {length - 2} tokens, and this prompt has "
                     f"{len(tokens['input_ids']) - 2}: not seen is {lost!r}",

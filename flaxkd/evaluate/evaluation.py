@@ -72,9 +72,7 @@ def run(args: argparse.Namespace) -> dict:
         if jax.process_index() == 0:  # it alone scores: the others need no memory for the networks
             scorer = scores.open_scorer(args.inception, args.clip, args.real)
             settings |= scorer.settings
-        other = scores.departures(
-            setup.samplers["protocol"], args.steps, args.guidance, setup.resolution, len(prompts)
-        )
+        other = scores.departures(setup.samplers["protocol"], args.steps, args.guidance, setup.resolution, len(prompts))
         notes += [f"Not as published: {other}."] if other else []
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -260,21 +258,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     hosts.add_arguments(parser)
     group = parser.add_argument_group("fidelity to the teacher")
     group.add_argument("--fidelity", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument(
-        "--data", default="openmoji", help="'openmoji' or a folder of pictures with metadata.jsonl"
-    )
+    group.add_argument("--data", default="openmoji", help="'openmoji' or a folder of pictures with metadata.jsonl")
     group.add_argument("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
     group.add_argument("--bins", type=int, default=10, help="timestep ranges (default: %(default)s)")
     group.add_argument("--pairing", choices=["segmind", "bksdm"], default="segmind", help="feature pairs")
     group = parser.add_argument_group("published protocol (needs the extra eval)")
     group.add_argument("--prompts", type=Path, help=".txt (one prompt per line) or .csv (a text column)")
     group.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
-    group.add_argument(
-        "--real", type=Path, help="folder of real pictures, or .npz with mu and sigma; needed for FID"
-    )
-    group.add_argument(
-        "--inception", type=Path, help="InceptionV3 weights of torch-fidelity (default: downloaded)"
-    )
+    group.add_argument("--real", type=Path, help="folder of real pictures, or .npz with mu and sigma; needed for FID")
+    group.add_argument("--inception", type=Path, help="InceptionV3 weights of torch-fidelity (default: downloaded)")
     group.add_argument("--clip", default=scores.CLIP, help="CLIP of transformers (default: %(default)s)")
     return parser.parse_args(arguments)
 
@@ -321,9 +313,7 @@ def sizes(teacher: Candidate, resolution: int | None) -> tuple[tuple[int, int, i
     resolution = resolution or folder.resolution
     multiple = folder.factor * 2 ** (len(folder.module("unet").config.block_out_channels) - 1)
     if resolution < 1 or resolution % multiple:
-        raise ValueError(
-            f"resolution {resolution} is no multiple of {multiple} pixels, which {teacher.name} needs"
-        )
+        raise ValueError(f"resolution {resolution} is no multiple of {multiple} pixels, which {teacher.name} needs")
     return folder.latent_shape(resolution), resolution
 
 

@@ -152,9 +152,7 @@ def summary(values: dict[str, np.ndarray], whose: str = "") -> dict:
     found["by_timestep"] = {name: values[whose + name].mean(1).tolist() for name in names}
     modules = [] if whose else [n.partition("/")[2] for n in values if n.startswith("feature/")]
     if modules:
-        of = lambda axis: [
-            values[f"feature/{m}"].sum(axis) / values[f"square/{m}"].sum(axis) for m in modules
-        ]
+        of = lambda axis: [values[f"feature/{m}"].sum(axis) / values[f"square/{m}"].sum(axis) for m in modules]
         found["features"] = {m: float(x) for m, x in zip(modules, of(None), strict=True)}
         found["feature"] = float(np.mean(list(found["features"].values())))
         found["by_timestep"]["feature"] = np.mean(of(1), axis=0).tolist()

@@ -54,25 +54,19 @@ def load_inception(weights: Path | None):
     url = network.URL_INCEPTION_V3
     if weights is not None:
         if not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"there is no file {Path(weights).absolute()}: download {url} and give that file"
-            )
+            raise FileNotFoundError(f"there is no file {Path(weights).absolute()}: download {url} and give that file")
         try:  # the library would run any code in a pickle; this reads only tensors, or refuses
             torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{weights} holds no weights alone: download {url} again ({error})") from error
     names = ["2048", "logits_unbiased"]
     try:
-        return network.FeatureExtractorInceptionV3(
-            "inception-v3-compat", names, weights and str(weights), verbose=True
-        )
+        return network.FeatureExtractorInceptionV3("inception-v3-compat", names, weights and str(weights), verbose=True)
     except RuntimeError as error:
         if weights is None:
             raise
         message = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{weights} does not fit torch-fidelity's InceptionV3: {message}; download {url}"
-        ) from None
+        raise ValueError(f"{weights} does not fit torch-fidelity's InceptionV3: {message}; download {url}") from None
     except OSError as error:
         raise FileNotFoundError(
             f"the weights of InceptionV3 are missing and could not be downloaded ({error}). Download\n  {url}\n"
@@ -143,9 +137,7 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     shapes = {name: x.shape for name, x in held.items()}
     d = shapes.get("mu", (0,))[-1]
     if shapes != {"mu": (d,), "sigma": (d, d)}:
-        raise ValueError(
-            f"{path} must hold mu [d] and sigma [d, d], as pytorch-fid writes them; it has {shapes}"
-        )
+        raise ValueError(f"{path} must hold mu [d] and sigma [d, d], as pytorch-fid writes them; it has {shapes}")
     return np.float64(held["mu"]), np.float64(held["sigma"])
 
 
@@ -153,9 +145,7 @@ def pictures_in(folder: Path) -> list[Path]:
     """The picture files in a folder, sorted. Raises ValueError if there are fewer than two."""
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES)
     if len(paths) < 2:
-        raise ValueError(
-            f"{folder} has {len(paths)} pictures ({', '.join(PICTURES)}) directly in it, 2 are needed"
-        )
+        raise ValueError(f"{folder} has {len(paths)} pictures ({', '.join(PICTURES)}) directly in it, 2 are needed")
     return paths
 
 

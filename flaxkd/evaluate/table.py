@@ -125,14 +125,10 @@ def picture(result: dict, path: Path) -> None:
         for row in rows:
             if name in row.get("by_timestep", {}):
                 values = row["by_timestep"][name]
-                axis.plot(
-                    middles, values, marker="o", markersize=3, color=color[row["model"]], label=row["model"]
-                )
+                axis.plot(middles, values, marker="o", markersize=3, color=color[row["model"]], label=row["model"])
         if all(x > 0 for line in axis.lines for x in line.get_ydata()):
             axis.set_yscale("log")
-        axis.set_title(
-            ("features, relative error" if name == "feature" else name) + " by timestep", fontsize=10
-        )
+        axis.set_title(("features, relative error" if name == "feature" else name) + " by timestep", fontsize=10)
         axis.set_xlabel("timestep", fontsize=8)
         axis.legend(fontsize=7)
     if features:

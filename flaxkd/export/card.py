@@ -42,8 +42,7 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=teacher if name != plain else None,
-        tags=["text-to-image", "diffusers", "stable-diffusion"]
-        + ["knowledge-distillation"] * bool(run.get("student")),
+        tags=["text-to-image", "diffusers", "stable-diffusion"] + ["knowledge-distillation"] * bool(run.get("student")),
     )
     blocks = [f"---\n{front.to_yaml()}\n---", f"# {title}", text]
     if (workdir / PREVIEW).is_file():

@@ -101,9 +101,7 @@ def write(
 ) -> Path:
     """Like `export`, for params {part: tree} in memory, of `parts` {part: its config.json}."""
     if missing := [part for part in parts if part not in params]:
-        raise ValueError(
-            f"the checkpoint holds {', '.join(params)}, but not {', '.join(missing)} of {RECORD}"
-        )
+        raise ValueError(f"the checkpoint holds {', '.join(params)}, but not {', '.join(missing)} of {RECORD}")
     picture = workdir / PREVIEW
     return save(
         out,

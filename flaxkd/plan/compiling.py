@@ -191,9 +191,7 @@ def whole(config, lowered: Lowered, target: devices.Target) -> Compiled:
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     try:
         sent = collectives(made.as_text())
-    except (
-        jax.errors.JaxRuntimeError
-    ):  # this jaxlib may be unable to read the output of a libtpu from another release
+    except jax.errors.JaxRuntimeError:  # this jaxlib may be unable to read the output of a libtpu from another release
         sent = None
     seconds = time.perf_counter() - begin
     return Compiled(needed, memory.temp_size_in_bytes, cost.get("flops"), sent, seconds)

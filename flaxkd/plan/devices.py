@@ -55,12 +55,8 @@ KINDS = {
     "v5e": Kind("tpu", "TPU v5e", 0.40, GUESS),
     "v5p": Kind("tpu", "TPU v5", 0.44, f"{MLPERF}: v5p-16, MaxDiffusion, 86.4 images/s a chip"),
     "v6e": Kind("tpu", "TPU v6e", 0.30, GUESS),
-    "a100-40": Kind(
-        "gpu", "A100", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached latents"
-    ),
-    "a100-80": Kind(
-        "gpu", "A100 80GB", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached"
-    ),
+    "a100-40": Kind("gpu", "A100", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached latents"),
+    "a100-80": Kind("gpu", "A100 80GB", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached"),
     "h100": Kind("gpu", "H100", 0.33, f"{MLPERF}: 8 H100, NeMo, 137.4 images/s a GPU"),
 }
 

@@ -182,12 +182,8 @@ def markdown(rows: list[dict]) -> str:
         "Sizes are GiB on one device, by the compiler; `needed` of a step that does not fit is its request.",
     ]
     if not all(r["whole"] for r in rows):
-        lines += [
-            f"For a TPU, `needed` excludes the machine code, for which {CODE / GIB:.0f} GiB is reserved."
-        ]
-    lines += [
-        "images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"
-    ]
+        lines += [f"For a TPU, `needed` excludes the machine code, for which {CODE / GIB:.0f} GiB is reserved."]
+    lines += ["images/s, hours and device-hours are **estimates**, not measurements: the least FLOPs of the step at"]
     lines += ["the published utilisation of the bfloat16 peak:", ""]
     sources = {r["device"].split(":")[0]: f"{r['utilisation']:.0%} ({r['source']})" for r in rows}
     return "\n".join(lines + [f"- {name}: {text}" for name, text in sources.items()]) + "\n"

@@ -41,9 +41,7 @@ def _download(hub_id: str) -> Path:
     wanted += [f"{part}/*.json" for part in (*PARTS, "scheduler", "tokenizer")]
     wanted += [f"{part}/*.safetensors" for part in PARTS]
     try:
-        path = snapshot_download(
-            hub_id, allow_patterns=wanted, ignore_patterns=["*fp16*", "*non_ema*"], etag_timeout=5
-        )
+        path = snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*fp16*", "*non_ema*"], etag_timeout=5)
     except Exception as error:  # from hub, network, proxy or disk: the remedy is the same
         raise FileNotFoundError(
             f"{hub_id} is no folder here, and could not be downloaded from the hub:\n"

@@ -72,9 +72,7 @@ def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
         if array.shape != expected[key]
     ]
     integers = [
-        f"{key} is {array.dtype}"
-        for key, array in found.items()
-        if not jnp.issubdtype(array.dtype, jnp.floating)
+        f"{key} is {array.dtype}" for key, array in found.items() if not jnp.issubdtype(array.dtype, jnp.floating)
     ]
     kinds = {
         "missing": missing,

@@ -1,6 +1,6 @@
 """Prints the table of students for every family: what each keeps, its size and cost, and the feature pairs.
 
-    python -m flaxkd.students
+python -m flaxkd.students
 """
 
 import textwrap

@@ -48,9 +48,7 @@ def _check_teacher(student: Student, teacher_config: dict) -> UNetConfig:
     channels, layers = teacher.block_out_channels, teacher.layers_per_block
     wrong = []
     if len(channels) != family.stages:
-        wrong.append(
-            f"the stages are {len(channels)} (block_out_channels = {list(channels)}), not {family.stages}"
-        )
+        wrong.append(f"the stages are {len(channels)} (block_out_channels = {list(channels)}), not {family.stages}")
     if layers not in (family.layers, (family.layers,) * len(channels)):
         wrong.append(f"the layers_per_block are {layers}, not {family.layers}")
     if teacher.mid_block_type is None:

@@ -21,9 +21,7 @@ def predict(unet, params, noisy_latents, timesteps, condition: Mapping) -> Predi
 
     noisy_latents: float[b, h, w, 4]; timesteps: int32[b]; condition: the keyword arguments that `Family.condition`
     makes from captions."""
-    noise_pred, captured = unet.apply(
-        {"params": params}, noisy_latents, timesteps, **condition, mutable=[FEATURES]
-    )
+    noise_pred, captured = unet.apply({"params": params}, noisy_latents, timesteps, **condition, mutable=[FEATURES])
     return Prediction(noise_pred, features(captured))
 
 
@@ -57,9 +55,7 @@ def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weig
         return loss_noise, {"loss": loss_noise, "loss_noise": loss_noise}
     terms = {s: mse(student.features[s], teacher.features[t]) for s, t in pairs}
     if normalize:
-        terms = {
-            s: terms[s] / mse(teacher.features[t], jnp.zeros_like(teacher.features[t])) for s, t in pairs
-        }
+        terms = {s: terms[s] / mse(teacher.features[t], jnp.zeros_like(teacher.features[t])) for s, t in pairs}
     loss_output = mse(student.noise_pred, teacher.noise_pred)
     loss_feature = sum(terms.values(), jnp.zeros(()))
     loss = weight.noise * loss_noise + weight.output * loss_output + weight.feature * loss_feature

@@ -51,9 +51,7 @@ def claim(workdir: Path, config: dict) -> None:
 
 def manager(workdir: Path, keep: int, keep_every: int | None = None) -> ocp.CheckpointManager:
     """Keeps the newest `keep` checkpoints, and that of every `keep_every`-th step for good."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True)
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
@@ -63,9 +61,7 @@ def save(manager: ocp.CheckpointManager, state: State, data_position: dict) -> N
     Raises OSError, as `wait` does, if this checkpoint or the one before cannot be written."""
     step = int(state.step)
     if step not in manager.all_steps():
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data_position)
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data_position))
         with _written(manager):
             manager.save(step, args=args)
 

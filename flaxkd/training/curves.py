@@ -26,28 +26,18 @@ def draw(workdir: Path) -> None:
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for i, name in enumerate(names):
             steps, values = zip(*series[name], strict=True)
             validation = name.startswith("validation/")
-            label = (
-                name.removeprefix("validation/").removeprefix("feature/")
-                if title == "feature pairs"
-                else name
-            )
+            label = name.removeprefix("validation/").removeprefix("feature/") if title == "feature pairs" else name
             if title == "feature pairs" and validation:
                 continue  # the legend has room for training's pairs alone
             style = dict(marker="o", markersize=3, linewidth=1.2) if validation else dict(linewidth=1)
-            color = (
-                plt.get_cmap("tab10")(i % 10)
-                if title == "feature pairs"
-                else figures.LINES[1 if validation else 0]
-            )
+            color = plt.get_cmap("tab10")(i % 10) if title == "feature pairs" else figures.LINES[1 if validation else 0]
             axis.plot(steps, values, label=label if validation or title == "feature pairs" else "training",
                       color=color, **style)  # fmt: skip
         positive = all(value > 0 for name in names for _, value in series[name])

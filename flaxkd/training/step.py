@@ -44,9 +44,7 @@ def learning_rate(config) -> Callable:
     name = arguments.pop("schedule")
     schedule = getattr(optax.schedules, str(name), None)
     if schedule is None:
-        raise ValueError(
-            f"learning_rate.schedule = {name!r} is not in optax.schedules ({', '.join(_schedules())})"
-        )
+        raise ValueError(f"learning_rate.schedule = {name!r} is not in optax.schedules ({', '.join(_schedules())})")
     try:
         return schedule(**arguments)
     except TypeError as error:
@@ -64,9 +62,7 @@ def optimizer(config) -> optax.GradientTransformation:
     make = getattr(optax, str(name), None)
     if make is None:
         raise ValueError(f"optimizer.name = {name!r} is not in optax")
-    clip = (
-        optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
-    )
+    clip = optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
     try:
         return optax.chain(clip, make(learning_rate(config), **arguments))
     except TypeError as error:

@@ -95,9 +95,7 @@ def test_an_ablation_from_the_trainings_to_the_result(home, capsys):
     main([*typed, "--seeds=2"])
     names = {f"{s}-{v}-{i}" for s in ("sd_small", "sd_tiny") for v in runs.VARIANTS for i in (0, 1)}
     trained, asked = lines(home / "trained"), lines(home / "asked")
-    assert sorted(trained) == sorted(names) and all(
-        name.endswith("-0") for name in trained[: len(names) // 2]
-    )
+    assert sorted(trained) == sorted(names) and all(name.endswith("-0") for name in trained[: len(names) // 2])
     assert asked == ["sd_small-evaluation 8 3 4.0", "sd_tiny-evaluation 8 3 4.0"]
     result = json.loads((home / "ablation.json").read_text())
     assert result["students"]["sd_tiny"]["feature"]["psnr"] == {
@@ -135,9 +133,7 @@ def test_what_is_half_done_goes_on_and_what_is_done_does_not(home):
 def test_a_training_that_fails_ends_the_ablation_with_its_last_words(home):
     home.mkdir()
     (home / "fails").touch()
-    with pytest.raises(
-        SystemExit, match=r"sd_small-noise-0 ended with status 1, see .*train\.log:\nthe loss of"
-    ):
+    with pytest.raises(SystemExit, match=r"sd_small-noise-0 ended with status 1, see .*train\.log:\nthe loss of"):
         main(arguments(home, "--seeds=1"))
     assert lines(home / "trained") == ["sd_small-noise-0"]
     (home / "fails").unlink()
@@ -182,9 +178,7 @@ def test_mistakes_are_found_before_any_training(home, more, message):
 def test_a_folder_of_other_settings_is_refused(home):
     main(arguments(home, "--seeds=1"))
     trained = lines(home / "trained")
-    with pytest.raises(
-        SystemExit, match=r"holds a run of another configuration:\n  steps: 300 there, 9 here"
-    ):
+    with pytest.raises(SystemExit, match=r"holds a run of another configuration:\n  steps: 300 there, 9 here"):
         main(arguments(home, "--seeds=1", "--config.steps=9"))
     assert lines(home / "trained") == trained
 
@@ -193,5 +187,3 @@ def test_an_argument_that_nobody_knows_is_refused(capsys):
     with pytest.raises(SystemExit):
         runs.parse([*arguments("out"), "--steps=9"])
     assert "unrecognized argument: --steps=9" in capsys.readouterr().err
-
-

@@ -31,9 +31,7 @@ def row(error: float, psnr: float) -> dict:
 
 
 def test_the_result_is_tables_and_a_picture(tmp_path):
-    rows = {
-        "sd_tiny": {"noise": [row(0.3, 20.0), row(0.32, 21.0)], "output": [row(0.1, 20.5), row(0.12, 21.5)]}
-    }
+    rows = {"sd_tiny": {"noise": [row(0.3, 20.0), row(0.32, 21.0)], "output": [row(0.1, 20.5), row(0.12, 21.5)]}}
     records = [[{"step": 0, table.CURVE: 0.4}, {"step": 300, table.CURVE: 0.1}]] * 2
     curves = {"sd_tiny": {"noise": records, "output": []}}
     variants = {
@@ -46,9 +44,7 @@ def test_the_result_is_tables_and_a_picture(tmp_path):
     assert "| variant | loss_noise | loss_output | features | PSNR |" in text
     assert "| teacher | 0.2500 | – | – | – |" in text
     assert "| noise | 0.3100 ± 0.0141 | 0.3100 ± 0.0141 | 0.3100 ± 0.0141 | 20.50 ± 0.71 |" in text
-    assert (
-        "| output | **0.1100 ± 0.0141** |" in text and "| 21.00 ± 0.71 |" in text
-    )  # 0.5 dB are within the spread
+    assert "| output | **0.1100 ± 0.0141** |" in text and "| 21.00 ± 0.71 |" in text  # 0.5 dB are within the spread
     assert "| output | teacher | 1.0 |" in text and "| steps | 300 |" in text
     with Image.open(paths[2]) as picture:
         assert min(picture.size) > 500

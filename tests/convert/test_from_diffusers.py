@@ -22,10 +22,7 @@ def test_from_diffusers_says_what_it_wrote(tiny_pipeline, tmp_path, capsys):
     from_diffusers.main(["--model", str(tiny_pipeline), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     for part, stored in tensors(tiny_pipeline).items():
-        assert (
-            f"{len(stored)} tensors" in said
-            and f"{sum(x.size for x in stored.values()):,} parameters" in said
-        ), part
+        assert f"{len(stored)} tensors" in said and f"{sum(x.size for x in stored.values()):,} parameters" in said, part
 
 
 def test_from_diffusers_keeps_what_is_there(tiny_pipeline, tmp_path):

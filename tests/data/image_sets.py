@@ -59,9 +59,7 @@ def tars(folder, size=8, about=lambda i: {}):
             for i in range(start, start + size)
         ]
         write_tar(folder / f"{start // size:05}.tar", samples)
-        pq.write_table(
-            pa.table({"url": ["http"]}), folder / f"{start // size:05}.parquet"
-        )  # as img2dataset does
+        pq.write_table(pa.table({"url": ["http"]}), folder / f"{start // size:05}.parquet")  # as img2dataset does
     return folder
 
 
@@ -86,9 +84,7 @@ def saved_to_disk(folder):
             pa.ipc.new_stream(file, table.schema) as stream,
         ):
             stream.write_table(table, max_chunksize=5)
-    (folder / "train" / "state.json").write_text(
-        json.dumps({"_data_files": [{"filename": n} for n in names]})
-    )
+    (folder / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
     return folder
 
 
@@ -131,6 +127,4 @@ def check_complete(out, brightness=lambda caption: int(caption.split()[1])):
 
 
 def files(out):
-    return {
-        str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}

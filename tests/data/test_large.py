@@ -60,9 +60,7 @@ def test_filters(tmp_path):
     assert (tmp_path / "out" / "skipped.jsonl").read_text() == ""  # what is left out by wish is only counted
     made = make(source, tmp_path / "large", Recipe(resolution=8, validation=0.2, min_size=5))
     assert made["filtered"] == {"shorter side below 5 pixels": 12}
-    with pytest.raises(
-        ValueError, match=r"no picture is left for train and validation .*'no aesthetic score': 24"
-    ):
+    with pytest.raises(ValueError, match=r"no picture is left for train and validation .*'no aesthetic score': 24"):
         make(listed(tmp_path / "plain"), tmp_path / "none", Recipe(resolution=8, min_aesthetic=4))
 
 
@@ -93,9 +91,7 @@ def test_what_is_at_fault_is_left_out_and_listed(tmp_path):
         "no picture": 1,
         "no caption": 3,
     }
-    broken = [
-        os.path.basename(entry["part"]) for entry in skipped if entry["reason"] == "broken from here on"
-    ]
+    broken = [os.path.basename(entry["part"]) for entry in skipped if entry["reason"] == "broken from here on"]
     assert broken == ["00001.tar", "00002.tar", "00003.tar", "00004.tar"]
     names = {entry["name"]: entry["reason"] for entry in skipped if "/00005.tar" in entry["part"]}
     assert list(names) == [f"00005.tar/{key}" for key in "abcdef"]
@@ -184,9 +180,7 @@ def test_a_full_disk_stops_it_and_it_goes_on_later(tmp_path, monkeypatch):
     real = records.ArrayRecordWriter
     with monkeypatch.context() as patch:
         patch.setattr(records, "ArrayRecordWriter", full)
-        with pytest.raises(
-            DiskFull, match=f"no space is left in {out}/.* make room, and run the same command"
-        ):
+        with pytest.raises(DiskFull, match=f"no space is left in {out}/.* make room, and run the same command"):
             make(source, out)
     assert [path.stem for path in (out / "done").iterdir()] == ["00000-of-00003"]
     assert not [path for path in out.rglob(".*")]
@@ -202,9 +196,7 @@ def test_moments_that_float16_cannot_hold_are_listed(tmp_path):
 
 
 def test_a_split_that_would_be_empty(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"left for validation \(train 24, validation 0.*larger --validation"
-    ):
+    with pytest.raises(ValueError, match=r"left for validation \(train 24, validation 0.*larger --validation"):
         make(tars(tmp_path / "source"), tmp_path / "out", Recipe(resolution=8, validation=0.0))
 
 
@@ -228,8 +220,6 @@ def test_source_and_cache_in_a_bucket(tmp_path):
     made = make("gs://b/source/", "gs://b/out")
     assert made == {"train": 20, "validation": 4, "filtered": {}, "skipped": {}}
     bucket.get("gs://b/out", str(tmp_path / "back"), recursive=True)
-    shards = lambda folder: {
-        name: content for name, content in files(folder).items() if not name.startswith("done")
-    }
+    shards = lambda folder: {name: content for name, content in files(folder).items() if not name.startswith("done")}
     assert len(shards(tmp_path / "out")) == 10 and shards(tmp_path / "back") == shards(tmp_path / "out")
     assert sources.open_source("gs://b/out", "train").size == 20

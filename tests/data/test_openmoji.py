@@ -53,9 +53,7 @@ def test_captions_are_words_and_unique():
     assert captions["E000"] == "goldfish"  # OpenMoji's own
     assert captions["2654"] == "white chess king"  # Unicode's name
     assert openmoji.caption_of("2654-200D-2655-FE0F", names) == "white chess king, white chess queen"
-    assert not [
-        c for c in captions.values() if "zero width" in c or "variation selector" in c or "tag latin" in c
-    ]
+    assert not [c for c in captions.values() if "zero width" in c or "variation selector" in c or "tag latin" in c]
 
 
 def test_split_depends_on_the_caption_only():

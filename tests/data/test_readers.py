@@ -74,9 +74,7 @@ def test_a_data_set_of_tfds(tmp_path, monkeypatch):
 
 def test_one_file_or_a_pattern(tmp_path):
     folder = tars(tmp_path / "source")
-    assert [p.name for p in readers.open_chunks(f"{folder}/0000[12].tar")] == [
-        f"{folder}/0000{i}.tar" for i in (1, 2)
-    ]
+    assert [p.name for p in readers.open_chunks(f"{folder}/0000[12].tar")] == [f"{folder}/0000{i}.tar" for i in (1, 2)]
     assert len(list(readers.open_chunks(str(folder / "00001.tar"))[0])) == 8
     for source, error, message in [
         (folder / "*.zip", FileNotFoundError, "no file is called like"),

@@ -90,9 +90,7 @@ class UNet(nn.Module):
     def __call__(self, sample, timesteps, encoder_hidden_states):
         TRACES.append(sample.shape)
         text = encoder_hidden_states.mean(1)[:, None, None] * self.param("gain", nn.initializers.ones, ())
-        return (
-            sample * timesteps[:, None, None, None].astype(jnp.float32) / 1000 + jnp.tanh(sample + text) / 9
-        )
+        return sample * timesteps[:, None, None, None].astype(jnp.float32) / 1000 + jnp.tanh(sample + text) / 9
 
 
 class VAE(nn.Module):

@@ -113,9 +113,7 @@ def test_text_to_image_takes_the_real_modules():
     unet = UNet2DCondition(UNetConfig(block_out_channels=(8, 8, 8, 8), **widths))
     vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4))
     text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-        )
+        CLIPTextConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
     key, latents, ids = jax.random.key(0), jnp.zeros((2, 8, 8, 4)), jnp.zeros((2, 5), jnp.int32)
     params = {

@@ -66,9 +66,7 @@ def test_the_teacher_against_itself_is_perfect(evaluated):
 def test_a_student_as_cut_is_not(evaluated, home):
     _, result = evaluated
     teacher, _, student = result["rows"]
-    assert student["parameters"] < teacher["parameters"] and result["settings"]["student is"].endswith(
-        "bk_tiny"
-    )
+    assert student["parameters"] < teacher["parameters"] and result["settings"]["student is"].endswith("bk_tiny")
     assert student["loss_output"] > 0 and student["frechet_latent"] > 0
     assert student["psnr"] < 60 and student["ssim"] < 0.99
     pairs = students.feature_pairs(students.get("sd_tiny"), "segmind")
@@ -91,9 +89,7 @@ def test_the_result_is_a_table_and_pictures(evaluated):
     for name in ("evaluation.png", "samples.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 100
-    captions = [
-        x["caption"] for x in sources.open_source(str(out.parent / "pictures"), "validation", resolution=32)
-    ]
+    captions = [x["caption"] for x in sources.open_source(str(out.parent / "pictures"), "validation", resolution=32)]
     settings = json.loads((out / "pictures" / "fidelity" / "student" / "settings.json").read_text())
     assert settings["prompts"] == min(3, len(captions)) and settings["sampler"] == "ddim"
 
@@ -131,9 +127,7 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
         (["--model", "{other}"], r"other cannot be compared with teacher \(pipeline\): prediction_type is"),
     ],
 )
-def test_mistakes_are_found_before_any_compute(
-    home, tiny_pipeline, arguments, message, monkeypatch, tmp_path
-):
+def test_mistakes_are_found_before_any_compute(home, tiny_pipeline, arguments, message, monkeypatch, tmp_path):
     other = home / "other"
     if not other.exists():
         pretrained.save(other, source=Folder.open(tiny_pipeline), parts={})

@@ -82,12 +82,7 @@ def test_errors_are_those_of_the_networks(measured):
     noisy = np.sqrt(alphas) * latents + np.sqrt(1 - alphas) * noise
     said = []
     for side in (student, teacher):
-        x = (
-            noisy
-            + side.params["text_encoder"]["embed"]["embedding"][side.input_ids].mean((1, 2))[
-                :, None, None, None
-            ]
-        )
+        x = noisy + side.params["text_encoder"]["embed"]["embedding"][side.input_ids].mean((1, 2))[:, None, None, None]
         x = x + timesteps[:, None, None, None] / 1000
         features = {}
         for name in side.modules["unet"].names:

@@ -20,9 +20,7 @@ def test_a_training_is_exported_with_what_was_trained(workdir, student, tiny_pip
     _, params = Folder.open(out).load("unet")
     assert jax.tree.all(jax.tree.map(np.array_equal, params, shift(student[1], shifted)))
     for part in ("vae", "text_encoder"):
-        assert same(
-            {part: Folder.open(out).tensors(part)}, {part: Folder.open(tiny_pipeline).tensors(part)}
-        )
+        assert same({part: Folder.open(out).tensors(part)}, {part: Folder.open(tiny_pipeline).tensors(part)})
 
 
 def test_a_broken_checkpoint_gives_way_to_the_one_before(workdir):

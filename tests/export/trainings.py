@@ -19,9 +19,7 @@ def tensors(folder: Path) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     """Equal names, dtypes and bits; with or without the prefix that transformers 5 leaves out."""
-    a, b = (
-        {(p, k.removeprefix("text_model.")): x for p, t in c.items() for k, x in t.items()} for c in (a, b)
-    )
+    a, b = ({(p, k.removeprefix("text_model.")): x for p, t in c.items() for k, x in t.items()} for c in (a, b))
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
 
 
@@ -46,9 +44,7 @@ def leave(workdir: Path, pipeline: Path, student: tuple[dict, dict]) -> Path:
             now = {"unet": jax.tree.map(jnp.asarray, shift(params, step))}
             state = {"params": now, "ema": {"unet": shift(params, -step)}, "step": jnp.int32(step)}
             state["opt_state"] = optax.sgd(1e-3, momentum=0.9).init(now)
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"at": step})
-            )
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"at": step}))
             manager.save(step, args=args)
     export.write_record(workdir, Folder.open(pipeline), {"unet": config})
     run = {"teacher": "owner/teacher", "student": "bk_tiny", "blank": None, "data": {"source": "openmoji"}}

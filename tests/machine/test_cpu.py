@@ -53,14 +53,9 @@ def test_a_small_map_is_multiplied():
     cpu.compiler_options()
     k, x, dy = jnp.ones((3, 3, 4, 6)), jnp.ones((3, 2, 2, 4)), jnp.ones((3, 2, 2, 6))
     program = lambda platform: (
-        jax.jit(gradients(Conv(6, use_bias=False)))
-        .trace(k, x, dy)
-        .lower(lowering_platforms=(platform,))
-        .as_text()
+        jax.jit(gradients(Conv(6, use_bias=False))).trace(k, x, dy).lower(lowering_platforms=(platform,)).as_text()
     )
-    assert (
-        "stablehlo.convolution" not in program("cpu") and program("tpu").count("stablehlo.convolution") == 3
-    )
+    assert "stablehlo.convolution" not in program("cpu") and program("tpu").count("stablehlo.convolution") == 3
 
 
 MEMORY = """

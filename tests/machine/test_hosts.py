@@ -57,9 +57,7 @@ def test_a_run_stopped_killed_and_resumed_by_other_numbers_of_processes_is_that_
     outputs = [process.communicate(timeout=60)[1] for process in many[:-1]]
     assert time.time() - killed < 60
     assert all(process.returncode not in (0, 143) for process in many)
-    assert all("another one is gone" in err and "go on from the newest one" in err for err in outputs), (
-        outputs
-    )
+    assert all("another one is gone" in err and "go on from the newest one" in err for err in outputs), outputs
     assert stopped < last_step(workdir) < STEPS
 
     output = finish(start(workdir, 1)[0])
@@ -74,9 +72,7 @@ def test_a_run_stopped_killed_and_resumed_by_other_numbers_of_processes_is_that_
 
 def test_processes_that_nobody_names_are_told_how_to_be_named():
     command = [sys.executable, "-m", "flaxkd.train", "--config=configs/small.py", "--distributed"]
-    environment = {
-        name: value for name, value in os.environ.items() if "SLURM" not in name and "OMPI" not in name
-    }
+    environment = {name: value for name, value in os.environ.items() if "SLURM" not in name and "OMPI" not in name}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "--coordinator_address HOST:PORT" in done.stderr and "Traceback" not in done.stderr

@@ -21,9 +21,7 @@ def test_a_decorated_function_is_compiled_once_per_static_argument():
     assert traced == [2, 3] and raised.__doc__ == "Of x."
 
 
-@pytest.mark.parametrize(
-    ("rows", "each", "found"), [(3, 1, [0, 1, 2, 0]), (9, 2, [*range(8)]), (4, 1, [0, 1, 2, 3])]
-)
+@pytest.mark.parametrize(("rows", "each", "found"), [(3, 1, [0, 1, 2, 0]), (9, 2, [*range(8)]), (4, 1, [0, 1, 2, 3])])
 def test_every_device_gets_as_many_rows(rows, each, found):
     mesh = sharding.make_mesh(-1, 1, jax.devices()[:4])
     x = np.arange(2 * rows).reshape(rows, 2)

@@ -18,12 +18,8 @@ def test_round_trip_is_exact(diffusers_pipeline, tmp_path):
     to_diffusers.main(["--workdir", str(tmp_path / "converted"), "--out", str(tmp_path / "back")])
     assert same(tensors(tmp_path / "back"), tensors(diffusers_pipeline))
     for part in ("unet", "vae", "scheduler"):
-        before, after = (
-            Folder.open(folder).config(part) for folder in (diffusers_pipeline, tmp_path / "back")
-        )
-        assert {k: v for k, v in after.items() if k[0] != "_"} == {
-            k: v for k, v in before.items() if k[0] != "_"
-        }
+        before, after = (Folder.open(folder).config(part) for folder in (diffusers_pipeline, tmp_path / "back"))
+        assert {k: v for k, v in after.items() if k[0] != "_"} == {k: v for k, v in before.items() if k[0] != "_"}
 
 
 def test_an_exported_student_loads_in_diffusers_and_draws(diffusers_pipeline, tmp_path):

@@ -58,9 +58,7 @@ def picture(tmp_path):
 @pytest.mark.parametrize("sampler", ["ddim", "pndm"])
 def test_image_to_image_is_the_pipeline_of_diffusers(diffusers_pipeline, picture, sampler):
     pipeline = Pipeline.from_pretrained(diffusers_pipeline)
-    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
-        diffusers_pipeline, requires_safety_checker=False
-    )
+    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(diffusers_pipeline, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     if sampler == "ddim":
         theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)

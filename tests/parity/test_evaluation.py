@@ -30,10 +30,7 @@ def test_the_published_protocol(home, tiny_pipeline, clip_folder, inception, mon
     assert [row["model"] for row in result["rows"]] == ["teacher (pipeline)", "student"]
     for row in result["rows"]:
         assert row["fid"] > 0 and row["inception_score"] >= 1 and -1 < row["clip_score"] < 1
-    assert (
-        "prompts 20 instead of 30000" in result["notes"][0]
-        and "sampler ddim instead of pndm" in result["notes"][0]
-    )
+    assert "prompts 20 instead of 30000" in result["notes"][0] and "sampler ddim instead of pndm" in result["notes"][0]
     assert result["settings"]["prompts"].startswith("20 of ") and (out / "real.npz").is_file()
 
     def nothing(*_, **__):

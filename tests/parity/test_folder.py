@@ -58,9 +58,7 @@ def test_token_ids_are_those_of_the_diffusers_pipeline(diffusers_pipeline):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(diffusers_pipeline / "tokenizer")
-    expected = theirs(
-        PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="np"
-    ).input_ids
+    expected = theirs(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="np").input_ids
     ids = Folder.open(diffusers_pipeline).tokenize(PROMPTS)
     assert ids.dtype == np.int32 and ids.shape == (len(PROMPTS), 16)
     assert np.array_equal(ids, expected)
@@ -71,10 +69,7 @@ def test_the_two_formats_of_a_tokenizer_agree(diffusers_pipeline, exported, tmp_
     older = tmp_path / "tokenizer"  # as all folders on the hub from before transformers 5
     shutil.copytree(exported[0] / "tokenizer", older)
     (older / "tokenizer.json").unlink()
-    ids = [
-        Folder(folder).tokenize(PROMPTS)
-        for folder in (diffusers_pipeline, tmp_path)
-    ]
+    ids = [Folder(folder).tokenize(PROMPTS) for folder in (diffusers_pipeline, tmp_path)]
     assert np.array_equal(*ids)
 
 
@@ -87,9 +82,7 @@ def test_a_saved_folder_loads_in_diffusers_with_every_tensor_equal(diffusers_pip
     for name in ("diffusers", "transformers"):
         logging.getLogger(name).removeHandler(caplog.handler)
     said = caplog.text + " ".join(str(w.message) for w in recwarn)
-    assert not [
-        word for word in ("newly initialized", "were not used", "MISSING", "UNEXPECTED") if word in said
-    ]
+    assert not [word for word in ("newly initialized", "were not used", "MISSING", "UNEXPECTED") if word in said]
 
     expected = keys.to_tensors(params)
     state = theirs.unet.state_dict()
@@ -101,10 +94,7 @@ def test_a_saved_folder_loads_in_diffusers_with_every_tensor_equal(diffusers_pip
         assert state.keys() == expected.keys()
         assert all(np.array_equal(state[key].numpy(), expected[key]) for key in expected)
     assert theirs.scheduler.config.steps_offset == 1
-    assert (
-        theirs.tokenizer("red apple").input_ids
-        == Folder.open(diffusers_pipeline).tokenizer("red apple").input_ids
-    )
+    assert theirs.tokenizer("red apple").input_ids == Folder.open(diffusers_pipeline).tokenizer("red apple").input_ids
     assert theirs.vae_scale_factor == 4
     assert (out / "README.md").read_text() == "# card\n"
 

@@ -240,5 +240,3 @@ def test_text_encoder(hidden_act):
         captured = {name.removeprefix("text_model."): x for name, x in captured.items()}
     assert len(captured) == 2 * config["num_hidden_layers"]
     assert_features_close(captured, hooked)
-
-

@@ -28,7 +28,5 @@ def test_forward_process_equals_diffusers(kind):
         atol=2e-6,
     )
     snr = compute_snr(scheduler, tensors[2]).numpy()
-    expected = np.minimum(snr, 5.0) / (
-        snr if kind == "epsilon" else snr + 1
-    )  # as train_text_to_image.py has it
+    expected = np.minimum(snr, 5.0) / (snr if kind == "epsilon" else snr + 1)  # as train_text_to_image.py has it
     np.testing.assert_allclose(diffusion.min_snr_weights(schedule, timesteps, 5.0), expected, rtol=2e-4)

@@ -82,12 +82,10 @@ def test_scores_of_a_folder(clip_folder, inception, drawn, tmp_path):
         cosines.append(float(text @ picture / text.norm() / picture.norm()))
     assert row["clip_score"] == pytest.approx(np.mean(cosines), abs=1e-5)
 
-    again = scores.read_statistics(
-        tmp_path / "real.npz"
-    )  # what was measured can be given instead of pictures
-    assert scores.score(scorer._replace(real=again), drawn, captions, read, 24, "tiny")[
-        "fid"
-    ] == pytest.approx(row["fid"], rel=1e-6)
+    again = scores.read_statistics(tmp_path / "real.npz")  # what was measured can be given instead of pictures
+    assert scores.score(scorer._replace(real=again), drawn, captions, read, 24, "tiny")["fid"] == pytest.approx(
+        row["fid"], rel=1e-6
+    )
     assert "fid" not in scores.score(scorer._replace(real=None), drawn, captions, read, 24, "tiny")
     drawn[3].unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 24 pictures are missing, the first is .*000003.png"):
@@ -139,5 +137,3 @@ def test_missing_packages_and_networks_have_a_remedy(monkeypatch, tmp_path):
         scores.load_clip("owner/absent")
     with pytest.raises(FileNotFoundError, match=r"CLIP cannot be loaded"):
         scores.load_clip(str(tmp_path))
-
-

@@ -55,9 +55,7 @@ def test_the_attention_of_a_program_is_the_one_that_pays_there(monkeypatch):
         devices = np.array([type("Device", (), {"platform": "tpu"})])
 
     name = lambda config, unet, size: compiling.longest_attention(config, Mesh(), unet, size, jnp.bfloat16)
-    assert (
-        name(config_of(), families.SD15, 64) == "splash" and name(config_of(), families.SD15, 16) == "plain"
-    )
+    assert name(config_of(), families.SD15, 64) == "splash" and name(config_of(), families.SD15, 16) == "plain"
     assert name(config_of(attention="blocked"), families.SD15, 64) == "blocked"
 
 
@@ -70,15 +68,11 @@ def test_collectives_are_read_from_a_compiled_program():
     mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
     whole, rows = sharding.replicated(mesh), sharding.batch(mesh)
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    gradient = jax.jit(
-        jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), in_shardings=(whole, rows), out_shardings=whole
-    )
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), in_shardings=(whole, rows), out_shardings=whole)
     text = gradient.lower(of(16, 8), of(4, 16)).compile().as_text()
     assert compiling.collectives(text) == {"all-reduce": (1, 16 * 8 * 4)}
     gather = jax.jit(lambda x: x, in_shardings=rows, out_shardings=whole)
-    assert compiling.collectives(gather.lower(of(4, 16)).compile().as_text()) == {
-        "all-gather": (1, 4 * 16 * 4)
-    }
+    assert compiling.collectives(gather.lower(of(4, 16)).compile().as_text()) == {"all-gather": (1, 4 * 16 * 4)}
     tpu = """
   %ar = (f32[8,128]{1,0:T(8,128)}, bf16[4]{0:T(128)(2,1)}) all-reduce(f32[8,128] %a, bf16[4] %b), replica_groups={}
   %ags = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %p), dimensions={0}
@@ -112,9 +106,7 @@ def test_what_this_jaxlib_cannot_read_of_a_program_is_left_out(monkeypatch, tmp_
         compile = staticmethod(lambda options: compiled)
 
     lowered = compiling.Lowered(Program, {}, (), 8, "plain", "libtpu")
-    first, again = (
-        compiling.kept(compiling.whole, None, lowered, devices.target("v5e:2x2")) for _ in range(2)
-    )
+    first, again = (compiling.kept(compiling.whole, None, lowered, devices.target("v5e:2x2")) for _ in range(2))
     assert first == again and first.fits and first.collectives is None
     assert table.sent(None) == "not told"
 

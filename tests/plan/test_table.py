@@ -22,9 +22,7 @@ def needs(fixed: float, each: float):
     return row
 
 
-@pytest.mark.parametrize(
-    ("fixed", "each", "found"), [(8.0, 0.8, 8), (8.0, 0.1, 67), (2.0, 12.0, 1), (2.0, 13.0, 0)]
-)
+@pytest.mark.parametrize(("fixed", "each", "found"), [(8.0, 0.8, 8), (8.0, 0.1, 67), (2.0, 12.0, 1), (2.0, 13.0, 0)])
 @pytest.mark.parametrize("start", [4, 64, 512])
 def test_the_search_ends_at_the_last_batch_that_fits(monkeypatch, fixed, each, found, start):
     monkeypatch.setattr(table, "row", needs(fixed, each))

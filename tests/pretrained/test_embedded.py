@@ -31,5 +31,3 @@ def test_students_can_be_cut_from_it():
         shapes = pretrained.shapes("unet", students.config(student, config))
         params = students.take(student, teacher, shapes)
         assert len(jax.tree.leaves(params)) < len(jax.tree.leaves(teacher))
-
-

@@ -86,8 +86,7 @@ def test_a_configuration_that_is_cut_off_names_its_file(tiny_pipeline, tmp_path)
 def test_the_published_architectures_have_their_published_sizes():
     parts = ("unet", "text_encoder", "vae")
     sizes = {
-        name: tuple(families.count(part, getattr(row, part)) for part in parts)
-        for name, row in ARCHITECTURES.items()
+        name: tuple(families.count(part, getattr(row, part)) for part in parts) for name, row in ARCHITECTURES.items()
     }
     assert sizes == {
         "sd15": (859_520_964, 123_060_480, 83_653_863),

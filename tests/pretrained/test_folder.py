@@ -47,9 +47,7 @@ def test_shards_and_half_precision_variant(copy):
         save_file({name: whole[name] for name in part}, path.parent / file)
     path.unlink()
     index = path.with_name(path.name + ".index.json")
-    index.write_text(
-        json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}})
-    )
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}}))
     assert same_trees(Folder.open(copy).tensors("unet"), whole)
     (path.parent / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
@@ -64,5 +62,3 @@ def test_a_truncated_file_names_itself(copy):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"vae/diffusion_pytorch_model\.safetensors cannot be read"):
         Folder.open(copy).tensors("vae")
-
-

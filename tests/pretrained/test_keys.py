@@ -70,14 +70,8 @@ def test_attention_names_of_old_autoencoders(as_convolution):
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     weights = {old: rng.standard_normal((4, 4)) for old in names}
     block = "encoder.mid_block.attentions.0"
-    tensors = {
-        f"{block}.{old}.weight": w[:, :, None, None] if as_convolution else w for old, w in weights.items()
-    }
-    like = {
-        "encoder": {
-            "mid_block": {"attentions.0": {new: {"kernel": hollow((4, 4))} for new in names.values()}}
-        }
-    }
+    tensors = {f"{block}.{old}.weight": w[:, :, None, None] if as_convolution else w for old, w in weights.items()}
+    like = {"encoder": {"mid_block": {"attentions.0": {new: {"kernel": hollow((4, 4))} for new in names.values()}}}}
     params = keys.from_tensors(tensors, like, "vae")["encoder"]["mid_block"]["attentions.0"]
     assert all(np.array_equal(params[new]["kernel"], weights[old].T) for old, new in names.items())
 
@@ -101,9 +95,7 @@ def test_text_encoder_with_and_without_prefix_and_with_its_buffer():
         assert np.array_equal(params["text_model"]["final_layer_norm"]["scale"], scale)
 
 
-@pytest.mark.parametrize(
-    "key, shape", [("alpha", (1,)), ("conv.weight", (2, 2, 2)), ("conv.running_mean", (2,))]
-)
+@pytest.mark.parametrize("key, shape", [("alpha", (1,)), ("conv.weight", (2, 2, 2)), ("conv.running_mean", (2,))])
 def test_what_is_no_weight_is_refused(key, shape):
     with pytest.raises(ValueError, match=key):
         keys.to_flax(key, hollow(shape))

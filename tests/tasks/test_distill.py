@@ -104,5 +104,3 @@ def test_a_student_equal_to_the_teacher_has_no_distillation_loss(tiny_pipeline):
     task = tasks.make(config(student=None, train=("unet", "text_encoder")), Folder.open(tiny_pipeline), jnp.float32)
     assert set(task.trained) == {"unet", "text_encoder"} and task.frozen == {}
     assert task.configs.keys() == {"unet", "text_encoder"}
-
-

@@ -59,10 +59,7 @@ def test_normalised_pairs_do_not_depend_on_the_scale_of_the_features(predictions
     student, teacher, target = predictions
     terms = []
     for scale in (1.0, 100.0):
-        big = [
-            Prediction(p.noise_pred, {k: scale * v for k, v in p.features.items()})
-            for p in (student, teacher)
-        ]
+        big = [Prediction(p.noise_pred, {k: scale * v for k, v in p.features.items()}) for p in (student, teacher)]
         terms.append(kd_loss(*big, target, PAIRS, WEIGHT, normalize=True)[1]["feature/up_blocks.0"])
     np.testing.assert_allclose(*terms, rtol=1e-5)
     s, t = student.features["up_blocks.0"], teacher.features["up_blocks.1"]
@@ -89,5 +86,3 @@ def test_unequal_shapes_and_missing_features_are_errors(predictions):
         mse(jnp.zeros((2, 1)), jnp.zeros((2, 4)))
     with pytest.raises(KeyError, match=r"mid_block"):
         kd_loss(student, teacher, target, (("mid_block", "mid_block"),), WEIGHT)
-
-

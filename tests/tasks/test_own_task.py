@@ -11,7 +11,7 @@ from flaxkd.pretrained import Folder
 from tests.running import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
 
 # The text encoder learns to say everything a tenth louder.
-OWN = '''
+OWN = """
 import jax
 import jax.numpy as jnp
 
@@ -41,7 +41,7 @@ def louder(config, folder, dtype, mesh=None):
         loss=loss,
         configs={"text_encoder": folder.config("text_encoder")},
     )
-'''
+"""
 
 
 @pytest.fixture(scope="module")

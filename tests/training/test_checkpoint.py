@@ -40,9 +40,7 @@ def test_a_disk_that_fills_up_costs_one_checkpoint_and_says_so(tmp_path, full_di
     checkpoint.save(manager, state_of(1), {"position": 1})
     checkpoint.wait(manager)
     full_disk(True)
-    with pytest.raises(
-        OSError, match=r"cannot be written to .*GiB free(.|\n)*whole one is that of step 1\. Make room"
-    ):
+    with pytest.raises(OSError, match=r"cannot be written to .*GiB free(.|\n)*whole one is that of step 1\. Make room"):
         checkpoint.save(manager, state_of(2), {"position": 2})
         checkpoint.wait(manager)
     full_disk(False)

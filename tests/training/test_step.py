@@ -70,9 +70,7 @@ def test_one_step_of_gradient_descent():
     task = linear_task()
     state, [(params, metrics)] = train(task, config())
     key = jax.random.fold_in(jax.random.key(0), 0)
-    x = np.asarray(
-        task.prepare(key, {"x": np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)})
-    )
+    x = np.asarray(task.prepare(key, {"x": np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)}))
     w, teacher = task.trained["unet"]["w"], task.frozen["teacher"]
     gradient = 2 * x.T @ (x @ w - x @ teacher) / (8 * 3)
     np.testing.assert_allclose(params["unet"]["w"], w - 0.1 * gradient, rtol=1e-5)
@@ -97,9 +95,7 @@ def test_randomness_follows_seed_and_step():
     still = dict(schedule="constant_schedule", value=0.0)
 
     def losses(seed):
-        return [
-            float(m["loss"]) for _, m in train(linear_task(), config(seed=seed, learning_rate=still), 3)[1]
-        ]
+        return [float(m["loss"]) for _, m in train(linear_task(), config(seed=seed, learning_rate=still), 3)[1]]
 
     assert losses(0) == losses(0)
     assert len(set(losses(0)) | set(losses(1))) == 6
@@ -174,9 +170,7 @@ def test_validation_holds_no_more_examples_at_a_time_than_a_step():
 def test_clipping_bounds_the_update():
     task = linear_task()
     params = train(task, config(max_grad_norm=0.01))[1][0][0]
-    np.testing.assert_allclose(
-        np.linalg.norm(params["unet"]["w"] - task.trained["unet"]["w"]), 0.1 * 0.01, rtol=1e-4
-    )
+    np.testing.assert_allclose(np.linalg.norm(params["unet"]["w"] - task.trained["unet"]["w"]), 0.1 * 0.01, rtol=1e-4)
 
 
 def test_ema_follows_with_a_warm_up():
@@ -195,14 +189,10 @@ def test_any_optax_schedule_and_optimizer():
     rates = [m["learning_rate"] for _, m in train(linear_task(), c, 3)[1]]
     np.testing.assert_allclose(rates, [optax.cosine_decay_schedule(1.0, 4)(i) for i in range(3)], rtol=1e-6)
     train(linear_task(), config(optimizer=dict(name="adafactor")))
-    with pytest.raises(
-        ValueError, match=r"learning_rate.schedule = 'cosine' is not in optax.schedules .*cosine_decay"
-    ):
+    with pytest.raises(ValueError, match=r"learning_rate.schedule = 'cosine' is not in optax.schedules .*cosine_decay"):
         learning_rate(config(learning_rate=dict(schedule="cosine")))
     with pytest.raises(ValueError, match="decay_step"):
-        learning_rate(
-            config(learning_rate=dict(schedule="cosine_decay_schedule", init_value=1.0, decay_step=4))
-        )
+        learning_rate(config(learning_rate=dict(schedule="cosine_decay_schedule", init_value=1.0, decay_step=4)))
     with pytest.raises(ValueError, match=r"optimizer\.name = 'adamx' is not in optax"):
         optimizer(config(optimizer=dict(name="adamx")))
 
