@@ -88,33 +88,12 @@ def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
         metrics.note_start(workdir, command=typed, machine=machine)
         introduce(config, folder, task, machine)
 
-    data = {name: encoding.open_data(task.batch, config, x, name, folder, dtype) for name, x in pictures.items()}
-    batches = data["train"].batches(
-        config.batch_size,
-        config.seed,
-        variants=config.data.variants,
-        flip=config.data.random_flip,
-        rows=sharding.rows(mesh, config.batch_size),  # a process reads the rows of its own devices
-    )
-    held_out = data["validation"].examples(config.validation.examples)
-    held_out = {name: sharding.fill(x, len(x) // mesh.size or 1, mesh) for name, x in held_out.items()}
-    held_out = sharding.put(held_out, sharding.batch(mesh))
-
+    batches, held_out = open_examples(config, task, pictures, folder, dtype, mesh)
     like = state_shapes(task, config, tx)
-    shardings = sharding.params(mesh, like)
     frozen = sharding.put(task.frozen, sharding.params(mesh, task.frozen))
     train_step, evaluate = make_step(task, config, tx, mesh, like)
     manager = checkpoint.manager(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
-    if restored := checkpoint.restore(manager, like, shardings):
-        state, position = restored
-        batches.set_state(position)
-        begun = sharding.put(jax.tree.map(lambda x: x.astype(dtype), task.trained), shardings.params)
-        if hosts.is_first():
-            print(f"resuming at step {int(state.step):,} of {config.steps:,}", flush=True)
-    else:
-        begin = jax.jit(lambda p: init_state(p, tx, bool(config.ema_decay)), out_shardings=shardings)
-        state = begin(sharding.put(task.trained, shardings.params))
-        begun = state.params
+    state, begun = begin_or_resume(config, task, tx, mesh, like, manager, batches, dtype)
 
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
@@ -137,6 +116,35 @@ def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
         write()
     hosts.wait("blank")
     return write()  # an existing one is left alone
+
+
+def open_examples(config, task: Task, pictures: dict[str, sources.Source], folder: Folder, dtype, mesh) -> tuple:
+    """(endless batches of this process's rows, held-out examples on the devices): the fields of the task's batch."""
+    data = {name: encoding.open_data(task.batch, config, x, name, folder, dtype) for name, x in pictures.items()}
+    batches = data["train"].batches(
+        config.batch_size,
+        config.seed,
+        variants=config.data.variants,
+        flip=config.data.random_flip,
+        rows=sharding.rows(mesh, config.batch_size),  # a process reads the rows of its own devices
+    )
+    held_out = data["validation"].examples(config.validation.examples)
+    held_out = {name: sharding.fill(x, len(x) // mesh.size or 1, mesh) for name, x in held_out.items()}
+    return batches, sharding.put(held_out, sharding.batch(mesh))
+
+
+def begin_or_resume(config, task: Task, tx, mesh, like: State, manager, batches, dtype) -> tuple[State, dict]:
+    """(state, weights before the first step): those of the newest checkpoint, whose batches follow, or new ones."""
+    shardings = sharding.params(mesh, like)
+    if restored := checkpoint.restore(manager, like, shardings):
+        state, position = restored
+        batches.set_state(position)
+        if hosts.is_first():
+            print(f"resuming at step {int(state.step):,} of {config.steps:,}", flush=True)
+        return state, sharding.put(jax.tree.map(lambda x: x.astype(dtype), task.trained), shardings.params)
+    begin = jax.jit(lambda trained: init_state(trained, tx, bool(config.ema_decay)), out_shardings=shardings)
+    state = begin(sharding.put(task.trained, shardings.params))
+    return state, state.params
 
 
 def compile_step(train_step, *arguments) -> Future:
