@@ -28,6 +28,15 @@ from tests import tiny
 from tests.running import EVERY, ROOT, STEPS
 
 
+# Begun with, since one of them would run alone at the end.
+LONG = ("tests/tasks/test_distill.py", "tests/test_train.py", "tests/machine/test_hosts.py", "tests/test_soak.py")
+
+
+def pytest_collection_modifyitems(items):
+    order = {ROOT / file: at for at, file in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
     """A pipeline folder with random weights, 8x8 latents, 32x32 pixels. Read only."""
