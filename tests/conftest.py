@@ -27,7 +27,6 @@ from PIL import Image
 from tests import tiny
 from tests.running import EVERY, ROOT, STEPS
 
-
 # Begun with, since one of them would run alone at the end.
 LONG = ("tests/tasks/test_distill.py", "tests/test_train.py", "tests/machine/test_hosts.py", "tests/test_soak.py")
 
