@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
@@ -47,6 +48,25 @@ def test_in_a_loop_too_a_convolution_has_the_form_that_is_fast():
     loop = lambda k, x, dy: jax.lax.scan(lambda total, of: (total, function(k, *of)), 0, (x, dy))
     text = jax.jit(loop).lower(k, x, dy).compile().as_text()
     assert "while" in text and set(re.findall(r"dim_labels=(\S+?)[,\s]", text)) == {"b01f_01io->b01f"}
+
+
+@pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((1, -1), (0, 0)), ((1, 1), (0, 1))])
+def test_a_small_map_is_convolved_as_it_was_asked_for(padding):
+    """The rule holds for every program of the process, not only for flaxkd's networks."""
+    cpu.compiler_options()
+    x = jnp.arange(2 * 2 * 2 * 3, dtype=jnp.bfloat16).reshape(2, 2, 2, 3)
+    kernel = jnp.arange(2 * 3 * 4, dtype=jnp.bfloat16).reshape(2, 1, 3, 4)
+    axes = ("NHWC", "HWIO", "NHWC")
+    convolve = lambda x, kernel: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=axes, precision="highest", preferred_element_type=jnp.float32
+    )
+    y = jax.jit(convolve)(x, kernel)
+    image = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*edge, 0) for edge in padding), (0, 0, 0)])
+    image, kernel = (np.asarray(z, np.float32) for z in (image, kernel))
+    rows = image.shape[1] - 1
+    expected = image[:, :rows] @ kernel[0, 0] + image[:, 1:] @ kernel[1, 0]
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_a_small_map_is_multiplied():
