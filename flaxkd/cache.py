@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise
             raise ImportError("gs:// paths need gcsfs: pip install -e '.[data]'") from error
         except KeyboardInterrupt:
-            sys.exit("\nstopped; the same command goes on from there")
+            sys.exit("\nstopped; the same command resumes")
 
 
 if __name__ == "__main__":

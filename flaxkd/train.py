@@ -189,7 +189,7 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
             if stopping:
                 checkpoint.wait(s.manager)
                 s.writer.close()
-                raise Stopped(f"stopped at step {step}; the same command goes on from there")
+                raise Stopped(f"stopped at step {step}; the same command resumes there")
             if due(config, step, config.sample.every) and step != config.steps:
                 draw_samples(s, state)
     return state, figures
@@ -215,7 +215,7 @@ def log(s: Setup, state: State) -> None:
                 f"loss of {float(state.health.usual):.3g} is usual; the last {values['skipped_in_a_row']} steps were "
                 "skipped. The last good checkpoint is "
                 f"{f'{s.manager.directory}/{saved}' if saved is not None else 'none yet'}. Lower the learning rate "
-                "or max_grad_norm, or use float32, in a new workdir; or raise bad_steps, and go on from there."
+                "or max_grad_norm, or use float32, in a new workdir; or raise bad_steps and resume."
             )
     if fetched:
         s.writer.log(fetched, s.config.batch_size)

@@ -89,7 +89,7 @@ def test_sigterm_saves_and_a_truncated_checkpoint_falls_back(finished_plain, pla
     wait_for(workdir / "checkpoints" / str(EVERY), process)
     process.send_signal(signal.SIGTERM)
     output = finish(process, 143)
-    assert "SIGTERM" in output and "the same command goes on" in output
+    assert "SIGTERM" in output and "the same command resumes" in output
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert EVERY <= steps[-1] < STEPS
     if steps[-1] == EVERY:  # stopped just there: the beginning is the one before

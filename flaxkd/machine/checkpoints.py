@@ -39,7 +39,7 @@ def written(folder: Path, whole: Callable[[], Iterable[int]]) -> Iterator[None]:
         raise OSError(
             f"a checkpoint cannot be written to {folder}, which has {free:.1f} GiB free: {in_a_line(error)}\n"
             f"The newest whole one is {'none' if newest is None else f'that of step {newest}'}. Make room, or lower "
-            "checkpoint.keep; the same command goes on from there."
+            "checkpoint.keep; the same command resumes there."
         ) from error
 
 

@@ -133,7 +133,7 @@ def _leave(error: BaseException) -> None:
     if any(word in text for word in GONE):
         text = (
             f"error: process {jax.process_index()} of {jax.process_count()} ends, since another one is gone; the log "
-            "of that one says why. Checkpoints are whole: the same commands go on from the newest one, with this or "
+            "of that one says why. Checkpoints are whole: the same commands resume at the newest one, with this or "
             f"another number of processes. ({text.splitlines()[0]})"
         )
     elif code is None:

@@ -47,7 +47,7 @@ def test_a_run_stopped_killed_and_resumed_by_other_numbers_of_processes_is_that_
     two[1].send_signal(signal.SIGTERM)  # to one of them: all stop, at the same step
     outputs = [finish(process, 143) for process in two]
     stopped = last_step(workdir)
-    assert all(f"stopped at step {stopped}; the same command goes on" in output for output in outputs)
+    assert all(f"stopped at step {stopped}; the same command resumes" in output for output in outputs)
     assert "SIGTERM" in outputs[1] and "SIGTERM" not in outputs[0]
 
     many = start(workdir, MANY)
