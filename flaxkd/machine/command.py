@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flaxkd.machine import files
+from flaxkd.machine import diffusers_flags, files
 
 MODEL = "pipeline folder, hub id (owner/name) or workdir of a run"
 
@@ -81,22 +81,65 @@ def check_overrides(parser: Parser, overrides: list[str]) -> list[str]:
 def configuration(file: str, overrides: Sequence[str]) -> ConfigDict:
     """The configuration `FILE.py[:ARGUMENT]` with overrides `--config.key=value`. Its keys are then fixed.
 
-    Raises ValueError with the file or key at fault."""
-    values, typed = flags.FlagValues(), ["flaxkd", f"--config={file}", *overrides]
+    `--config.key=None` is None for a key of any type. Raises ValueError with the file or key at fault."""
+    overrides = _joined(overrides)
+    nones = [override for override in overrides if override.endswith("=None")]
+    values, typed = flags.FlagValues(), ["flaxkd", f"--config={file}", *(x for x in overrides if x not in nones)]
     if not Path(file.partition(":")[0]).is_file():
         raise ValueError(f"there is no file {file.partition(':')[0]}: give a configuration, e.g. configs/small.py")
     try:
         config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=typed)
         values(typed)
-    except (AttributeError, OSError, flags.Error) as error:  # the first is an unknown key
+        values.config.update_from_flattened_dict(dict.fromkeys(map(_key, nones)))
+    except (AttributeError, KeyError, ValueError, OSError, flags.Error) as error:  # the first is an unknown key
         reason = str(error).strip()
         if reason[:1] in ("'", '"') and reason[-1:] == reason[:1]:  # ml_collections quotes a KeyError
             reason = ast.literal_eval(reason)
         reason = reason.splitlines()
         # The error of a configuration's own code comes with its traceback.
         reason = reason[-1:] if any(line.startswith("Traceback") for line in reason) else reason
-        raise ValueError(f"--config={file} and its overrides cannot be read: " + "\n".join(reason)) from error
+        reason = "\n".join([*reason, *_advice(file, overrides)])
+        raise ValueError(f"--config={file} and its overrides cannot be read: {reason}") from error
     return values.config
+
+
+def _joined(overrides: Sequence[str]) -> list[str]:
+    """The overrides with their values: `--config.key value` as `--config.key=value`."""
+    joined: list[str] = []
+    for word in overrides:
+        if joined and "=" not in joined[-1] and not word.startswith("--config."):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _key(override: str) -> str:
+    return override.removeprefix("--config.").partition("=")[0]
+
+
+def _advice(file: str, overrides: Sequence[str]) -> list[str]:
+    """What to type instead of the keys that a configuration does not have, as far as is known."""
+    advice = []
+    for key in map(_key, overrides):
+        group, _, name = key.rpartition(".")
+        with contextlib.suppress(ValueError):  # if the file itself is at fault
+            config = configuration(file, ())
+            found = config.get(group) if group else config
+            if key not in OPEN and isinstance(found, ConfigDict) and name in found:
+                continue
+            if whole := next((k for k in (key, group) if k in OPEN), None):
+                advice.append(f"{whole} is {dict(config[whole])}: give another one whole, e.g. {OPEN[whole]}")
+            elif here := diffusers_flags.HERE.get(name.replace("-", "_")):
+                advice.append(f"{name} of other training scripts is here: {here}")
+    return advice
+
+
+# Groups whose keys are the arguments of a function of optax, each with another one.
+OPEN = {
+    "learning_rate": "--config.learning_rate=\"{'schedule': 'constant_schedule', 'value': 5e-5}\"",
+    "optimizer": "--config.optimizer=\"{'name': 'adamw', 'weight_decay': 0.01}\"",
+}
 
 
 def keep_compiled_programs() -> None:
