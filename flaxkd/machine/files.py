@@ -80,14 +80,31 @@ def write_json(file: os.PathLike, content: Any) -> None:
 
 
 def read_json(file: os.PathLike) -> Any:
-    """The content of a JSON file. Raises FileNotFoundError or ValueError, with the file's name."""
+    """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises FileNotFoundError or ValueError, with the file's name."""
     file = epath.Path(file)
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:
+        check_lfs_pointer(file)
         raise ValueError(f"{file} is not JSON ({error}): was it copied whole?") from error
+
+
+def is_lfs_pointer(file: os.PathLike) -> bool:
+    """Whether a file is the small text that git keeps in place of a large file."""
+    with epath.Path(file).open("rb") as content:
+        return content.read(40).startswith(b"version https://git-lfs.github.com/spec")
+
+
+def check_lfs_pointer(file: os.PathLike) -> None:
+    """Raises ValueError with the remedy for a pointer of git-LFS."""
+    if is_lfs_pointer(file):
+        raise ValueError(f"{file} is a pointer of git-LFS, without the content: run `git lfs pull` in its repository")
 
 
 def read_jsonl(file: Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """Pipelines of diffusers: THE TABLE of their families (families), one on disk (folder), writing one (writing).
 
-keys.py has the only rule for names and layouts, hub.py finds a model, fresh.py makes one with random weights.
+tensors.py reads files of weights, keys.py has the only rule for names and layouts, hub.py finds a model, fresh.py makes
+one with random weights.
 """
 
 from flaxkd.pretrained.families import ARCHITECTURES, FAMILIES, PARTS, build, count, published, shapes

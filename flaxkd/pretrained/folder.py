@@ -16,19 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from safetensors import safe_open
 
 from flaxkd.machine import files
-from flaxkd.pretrained import families, hub, keys
+from flaxkd.pretrained import families, hub, keys, tensors
 
 CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
-
-RESAVE = """\
-    # in an environment with torch, diffusers and transformers, and only if you trust where it comes from
-    from diffusers import StableDiffusionPipeline
-    pipeline = StableDiffusionPipeline.from_pretrained("{folder}", use_safetensors=False, safety_checker=None)
-    pipeline.save_pretrained("NEW_FOLDER", safe_serialization=True)
-then pass NEW_FOLDER. (For a single .ckpt file, from_single_file takes the place of from_pretrained.)"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,53 +99,33 @@ class Folder:
     def tensors(self, part: str) -> dict[str, np.ndarray]:
         """The tensors {diffusers' key: array} in the files of a part, in their dtypes.
 
-        Reads one safetensors file, else the files listed in an index, else a half-precision variant. Raises
-        ValueError if there is only a pickle, and FileNotFoundError if there is nothing, both with the remedy."""
-        tensors = {}
-        for path in self._weight_files(part):
-            try:
-                with safe_open(path, framework="np") as file:
-                    tensors |= {key: file.get_tensor(key) for key in file.keys()}
-            except Exception as error:  # SafetensorError derives from Exception alone
-                raise ValueError(f"{path} cannot be read: {error}. Was it downloaded whole?") from error
-        return tensors
+        Read from one safetensors file or from its shards, else from a variant such as fp16. Raises FileNotFoundError
+        and ValueError, as `tensors.find` and `tensors.read` do."""
+        return tensors.read(tensors.find(self.path / part, families.PARTS[part].stem, self.path))
 
     def stored(self, part: str) -> dict:
-        """The parameters of a part in the dtypes of its files: a nested dict of views of the tensors."""
-        return keys.from_tensors(self.tensors(part), self.shapes(part), f"{self.path}/{part}")
+        """The parameters of a part in the dtypes of its files: a nested dict of views of the tensors.
+
+        Raises ValueError for numbers that are not finite, and as `tensors` and `keys.from_tensors` do."""
+        params = keys.from_tensors(self.tensors(part), self.shapes(part), f"{self.path}/{part}")
+        keys.check_finite(params, f"{self.path}/{part}", "Take another copy of the model, or one in float32")
+        return params
 
     def params(self, part: str, dtype=None) -> dict:
         """The parameters of a part in `dtype` (None: float32): a nested dict of C-contiguous numpy arrays.
 
-        Raises FileNotFoundError and ValueError, as `tensors`, `module` and `keys.from_tensors` do."""
+        Raises FileNotFoundError and ValueError, as `stored` and `module` do."""
         dtype = jnp.float32 if dtype is None else dtype
         if part in self.weights:
-            return jax.tree.map(lambda x: x.astype(dtype), self.weights[part]())
+            params = self.weights[part]()
+            keys.check_finite(params, f"{part} of the newest checkpoint", "Remove this checkpoint to use an older one")
+            return jax.tree.map(lambda x: x.astype(dtype), params)
         return jax.tree.map(lambda x: np.ascontiguousarray(x, dtype), self.stored(part))
 
     def load(self, part: str, dtype=None, **kwargs) -> tuple[nn.Module, dict]:
         """(module, params) of a part, both in `dtype` (None: float32)."""
         dtype = jnp.float32 if dtype is None else dtype
         return self.module(part, dtype, **kwargs), self.params(part, dtype)
-
-    def _weight_files(self, part: str) -> list[Path]:
-        where, stem = self.path / part, families.PARTS[part].stem
-        index = where / f"{stem}.safetensors.index.json"
-        if (single := where / f"{stem}.safetensors").is_file():
-            return [single]
-        if index.is_file():
-            names = sorted(set(files.read_json(index)["weight_map"].values()))
-            absent = [name for name in names if not (where / name).is_file()]
-            if absent:
-                raise FileNotFoundError(f"{index} lists files that are missing: {', '.join(absent)}")
-            return [where / name for name in names]
-        if (half := where / f"{stem}.fp16.safetensors").is_file():
-            return [half]
-        pickles = [p.name for ending in ("bin", "ckpt", "pt", "pth") for p in sorted(where.glob(f"*.{ending}"))]
-        error, problem = FileNotFoundError, f"no {stem}.safetensors"
-        if pickles:
-            error, problem = ValueError, f"only a pickle ({', '.join(pickles)}), not opened as it can run code"
-        raise error(f"{where} has {problem}. Save the model as safetensors:\n{RESAVE.format(folder=self.path)}")
 
     # -- Captions -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ key splits into a path at every dot, except before a number. Only the leaf and t
 flaxkd transposes weights nowhere else. folder.py reads the files.
 """
 
+import collections
 import re
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,22 +51,21 @@ def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
     tensors: {diffusers key: array}. like: nested dict of anything with `.shape`, as from `families.shapes`.
     what: the name of the module in the error message. Returns a nested dict with the structure of `like`. Its
     leaves are views of the tensors in their own dtypes. Names from older and newer libraries are understood
-    (`_current`). Raises one ValueError that lists all missing, unexpected, mis-shaped and non-floating-point
-    (for example quantised) tensors."""
+    (`_current`), also behind the prefixes of wrappers (`_bare`), and tensors of no layer are left out (`_harmless`).
+    Raises one ValueError that lists all missing, unexpected, mis-shaped and non-floating-point (for example
+    quantised) tensors."""
     expected = {}
     for path, leaf in flatten_dict(like).items():
         key, axes = _key(path, len(leaf.shape))
         expected[key] = tuple(leaf.shape[axis] for axis in axes)
+    bare = _bare(tensors, expected, what)
     found, unexpected = {}, []
-    for key, array in tensors.items():
-        if key in expected:
-            found[key] = array
-        elif not key.endswith("position_ids"):  # a buffer 0, 1, 2, ... that transformers saved until 4.30
-            current, array = _current(key, array, expected)
-            if current not in expected or current in tensors:
-                unexpected.append(f"{key} {list(array.shape)}")
-            else:
-                found[current] = array
+    for key in sorted(tensors, key=lambda key: bare[key] not in expected):  # a current name goes before an old one
+        current = _current(bare[key], expected)
+        if current in expected and current not in found:
+            found[current] = _squeezed(tensors[key], expected[current])
+        elif current in expected or not _harmless(current, expected):
+            unexpected.append(f"{key} {list(tensors[key].shape)}")
     missing = [f"{key} {list(shape)}" for key, shape in expected.items() if key not in found]
     misshaped = [
         f"{key} is {list(array.shape)}, must be {list(expected[key])}"
@@ -86,6 +87,15 @@ def from_tensors(tensors: dict[str, np.ndarray], like: dict, what: str) -> dict:
     return unflatten_dict(dict(to_flax(key, array) for key, array in found.items()))
 
 
+def check_finite(params: dict, what: str, remedy: str) -> None:
+    """Raises ValueError that names the tensors of `what` with numbers that are NaN or infinite."""
+    flat = {path: x for path, x in flatten_dict(params).items() if isinstance(x, np.ndarray)}
+    wrong = [to_diffusers(path, x)[0] for path, x in flat.items() if not np.isfinite(x).all()]
+    if wrong:
+        lines = _lines("not finite", wrong)
+        raise ValueError(f"{what} has numbers that are NaN or infinite. {remedy}:{lines}")
+
+
 def to_tensors(params: dict) -> dict[str, np.ndarray]:
     """The parameters of a module under diffusers' names, as C-contiguous arrays, ready for safetensors."""
     pairs = (to_diffusers(path, np.asarray(array)) for path, array in flatten_dict(params).items())
@@ -103,19 +113,62 @@ def _key(path: tuple[str, ...], ndim: int) -> tuple[str, tuple[int, ...]]:
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _current(key: str, array: np.ndarray, expected: dict) -> tuple[str, np.ndarray]:
-    """The expected name and shape of a tensor stored under another name.
+def _current(key: str, expected: Mapping[str, tuple]) -> str:
+    """The expected name of a tensor stored under `key`, or `key` itself.
 
-    Autoencoders from before diffusers 0.18 name their attention differently, and some store it as 1x1
-    convolutions. Text encoders saved by transformers 5 lack the prefix found in all files on the hub."""
+    Autoencoders from before diffusers 0.18 name their attention differently. Text encoders saved by transformers 5
+    lack the prefix found in all files on the hub."""
     module, _, leaf = key.rpartition(".")
     block, _, name = module.rpartition(".")
-    for candidate in (f"{block}.{_OLD_ATTENTION.get(name)}.{leaf}", f"text_model.{key}"):
-        if candidate in expected:
-            key = candidate
-    if array.shape[2:] == (1, 1) and len(expected.get(key, ())) == 2:
-        array = array[:, :, 0, 0]
-    return key, array
+    old = f"{block}.{_OLD_ATTENTION.get(name)}.{leaf}"
+    return next((name for name in (key, old, f"text_model.{key}") if name in expected), key)
+
+
+def _squeezed(array: np.ndarray, shape: tuple) -> np.ndarray:
+    """A linear layer that is stored as a 1x1 convolution, as in some old autoencoders."""
+    return array[:, :, 0, 0] if array.shape[2:] == (1, 1) and len(shape) == 2 else array
+
+
+# What DistributedDataParallel, torch.compile and FSDP put into names, at any depth: no layer is called so.
+_WRAPPER = re.compile(r"(?<![^.])(?:module|_\w+)\.")
+
+# What a training saves beside a network: its averages, its losses, other networks of the pipeline, the rest of CLIP.
+_BESIDE = {
+    *("ema", "ema_model", "model_ema", "unet_ema", "shadow_params"),
+    *("loss", "lpips", "discriminator", "perceptual_loss", "optimizer", "lr_scheduler"),
+    *("unet", "vae", "text_encoder", "first_stage_model", "cond_stage_model", "safety_checker"),
+    *("vision_model", "visual_projection", "text_projection"),
+}
+
+
+def _bare(keys: Iterable[str], expected: Mapping[str, tuple], what: str) -> dict[str, str]:
+    """{key: its name without wrappers and without the prefix of the network, such as "model.diffusion_model."}.
+
+    That prefix is the one before most of the expected names. Raises ValueError if there are two."""
+    bare = {key: _WRAPPER.sub("", key) for key in keys}
+    votes = collections.Counter()
+    for name in bare.values():
+        words = name.split(".")
+        ends = (n for n in range(len(words)) if _current(".".join(words[n:]), expected) in expected)
+        if (n := next(ends, None)) is not None:
+            votes["".join(f"{word}." for word in words[:n])] += 1
+    rank = lambda prefix: (prefix.partition(".")[0] not in _BESIDE, votes[prefix], prefix == "")
+    best = sorted(votes, key=rank)[-2:]
+    if len(best) == 2 and best[-1] and rank(best[0]) == rank(best[1]):
+        raise ValueError(f"{what} holds its network twice, with the prefixes {best[0]} and {best[1]}: keep one of them")
+    return {key: name.removeprefix(best[-1]) if best else name for key, name in bare.items()}
+
+
+def _harmless(key: str, expected: Mapping[str, tuple]) -> bool:
+    """Whether a tensor is of no layer of the network, so that leaving it out changes nothing.
+
+    Such are names without a module (counters and schedules of the training, CLIP's logit_scale), the table 0, 1, 2, ...
+    that transformers saved until 4.30, all of `_BESIDE`, and the layers of a text encoder above the last one that
+    its configuration has (clip skip)."""
+    layer = re.match(r"(?:text_model\.)?(encoder\.layers\.)(\d+\.)", key)
+    below = layer and {name for name in expected if name.startswith(f"text_model.{layer[1]}")}
+    above = below and not any(name.startswith(f"text_model.{layer[1]}{layer[2]}") for name in below)
+    return "." not in key or key.endswith("position_ids") or key.split(".")[0] in _BESIDE or bool(above)
 
 
 def _lines(kind: str, names: list[str]) -> str:

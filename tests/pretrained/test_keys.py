@@ -99,3 +99,80 @@ def test_text_encoder_with_and_without_prefix_and_with_its_buffer():
 def test_what_is_no_weight_is_refused(key, shape):
     with pytest.raises(ValueError, match=key):
         keys.to_flax(key, hollow(shape))
+
+
+# -- Names as people have them ---------------------------------------------------------------------------------------
+
+LIKE = {"conv_in": {"kernel": hollow((1, 1, 2, 3))}, "mid_block": {"norm": {"scale": hollow((4,))}}}
+NAMES = {"conv_in.weight": np.ones((3, 2, 1, 1)), "mid_block.norm.weight": np.arange(4.0)}
+CLIP = {"text_model": {"encoder": {f"layers.{i}": {"fc1": {"bias": hollow((2,))}} for i in range(2)}}}
+
+
+def prefixed(prefix: str, names: dict = NAMES) -> dict:
+    return {prefix + key: array for key, array in names.items()}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        *map(prefixed, ("module.", "_orig_mod.", "model.", "model.diffusion_model.", "unet.", "student.net.", "ema.")),
+        *map(prefixed, ("module._orig_mod.", "_orig_mod.module.", "model.module.diffusion_model.")),
+        {key.replace(".", "._fsdp_wrapped_module.module.", 1): x for key, x in NAMES.items()},
+        NAMES | prefixed("ema_model.", {key: 0 * x for key, x in NAMES.items()}),
+        prefixed("model.") | prefixed("model_ema.", {key: 0 * x for key, x in NAMES.items()}),
+    ],
+    ids=lambda tensors: next(iter(tensors)),
+)  # fmt: skip
+def test_prefixes_of_wrappers_and_trainers(tensors):
+    params = keys.from_tensors(tensors, LIKE, "unet")
+    assert keys.to_tensors(params).keys() == NAMES.keys()
+    np.testing.assert_array_equal(params["mid_block"]["norm"]["scale"], NAMES["mid_block.norm.weight"])
+
+
+def test_two_copies_of_a_network_are_an_error():
+    with pytest.raises(ValueError, match=r"unet holds its network twice, with the prefixes (student|teacher)\."):
+        keys.from_tensors(prefixed("teacher.") | prefixed("student."), LIKE, "unet")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["decay", "num_updates", "logit_scale", "alphas_cumprod", "loss.logvar", "loss.discriminator.main.0.weight",
+     "model_ema.decay", "vision_model.encoder.layers.0.fc1.bias", "visual_projection.weight", "text_projection.weight",
+     "text_model.embeddings.position_ids", "vae.encoder.conv_in.weight"],
+)  # fmt: skip
+def test_what_is_of_no_layer_is_left_out(key):
+    for prefix in ("", "module."):
+        params = keys.from_tensors(NAMES | {prefix + key: np.zeros(3)}, LIKE, "unet")
+        assert keys.to_tensors(params).keys() == NAMES.keys()
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["mid_block.norm.lora_A.weight", "mid_block.attentions.0.to_q.weight", "down_blocks.3.norm.weight",
+     "add_embedding.linear_1.weight", "lora.conv_in.down.weight", "conv_in.bias", "mid_block.to_k_ip.weight",
+     "controlnet.conv_in.weight"],
+)  # fmt: skip
+def test_what_would_change_the_network_is_refused(key):
+    for prefix in ("", "model."):
+        with pytest.raises(ValueError, match=rf"unexpected \(1\):\n    {prefix}{key}"):
+            keys.from_tensors(prefixed(prefix, NAMES | {key: np.zeros(3)}), LIKE, "unet")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["text_model.", "", "module.text_model.", "cond_stage_model.transformer.text_model."]
+)
+def test_text_layers_above_the_last_one_are_left_out(prefix):
+    tensors = {f"{prefix}encoder.layers.{i}.fc1.bias": np.full(2, i) * 1.0 for i in range(4)}
+    params = keys.from_tensors(tensors, CLIP, "text_encoder")["text_model"]["encoder"]
+    assert {name: layer["fc1"]["bias"][0] for name, layer in params.items()} == {"layers.0": 0, "layers.1": 1}
+    with pytest.raises(ValueError, match=r"unexpected \(1\):\n    .*layers.1.fc3.bias"):
+        keys.from_tensors(tensors | {f"{prefix}encoder.layers.1.fc3.bias": np.zeros(2)}, CLIP, "text_encoder")
+
+
+def test_numbers_that_are_not_finite_name_their_tensor():
+    for wrong in (np.nan, np.inf):
+        params = keys.from_tensors(NAMES | {"mid_block.norm.weight": np.array([1, 2, wrong, 3])}, LIKE, "unet")
+        with pytest.raises(
+            ValueError, match=r"vae has numbers .*\. Remedy:\n  not finite \(1\):\n    mid_block.norm.weight"
+        ):
+            keys.check_finite(params, "vae", "Remedy")
