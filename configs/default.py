@@ -13,6 +13,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # What is trained.
     config.teacher = placeholder(str)  # pipeline folder, or hub id owner/name; None: the embedded miniature
+    # layers left out at the end of its text encoder, in training and in the exported pipeline; diffusers' clip_skip:
+    # 1 is the last layer, what other programs call clip skip 2
+    config.clip_skip = 0
     config.student = "sd_small"  # a row of `python -m flaxkd.students`; None: the teacher itself is trained
     # a row of flaxkd/tasks/__init__.py, or your own "module:function"; None: the row for the parts below
     config.task = placeholder(str)

@@ -30,7 +30,7 @@ def convert(model: str | None, out: Path) -> dict[str, tuple[int, int]]:
     with files.whole_folder(out) as new:
         shutil.copyfile(source.path / "model_index.json", new / "model_index.json")
         shutil.copytree(source.path / "scheduler", new / "scheduler")
-        copy_tokenizer(source.path, new)
+        copy_tokenizer(source, new)
         for part in configs:
             (new / part).mkdir()
             shutil.copyfile(source.path / part / "config.json", new / part / "config.json")

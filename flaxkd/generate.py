@@ -53,6 +53,7 @@ def draw(args: argparse.Namespace) -> None:
             strength=args.strength,
             sampler=args.sampler,
             seed=args.seed,
+            clip_skip=args.clip_skip,
             batch_size=args.batch_size,
         )
         columns[pipeline.name] = drawn
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--negative-prompt", default="", help="what not to draw")
     command.add(parser, "steps")
     add("--guidance", type=float, default=7.5, help="1 is none; default: 7.5")
+    command.add(parser, "clip-skip")
     add("--sampler", choices=samplers.KINDS, default="dpmsolver++", help="default: dpmsolver++")
     command.add(parser, "seed", help="of the first picture; the next one has seed + 1; default: 0")
     add("--width", type=int, help="pixels; default: as in training")

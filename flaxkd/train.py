@@ -109,7 +109,7 @@ def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
 def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
     """The teacher's pipeline folder; for `config.blank`, a new one with random weights in the workdir."""
     if config.blank is None:
-        return Folder.open(config.teacher)
+        return Folder.open(config.teacher, config.clip_skip)
     captions = [picture["caption"] for picture in pictures]
     write = lambda: fresh.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
     if hosts.is_first():

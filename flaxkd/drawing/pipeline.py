@@ -85,6 +85,7 @@ class Pipeline:
         sampler: str = "dpmsolver++",
         seed: int = 0,
         latents: np.ndarray | None = None,
+        clip_skip: int | None = None,
         batch_size: int = 4,
         progress: bool = True,
     ) -> list[Image.Image]:
@@ -98,6 +99,7 @@ class Pipeline:
         the negative prompt to the prompt, 1 is none. height, width: pixels; None: as in training. image: picture or
         path to start from, one for all or one each, scaled and cropped to the size. strength: how much the image
         changes, in (0, 1]; None: 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise.
+        clip_skip: layers left out at the end of the text encoder, see `Folder.skip_layers`.
         batch_size: pictures at a time, at least one on each device. progress: a bar on stderr.
 
         Raises ValueError or FileNotFoundError before any compute, with the numbers and the remedy, and
@@ -136,7 +138,7 @@ class Pipeline:
             return first if latents is None else np.asarray(latents[i], np.float32), between
 
         drawn = batches.draw(
-            self,
+            self._skip_layers(clip_skip),
             prompts,
             noise,
             schedule,
@@ -147,6 +149,7 @@ class Pipeline:
         )
         bar = tqdm(drawn, desc="drawing", total=n, unit=" pictures", disable=not progress)
         pictures = [Image.fromarray(x) for x in bar]
+        settings |= {"clip_skip": clip_skip} if clip_skip else {}
         settings |= {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -160,15 +163,22 @@ class Pipeline:
             picture.info = {name: str(value) for name, value in info.items()}
         return pictures
 
+    def _skip_layers(self, clip_skip: int | None) -> "Pipeline":
+        if not clip_skip:
+            return self
+        folder = self.folder.skip_layers(clip_skip)
+        dtypes = {part: self.modules[part].dtype for part in folder.family.encoders}
+        return self.with_parts({part: folder.module(part, dtype) for part, dtype in dtypes.items()}, {})
+
     def _pixels(self, name: str, value: int | None) -> int:
         if value is None:
-            return self.folder.resolution
+            return self.folder.size[name == "width"]
         self.folder.check_resolution(value, name)
         return value
 
     def _warn(self, prompts: list[str]) -> None:
         """Warns of the words that `Folder.tokenize` cuts off, once for each text."""
-        length = self.folder.tokenizer.model_max_length
+        length = self.folder.text_length
         for text in dict.fromkeys(prompts):
             tokens = self.folder.tokenizer(text, return_offsets_mapping=True, verbose=False)
             if len(tokens["input_ids"]) > length:  # the first and the last one are markers

@@ -114,7 +114,11 @@ def counts(parts: dict[str, dict], source: Folder) -> str:
 
 
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
-    pixels, pipeline = source.replace(parts, {}).resolution, source.family.pipeline
+    pipeline = source.family.pipeline
+    try:
+        pixels = "{} x {} pixels".format(*source.replace(parts, {}).size)
+    except ValueError:  # its configuration has no size
+        pixels = "give it height and width in pixels"
     return f"""\
 ## Use
 ```python
@@ -122,7 +126,7 @@ from diffusers import DPMSolverMultistepScheduler, {pipeline}
 
 pipeline = {pipeline}.from_pretrained("PATH OR HUB ID OF THIS FOLDER")
 pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-pipeline({prompt!r}, num_inference_steps=25).images[0].save("picture.png")  # {pixels} x {pixels} pixels
+pipeline({prompt!r}, num_inference_steps=25).images[0].save("picture.png")  # {pixels}
 ```
 There is no safety checker in this folder."""
 

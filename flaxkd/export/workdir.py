@@ -1,7 +1,8 @@
 """From a workdir to a pipeline folder of diffusers.
 
 A workdir, of a run or of `convert.from_diffusers`, holds
-    export.json     its record: {"source": pipeline folder of the untrained parts, "parts": {"unet": its config.json}}
+    export.json     its record: {"source": pipeline folder of the untrained parts, "parts": {"unet": its config.json},
+                    "configs": those of untrained parts that differ from the source's, as for clip_skip}
     checkpoints/    Orbax steps with the tree {"params": {"unet": ...}, "ema": {"unet": ...} or nothing, ...}
 The workdir of a run also holds config.json, metrics.jsonl and samples.png, for the model card.
 """
@@ -33,6 +34,8 @@ def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict]) -> No
     if written is not None and path.is_relative_to(here):
         written = path.relative_to(here)
     content = {"source": None if written is None else str(written), "parts": dict(parts)}
+    if configs := {part: config for part, config in source.configs.items() if part not in parts}:
+        content["configs"] = configs
     files.write_json(Path(workdir) / RECORD, content)
 
 
@@ -51,7 +54,7 @@ def read_record(workdir: Path, source: str | os.PathLike | None = None) -> tuple
         if source is not None and (workdir / source).is_dir():  # relative to the workdir, or absolute
             source = workdir / source
     try:
-        return content["parts"], Folder.open(source)
+        return content["parts"], Folder.open(source).replace(content.get("configs", {}), {})
     except FileNotFoundError as error:
         hint = f"{path} names it as the source of the untrained parts; --source DIR gives another place."
         raise FileNotFoundError(f"{error}\n{hint}") from None
@@ -62,7 +65,7 @@ def open_model(model: str | os.PathLike | None) -> Folder:
 
     A workdir stands for its exported folder. Without one, it stands for its source with the parts of the newest
     checkpoint, read on first use. Raises FileNotFoundError, as `Folder.open` and `read_record` do."""
-    workdir = Path(model or "").expanduser()
+    workdir = Path(os.path.expanduser(model or ""))
     if model is None or not (workdir / RECORD).is_file():
         return Folder.open(model)
     if (workdir / EXPORT / "model_index.json").is_file():

@@ -26,6 +26,12 @@ FLAGS = {
     "seed": {"type": int, "default": 0, "help": "default: %(default)s"},
     "steps": {"type": int, "default": 25, "help": "UNet calls, plus one for pndm; default: %(default)s"},
     "batch-size": {"type": int, "help": "pictures at a time; default: %(default)s"},
+    "clip-skip": {
+        "type": int,
+        "default": 0,
+        "help": "last layers of the text encoder to leave out, as in diffusers: "
+        "1 is what other programs call clip skip 2; default: 0",
+    },
     "dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "default: bfloat16; float32 on a CPU"},
 }
 

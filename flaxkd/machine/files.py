@@ -1,5 +1,6 @@
 """Whole-or-absent files, folders that belong to one run, and the folder for what flaxkd can make again."""
 
+import codecs
 import contextlib
 import errno
 import json
@@ -95,6 +96,18 @@ def read_json(file: os.PathLike) -> Any:
         raise ValueError(f"{file} is not JSON ({error}): was it copied whole?") from error
 
 
+def copy_plain(source: Path, out: Path) -> None:
+    """Copies the files of a folder, texts without a byte order mark, JSON as UTF-8. Raises ValueError for bad JSON."""
+    out.mkdir(parents=True)
+    for file in sorted(path for path in Path(source).iterdir() if path.is_file()):
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if file.suffix == ".json":
+            read = read_json(file)
+            if json.detect_encoding(content) != "utf-8":
+                content = json.dumps(read, ensure_ascii=False, indent=2).encode()
+        (out / file.name).write_bytes(content)
+
+
 def is_lfs_pointer(file: os.PathLike) -> bool:
     """Whether a file is the small text that git keeps in place of a large file."""
     with epath.Path(file).open("rb") as content:
@@ -134,6 +147,7 @@ def compare(file: os.PathLike, settings: dict, *, differ: str, remedy: str, free
     if not file.is_file():
         return True
     before, settings = read_json(file), json.loads(json.dumps(settings))  # JSON has no tuples
+    before = {key: value for key, value in settings.items() if not value} | before  # a key from a later version, unset
     keys = [key for key in sorted({*before, *settings} - {*free}) if before.get(key) != settings.get(key)]
     if keys:
         lines = "".join(f"\n  {key}: {before.get(key)!r} there, {settings.get(key)!r} here" for key in keys)

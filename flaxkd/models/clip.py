@@ -17,23 +17,30 @@ from flaxkd.models.layers import LayerNorm, emit, read_config
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """The fields of transformers' `text_encoder/config.json` that matter here."""
+    """The fields of transformers' `text_encoder/config.json` that matter here, with its defaults."""
 
     vocab_size: int = 49408
-    hidden_size: int = 768
-    intermediate_size: int = 3072
+    hidden_size: int = 512
+    intermediate_size: int = 2048
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+    num_attention_heads: int = 8
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+
+    @staticmethod
+    def plain(config: dict[str, Any]) -> dict[str, Any]:
+        """The same `config.json`; of a whole CLIP's, the part of its text encoder."""
+        return dict(config["text_config"]) if isinstance(config.get("text_config"), dict) else dict(config)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
         """Reads a `config.json`, whose many fields for training and generation are not of interest.
 
-        Raises ValueError if the activation is not one of `ACTIVATIONS`."""
-        self = read_config(cls, config, None, what="text encoder")
+        Raises ValueError if it is not of CLIP, or if the activation is not one of `ACTIVATIONS`."""
+        self = read_config(cls, cls.plain(config), None, what="text encoder")
+        if (kind := config.get("model_type", "clip")) not in ("clip", "clip_text_model"):
+            raise ValueError(f"this text encoder config.json is of a {kind}: flaxkd knows CLIP")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"this text encoder config.json asks for what flaxkd does not support:\n  hidden_act = "

@@ -7,7 +7,7 @@ Every module ends in `emit`, which captures its output under the name that a PyT
 module has (`down_blocks.0.resnets.1`): see `features`.
 """
 
-import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -38,20 +38,53 @@ def read_config(cls, config: dict, neutral: dict[str, tuple | None] | None, *, w
 
     `neutral`: the other fields that the file may have, each with the values at which it changes nothing (None for any
     value); None for a model whose further fields say nothing about its arithmetic. Lists become tuples.
-    Raises ValueError naming every field that is unknown or out of range.
+    Raises ValueError naming every field that is unknown, out of range or of another type.
     """
-    fields = {f.name for f in dataclasses.fields(cls)}
-    wrong = []
+    fields, wrong, read = typing.get_type_hints(cls), [], {}
     for name, value in config.items():
-        if neutral is None or name in fields or name.startswith("_"):
+        if name in fields:
+            kind = fields[name]
+            value = frozen(value)
+            default = getattr(cls, name)
+            leaf = type(default[0]) if isinstance(default, tuple) else int
+            if not isinstance(value, kind | int if kind is float else kind) or not _all(leaf, value):
+                wrong.append(f"{name} = {value!r} (supported: {getattr(kind, '__name__', kind)})")
+            read[name] = value
+        elif neutral is None or name.startswith("_"):
             continue
-        if name not in neutral and value:
+        elif name not in neutral and value:
             wrong.append(f"{name} = {value!r} (unknown field)")
-        elif neutral.get(name) is not None and value not in neutral[name]:
-            wrong.append(f"{name} = {value!r} (supported: {', '.join(map(repr, neutral[name]))})")
+        elif (same := neutral.get(name)) is not None and value not in same and not (value is None and False in same):
+            wrong.append(f"{name} = {value!r} (supported: {', '.join(map(repr, same))})")
     if wrong:
         raise ValueError(f"this {what} config.json asks for what flaxkd does not support:\n  " + "\n  ".join(wrong))
-    return cls(**{name: frozen(value) for name, value in config.items() if name in fields})
+    return cls(**read)
+
+
+def _all(kind: type, value) -> bool:
+    """Whether all leaves of a tuple are of a kind; True for what is no tuple."""
+    leaf = lambda x: _all(kind, x) if isinstance(x, tuple) else isinstance(x, kind)
+    return not isinstance(value, tuple) or all(map(leaf, value))
+
+
+def one(value):
+    """The number that all entries of a list are, such as a field given for each block; else the value itself."""
+    same = isinstance(value, list | tuple) and value and not isinstance(value[0], list) and value.count(value[0])
+    return value[0] if same and same == len(value) else value
+
+
+def lower(value):
+    return value.lower() if isinstance(value, str) else value
+
+
+def flag(value):
+    """False for null, as in Python."""
+    return bool(value) if value in (None, 0, 1) else value
+
+
+def respell(config: dict, spellings: dict) -> dict:
+    """The configuration with one spelling of each value. spellings: {field: its function of the value}."""
+    return {name: spellings[name](value) if name in spellings else value for name, value in config.items()}
 
 
 def frozen(value):

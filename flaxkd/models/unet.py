@@ -21,7 +21,12 @@ from flaxkd.models.layers import (
     ResnetBlock2D,
     Upsample2D,
     emit,
+    flag,
+    frozen,
+    lower,
+    one,
     read_config,
+    respell,
 )
 
 
@@ -42,7 +47,7 @@ class UNetConfig:
     on). Lists may be nested: `transformer_layers_per_block[block][layer]`.
     """
 
-    sample_size: int | None = 64
+    sample_size: int | tuple | None = None  # latents along a side, or (rows, columns)
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -55,7 +60,7 @@ class UNetConfig:
     downsample_padding: int = 1
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    cross_attention_dim: int = 1280
+    cross_attention_dim: int | tuple = 1280
     transformer_layers_per_block: int | tuple = 1
     reverse_transformer_layers_per_block: tuple | None = None
     attention_head_dim: int | tuple = 8
@@ -65,10 +70,18 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
 
+    @staticmethod
+    def plain(config: dict[str, Any]) -> dict[str, Any]:
+        """The same `config.json` in one spelling, where diffusers reads several as the same network."""
+        channels = frozen(config.get("block_out_channels", UNetConfig.block_out_channels))
+        default = {"time_embedding_dim": 4 * channels[0]} if isinstance(channels, tuple) and channels else {}
+        config = {name: None if name in default and value == default[name] else value for name, value in config.items()}
+        return respell(config, SPELLINGS)
+
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
         """Reads a `config.json`. Raises ValueError naming every field that asks for what this UNet does not do."""
-        self = read_config(cls, config, NEUTRAL, what="UNet")
+        self = read_config(cls, cls.plain(config), NEUTRAL, what="UNet")
         wrong = []
         kinds = {"down_block_types": _DOWN, "up_block_types": _UP}
         for field, known in kinds.items():
@@ -146,28 +159,48 @@ _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 
-# Fields of diffusers' config.json that change nothing here at these values, and are refused at any other.
+
+def _without_old_prefix(kinds):
+    """Types of blocks without "UNetRes", which names from before diffusers 0.2 begin with."""
+    return [str(kind).removeprefix("UNetRes") for kind in kinds] if isinstance(kinds, list | tuple) else kinds
+
+
+SPELLINGS = {
+    "act_fn": lower,
+    "attention_head_dim": one,
+    "cross_attention_dim": one,
+    "down_block_types": _without_old_prefix,
+    "flip_sin_to_cos": flag,
+    "only_cross_attention": one,
+    "sample_size": one,
+    "up_block_types": _without_old_prefix,
+    "upcast_attention": flag,
+    "use_linear_projection": flag,
+}
+
+# Fields of diffusers' config.json that change nothing here at these values, and are refused at any other. Those with
+# None are of the training alone, or of kinds of blocks that this UNet does not have.
 NEUTRAL = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type_num_heads": (64,),
+    "addition_embed_type_num_heads": None,
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
     "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "dropout": (0.0,),
+    "dropout": None,
+    "cross_attention_norm": None,
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
+    "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": (1,),
     "num_attention_heads": (None,),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1.0,),
-    "resnet_skip_time_act": (False,),
+    "resnet_skip_time_act": None,
+    "resnet_out_scale_factor": None,
     "resnet_time_scale_shift": ("default",),
     "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),

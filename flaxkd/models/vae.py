@@ -18,7 +18,10 @@ from flaxkd.models.layers import (
     GroupNorm,
     ResnetBlock2D,
     Upsample2D,
+    lower,
+    one,
     read_config,
+    respell,
 )
 
 EPS = 1e-6  # of every norm in the autoencoder; the UNet's resnets have 1e-5
@@ -32,15 +35,20 @@ class VAEConfig:
     out_channels: int = 3
     latent_channels: int = 4
     block_out_channels: tuple = (128, 256, 512, 512)
-    layers_per_block: int = 2
+    layers_per_block: int = 1
     norm_num_groups: int = 32
-    sample_size: int = 512
+    sample_size: int | tuple | None = 32
     scaling_factor: float = 0.18215
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
         """Reads a `config.json`. Raises ValueError naming every field that asks for what is not supported."""
-        return read_config(cls, config, NEUTRAL, what="autoencoder")
+        return read_config(cls, cls.plain(config), NEUTRAL, what="autoencoder")
+
+    @staticmethod
+    def plain(config: dict[str, Any]) -> dict[str, Any]:
+        """The same `config.json` in one spelling."""
+        return respell(config, {"sample_size": one, "act_fn": lower})
 
     @property
     def factor(self) -> int:

@@ -7,6 +7,7 @@ of students.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flaxkd.models import unet, vae
 from flaxkd.models.clip import CLIPTextConfig, CLIPTextModel
 from flaxkd.models.unet import UNet2DCondition, UNetConfig
 from flaxkd.models.vae import AutoencoderKL, VAEConfig
@@ -30,6 +32,7 @@ class Part(NamedTuple):
     class_name: str
     stem: str
     inputs: Callable[[Any], Inputs]  # configuration -> the smallest arguments of a call
+    neutral: Mapping | None = None  # further fields of its config.json, see `read_config`; None: any
 
 
 def _unet_inputs(c: UNetConfig) -> Inputs:
@@ -47,9 +50,10 @@ def _of(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 
 STEM = "diffusion_pytorch_model"
 PARTS = {
-    "unet": Part(UNet2DCondition, UNetConfig, "diffusers", "UNet2DConditionModel", STEM, _unet_inputs),
+    "unet": Part(UNet2DCondition, UNetConfig, "diffusers", "UNet2DConditionModel", STEM, _unet_inputs,
+                 unet.NEUTRAL),
     "vae": Part(AutoencoderKL, VAEConfig, "diffusers", "AutoencoderKL", STEM,
-                lambda c: [_of(1, c.factor, c.factor, c.in_channels)]),
+                lambda c: [_of(1, c.factor, c.factor, c.in_channels)], vae.NEUTRAL),
     "text_encoder": Part(CLIPTextModel, CLIPTextConfig, "transformers", "CLIPTextModel", "model",
                          lambda c: [_of(1, 1, dtype=jnp.int32)]),
 }  # fmt: skip
@@ -61,6 +65,26 @@ def build(part: str, config: dict, dtype=jnp.float32, **kwargs) -> nn.Module:
     Raises ValueError that names the settings flaxkd does not support."""
     row = PARTS[part]
     return row.module(row.config.from_dict(config), dtype=dtype, **kwargs)
+
+
+def plain(part: str, config: dict, file: str) -> dict:
+    """A config.json in one spelling, without fields that diffusers does not know and ignores: a warning names them.
+
+    Raises ValueError for the configuration of another class."""
+    row = PARTS[part]
+    kind = config.get("_class_name", row.class_name)
+    if isinstance(kind, str) and kind.removeprefix("Flax") != row.class_name:
+        raise ValueError(f"{file} is of the class {kind}: the {part} that flaxkd knows is {row.class_name}")
+    config = row.config.plain(config)
+    if row.neutral is None:
+        return config
+    known = {*row.neutral, *(field.name for field in dataclasses.fields(row.config))}
+    unknown = [name for name in config if name not in known and not name.startswith("_")]
+    if any(config[name] for name in unknown):
+        warnings.warn(
+            f"{file} has fields that diffusers does not know; they are ignored: {', '.join(unknown)}", stacklevel=2
+        )
+    return {name: value for name, value in config.items() if name not in unknown}
 
 
 def shapes(part: str, config: dict) -> dict:
@@ -127,14 +151,32 @@ def of(index: dict, unet: dict, vae: dict) -> Family | None:
     """The row of a pipeline, from its model_index.json, unet/config.json and vae/config.json; None if unknown."""
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):  # inpainting and the like
         return None
-    kind = str(index.get("_class_name", ""))
-    encoders = tuple(name for name in index if name.startswith("text_encoder"))
+    kind, found = class_name(index), networks(index)
+    encoders = tuple(name for name in found if name.startswith("text_encoder"))
     for family in FAMILIES.values():
         same = all(bool(unet.get(name, False)) == value for name, value in family.unet.items())
-        # A pipeline for images (Img2Img, ...) has the same parts, and a name that starts like the usual one.
-        if kind.startswith(family.pipeline.removesuffix("Pipeline")) and encoders in ((), family.encoders) and same:
+        # A pipeline for images (Img2Img, ...) has the same parts, and a name that starts like the usual one. A pipeline
+        # with another name and the same parts differs in its loop of sampling alone.
+        called = kind.startswith(family.pipeline.removesuffix("Pipeline"))
+        if called and encoders in ((), family.encoders) and same:
+            return family
+        if same and found == {part: PARTS[part].class_name for part in family.parts}:
             return family
     return None
+
+
+def class_name(index: dict) -> str:
+    """The class of a pipeline in its model_index.json; of somebody's own, [module, class] there, the class."""
+    kind = index.get("_class_name") or ""
+    return str(kind[-1] if isinstance(kind, list) and kind else kind).removeprefix("Flax")
+
+
+def networks(index: dict) -> dict[str, str]:
+    """{part: its class} of the networks in a model_index.json, without those that judge a finished picture."""
+    beside = ("scheduler", "tokenizer", "feature_extractor", "safety_checker")
+    pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")}
+    named = {name: entry[-1] for name, entry in pairs.items() if len(entry) == 2 and entry[-1]}
+    return {name: str(kind).removeprefix("Flax") for name, kind in named.items() if not name.startswith(beside)}
 
 
 # vae/, scheduler/, text_encoder/ and unet/config.json of stable-diffusion-v1-5 and stable-diffusion-2-1 on the hub.

@@ -9,6 +9,7 @@ this file of flaxkd parses the `config.json` files of a pipeline. writing.py wri
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from flaxkd.machine import files
 from flaxkd.pretrained import families, hub, keys, tensors
 
 CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
+
+
+NO_LIMIT = 10**9  # of tokens; a tokenizer of transformers without a configuration has 10**30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,35 +41,60 @@ class Folder:
     step: Callable[[], int] | None = None
 
     @classmethod
-    def open(cls, model: str | os.PathLike | None = None) -> "Folder":
+    def open(cls, model: str | os.PathLike | None = None, clip_skip: int | None = None) -> "Folder":
         """The folder of `model`: a path, a hub id (owner/name), or None for the embedded teacher.
 
-        Raises FileNotFoundError, as `hub.resolve` does."""
-        return cls(hub.resolve(model))
+        clip_skip: see `skip_layers`. Raises FileNotFoundError, as `hub.resolve` does, and ValueError."""
+        return cls(hub.resolve(model)).skip_layers(clip_skip)
 
     def replace(self, configs: Mapping[str, dict], weights: Mapping[str, Callable[[], dict]], step=None) -> "Folder":
         """The same folder with these parts in place of its own."""
         return Folder(self.path, {**self.configs, **configs}, {**self.weights, **weights}, step)
+
+    def skip_layers(self, n: int | None) -> "Folder":
+        """The same folder without the last n layers of its text encoders; the final norm stays.
+
+        n is diffusers' clip_skip: 1 leaves out the last layer, what other programs call clip skip 2. None: 0.
+        Raises ValueError for more layers than there are."""
+        if not n:
+            return self
+        configs = {part: self.config(part) for part in self.family.encoders}
+        for part, config in configs.items():
+            layers = self.module(part).config.num_hidden_layers
+            if not 0 <= n < layers:
+                raise ValueError(
+                    f"clip_skip = {n}: the {part} of {self.path} has {layers} layers, and 0 to {layers - 1} can be "
+                    "skipped (1 is the last one, which other programs call clip skip 2)"
+                )
+            configs[part] = config | {"num_hidden_layers": layers - n}
+        return self.replace(configs, {}, self.step)
 
     # -- What it is ---------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def index(self) -> dict:
         """Its model_index.json."""
-        return files.read_json(self.path / "model_index.json")
+        return _read_object(self.path / "model_index.json")
 
     @functools.cached_property
     def family(self) -> families.Family:
         """Its row of the table. Raises ValueError for a pipeline outside the table."""
+        networks = families.networks(self.index)
+        known = " and ".join(family.title for family in families.FAMILIES.values())
+        error = ValueError(
+            f"{self.path} is a {families.class_name(self.index) or 'pipeline without a name'} of "
+            f"{', '.join(networks) or 'unnamed parts'}: flaxkd knows {known} from text alone, not with SDXL, "
+            "inpainting or other models"
+        )
+        if networks and "unet" not in networks:  # a transformer
+            raise error
         unet, vae = self.config("unet"), self.config("vae")
+        taken, made = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+        if taken != made:
+            raise ValueError(f"{error}; its UNet takes {taken} channels for latents of {made}")
         found = families.of(self.index, unet, vae)
         if found is None:
-            known = " and ".join(family.title for family in families.FAMILIES.values())
-            raise ValueError(
-                f"{self.path} is a {self.index.get('_class_name', 'pipeline without a name')} whose UNet takes "
-                f"{unet.get('in_channels', 4)} channels for latents of {vae.get('latent_channels', 4)}: flaxkd knows "
-                f"{known} from text alone, not with SDXL or inpainting models"
-            )
+            raise error
         return found
 
     @property
@@ -74,13 +103,16 @@ class Folder:
         return self.family.parts
 
     def config(self, part: str) -> dict:
-        """The config.json of a part, or scheduler_config.json for "scheduler". Raises FileNotFoundError, ValueError."""
+        """The config.json of a part in one spelling, or scheduler_config.json for "scheduler".
+
+        Raises FileNotFoundError and ValueError, as `families.plain` does."""
         if part in self.configs:
             return self.configs[part]
         path = self.path / part / CONFIGS[part]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {self.path} is not a whole pipeline folder of diffusers")
-        return files.read_json(path)
+        config = _read_object(path)
+        return families.plain(part, config, str(path)) if part in families.PARTS else config
 
     # -- Networks and weights -----------------------------------------------------------------------------------------
 
@@ -131,19 +163,31 @@ class Folder:
 
     @functools.cached_property
     def tokenizer(self):
-        """Its CLIPTokenizer (needs no torch). Raises FileNotFoundError if there is none."""
+        """Its CLIPTokenizer (needs no torch). Raises FileNotFoundError or ValueError, with the file."""
         path = self.path / "tokenizer"
-        if not (path / "tokenizer.json").is_file() and not (path / "vocab.json").is_file():
-            raise FileNotFoundError(f"{path} has neither vocab.json nor tokenizer.json: copy the model's there")
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
-        from transformers import CLIPTokenizer  # a second of import, needed for captions alone
+        here = {file.name for file in path.iterdir()} if path.is_dir() else set()
+        if "tokenizer.json" not in here and not {"vocab.json", "merges.txt"} <= here:
+            raise FileNotFoundError(
+                f"{path} has neither tokenizer.json nor vocab.json with merges.txt: copy the model's"
+            )
+        try:
+            return _read_tokenizer(path)
+        except Exception as error:  # of JSON, tokenizers or transformers
+            for file in path.glob("*.json"):
+                _read_object(file)
+            with tempfile.TemporaryDirectory() as scratch:
+                files.copy_plain(path, Path(scratch, "tokenizer"))  # without byte order marks
+                try:
+                    return _read_tokenizer(Path(scratch, "tokenizer"))
+                except Exception:
+                    raise ValueError(f"{path} cannot be read as a tokenizer of CLIP: {error}") from error
 
-        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
-
-    @property
+    @functools.cached_property
     def text_length(self) -> int:
-        """The number of tokens of a caption."""
-        return self.tokenizer.model_max_length
+        """The number of tokens of a caption: its tokenizer's, or the text encoder's if that has no limit."""
+        if self.tokenizer.model_max_length < NO_LIMIT:
+            return self.tokenizer.model_max_length
+        return min(self.module(part).config.max_position_embeddings for part in self.family.encoders)
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
         """int32[n, text_length]: start, tokens, end, padded and cut as diffusers' pipelines do."""
@@ -164,9 +208,27 @@ class Folder:
         return self.module("vae").config.scaling_factor
 
     @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures its UNet was trained on. Raises ValueError if it does not say."""
+        size = self.module("unet").config.sample_size
+        if size is None or (isinstance(size, tuple) and len(size) != 2):
+            raise ValueError(
+                f"{self.path}/unet/config.json does not say how large its pictures are (sample_size = {size}): give "
+                "their size in pixels, such as --height and --width, --resolution or --config.data.resolution"
+            )
+        rows, columns = size if isinstance(size, tuple) else (size, size)
+        return rows * self.factor, columns * self.factor
+
+    @functools.cached_property
     def resolution(self) -> int:
-        """Pixels along a side of the pictures its UNet was trained on."""
-        return self.module("unet").config.sample_size * self.factor
+        """Pixels along a side of the pictures its UNet was trained on. Raises ValueError if they are not squares."""
+        height, width = self.size
+        if height != width:
+            raise ValueError(
+                f"{self.path} was trained on pictures of {height} x {width} pixels, and squares are asked for: give "
+                "their side in pixels, such as --resolution or --config.data.resolution"
+            )
+        return height
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(h, w, c) of the latents of a square picture. resolution: in pixels; None: the model's own."""
@@ -183,3 +245,20 @@ class Folder:
             raise ValueError(
                 f"{name} = {pixels} pixels is no multiple of {multiple}, the size of a latent: take {near}"
             )
+
+
+def _read_object(file: Path) -> dict:
+    """The object in a JSON file. Raises ValueError if it is anything else."""
+    content = files.read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} holds a {type(content).__name__}, and must hold an object {{...}}: was it copied whole?"
+        )
+    return content
+
+
+def _read_tokenizer(path: Path):
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
+    from transformers import CLIPTokenizer  # a second of import, needed for captions alone
+
+    return CLIPTokenizer.from_pretrained(path, local_files_only=True)

@@ -1,31 +1,32 @@
 """Finds a model: a pipeline folder on disk, or a hub id (owner/name), downloaded once."""
 
+import difflib
 import os
 import re
 from pathlib import Path
 
-from flaxkd.pretrained.families import PARTS
+from flaxkd.pretrained import tensors
+from flaxkd.pretrained.families import PARTS, published
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "teacher"  # the miniature in the package
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def resolve(model: str | os.PathLike | None) -> Path:
     """The pipeline folder of `model`: a folder, a hub id (owner/name), or None for the embedded teacher.
 
     The small files and the safetensors of a hub id are downloaded into huggingface_hub's store, or reused from there;
-    HF_HUB_OFFLINE and HF_HOME are honoured. Raises FileNotFoundError with the remedy if the folder, its
-    model_index.json or the network is missing."""
+    HF_HUB_OFFLINE and HF_HOME are honoured. The address of a model's page is taken as its id. A folder beside existing
+    ones is never taken for an id. Raises FileNotFoundError with the remedy if the folder, its model_index.json or the
+    network is missing, and ValueError if the hub has a part only as a pickle."""
     if model is None:
         folder, origin = EMBEDDED, "the embedded teacher"
-    elif Path(model).expanduser().is_dir():
-        folder, origin = Path(model).expanduser(), "a pipeline folder of diffusers"
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
-        folder, origin = _download(str(model)), f"hub id {model}"
+    elif _path(model).is_dir():
+        folder, origin = _path(model), "a pipeline folder of diffusers"
+    elif hub_id := _hub_id(str(model)):
+        folder, origin = _download(hub_id), f"hub id {hub_id}"
     else:
-        raise FileNotFoundError(
-            f"there is no folder {Path(model).expanduser().absolute()}, and {str(model)!r} is not a hub id "
-            "(owner/name) either. Give a pipeline folder of diffusers, the one with model_index.json in it."
-        )
+        raise FileNotFoundError(_no_folder(str(model)))
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no model_index.json, so it is not {origin}. Give the folder that holds unet/, "
@@ -34,14 +35,48 @@ def resolve(model: str | os.PathLike | None) -> Path:
     return folder
 
 
+def _hub_id(model: str) -> str | None:
+    """The hub id that `model` is or that its address holds; None for what can only be a folder, such as runs/smal."""
+    page = re.fullmatch(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/tree/main)?/?", model)
+    hub_id = page[1] if page else model
+    here = Path(hub_id).parent.is_dir() and not page and published(hub_id) is None
+    return hub_id if re.fullmatch(HUB_ID, hub_id) and not here else None
+
+
+def _path(model: str | os.PathLike) -> Path:
+    return Path(os.path.expanduser(model))  # that of pathlib raises an error for an unknown user
+
+
+def _no_folder(model: str) -> str:
+    """The message for a folder that does not exist, with its neighbours of a similar name."""
+    path = _path(model.replace("\\", "/"))
+    known = path.absolute().parent
+    siblings = [x.name for x in known.iterdir() if x.is_dir() and not x.name.startswith(".")] if known.is_dir() else []
+    text = f"there is no folder {_path(model).absolute()}, and {model!r} is not a hub id (owner/name) either."
+    if known.is_dir() and re.fullmatch(HUB_ID, model):
+        text = (
+            f"there is no folder {path.name} in {known}, and beside a folder {path.parent} {model!r} is not taken for "
+            f"a hub id: if it is one, give https://huggingface.co/{model}."
+        )
+    if near := [path.name] if path.is_dir() else difflib.get_close_matches(path.name, siblings, n=3):
+        text += f" Did you mean {' or '.join(str(path.with_name(name)) for name in near)}?"
+    return f"{text} Give a pipeline folder of diffusers, the one with model_index.json in it."
+
+
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
+    """The folder of a hub id. Of each part the full weights are downloaded, or a variant if there is nothing else."""
+    from huggingface_hub import HfApi, snapshot_download  # slow to import, and rarely needed
 
     wanted = ["model_index.json", "README.md", "tokenizer/*.txt"]
     wanted += [f"{part}/*.json" for part in (*PARTS, "scheduler", "tokenizer")]
     wanted += [f"{part}/*.safetensors" for part in PARTS]
+    ignored = [f"*{variant}*" for variant in tensors.VARIANTS]
     try:
-        path = snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*fp16*", "*non_ema*"], etag_timeout=5)
+        path = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=ignored, etag_timeout=5))
+        bare = [part for part in PARTS if (path / part).is_dir() and not any((path / part).glob("*.safetensors"))]
+        names = HfApi().list_repo_files(hub_id) if bare else []
+        if variants := [name for part in bare for name in _variant(part, names)]:
+            snapshot_download(hub_id, allow_patterns=variants, etag_timeout=5)
     except Exception as error:  # from hub, network, proxy or disk: the remedy is the same
         raise FileNotFoundError(
             f"{hub_id} is no folder here, and could not be downloaded from the hub:\n"
@@ -49,4 +84,18 @@ def _download(hub_id: str) -> Path:
             f"Without network: run `hf download {hub_id} --local-dir DIR` on another machine, copy DIR here, "
             "and pass DIR. If the repository is private or gated, log in with `hf auth login` first."
         ) from error
-    return Path(path)
+    bare = [part for part in bare if not _variant(part, names)]
+    pickles = [name for name in names if name.split("/")[0] in bare and name.endswith(tensors.PICKLES)]
+    if pickles:
+        raise ValueError(
+            f"{hub_id} has its {' and '.join(bare)} only as a pickle ({', '.join(pickles)}), not opened as it can run "
+            f"code. Save the model as safetensors:\n{tensors.RESAVE.format(model=hub_id)}"
+        )
+    return path
+
+
+def _variant(part: str, names: list[str]) -> list[str]:
+    """The files of the best variant of a part, among all names of a repository."""
+    names = [name for name in names if name.startswith(f"{part}/") and name.endswith((".safetensors", ".json"))]
+    of = {variant: [name for name in names if f".{variant}" in name] for variant in tensors.VARIANTS}
+    return next((some for some in of.values() if any(name.endswith(".safetensors") for name in some)), [])

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from flaxkd.machine import files
 from flaxkd.pretrained import families, keys
-from flaxkd.pretrained.folder import Folder
+from flaxkd.pretrained.folder import CONFIGS, NO_LIMIT, Folder
 
 
 def save(
@@ -43,9 +43,9 @@ def save(
             # There and back: the written tensors fit their configuration and have current names.
             params = keys.from_tensors(tensors, families.shapes(part, config), f"{part} of {source.path}")
             _write_part(new / part, part, config, keys.to_tensors(params))
-        shutil.copytree(source.path / "scheduler", new / "scheduler")
-        copy_tokenizer(source.path, new)
-        files.write_json(new / "model_index.json", _model_index(family, source.index))
+        files.write_json(new / "scheduler" / CONFIGS["scheduler"], source.config("scheduler"))
+        copy_tokenizer(source, new)
+        files.write_json(new / "model_index.json", _model_index(source))
         for name, path in (beside or {}).items():
             shutil.copyfile(path, new / name)
         if card is not None:
@@ -53,16 +53,21 @@ def save(
     return out
 
 
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies tokenizer/ and adds missing files: transformers 5 writes tokenizer.json, 4 reads the other two."""
-    folder = shutil.copytree(Path(source) / "tokenizer", Path(out) / "tokenizer")
-    if (folder / "vocab.json").is_file():
-        return
-    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+def copy_tokenizer(source: Folder, out: Path) -> None:
+    """Copies tokenizer/ and adds missing files: transformers 5 writes tokenizer.json, 4 reads the other ones."""
+    folder = Path(out) / "tokenizer"
+    files.copy_plain(source.path / "tokenizer", folder)
+    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+        content = files.read_json(folder / "tokenizer.json")
+        vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    config = files.read_json(file) if file.is_file() else {"tokenizer_class": "CLIPTokenizer"}
+    if config.get("model_max_length", NO_LIMIT) >= NO_LIMIT:
+        tokens = {} if file.is_file() else source.tokenizer.special_tokens_map
+        files.write_json(file, config | tokens | {"model_max_length": source.text_length})
 
 
 def _check_replaceable(out: Path, source: Path) -> None:
@@ -95,10 +100,12 @@ def _write_part(folder: Path, part: str, config: dict, tensors: dict[str, np.nda
     save_file(tensors, folder / f"{row.stem}.safetensors", metadata={"format": "pt"})
 
 
-def _model_index(family: families.Family, source: dict) -> dict:
-    index = {key: value for key, value in source.items() if key == "_diffusers_version"}
-    index |= {"_class_name": family.pipeline, "requires_safety_checker": False}
+def _model_index(source: Folder) -> dict:
+    index = {key: value for key, value in source.index.items() if key == "_diffusers_version"}
+    index |= {"_class_name": source.family.pipeline, "requires_safety_checker": False}
     index |= {name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}
-    rows = {part: families.PARTS[part] for part in family.parts}
+    rows = {part: families.PARTS[part] for part in source.parts}
     index |= {part: [row.library, row.class_name] for part, row in rows.items()}
-    return index | {"scheduler": source["scheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    scheduler = source.config("scheduler").get("_class_name") or source.index["scheduler"][-1]
+    scheduler = ["diffusers", scheduler.removeprefix("Flax")]
+    return index | {"scheduler": scheduler, "tokenizer": ["transformers", "CLIPTokenizer"]}

@@ -1,5 +1,6 @@
 """Pipeline folders: what diffusers wrote is read, what is written diffusers reads."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -101,3 +102,41 @@ def test_a_saved_folder_loads_in_diffusers_with_every_tensor_equal(diffusers_pip
 
 def test_text_encoder_files_have_the_prefix_that_transformers_4_needs(exported):
     assert all(key.startswith("text_model.") for key in load_file(weights(exported[0], "text_encoder")))
+
+
+def test_skipped_layers_are_those_of_diffusers(diffusers_pipeline):
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(diffusers_pipeline)
+    object.__setattr__(theirs.text_encoder, "text_model", theirs.text_encoder)  # as until transformers 5
+    with torch.no_grad():
+        expected, _ = theirs.encode_prompt(PROMPTS, "cpu", 1, False, clip_skip=1)
+    folder = Folder.open(diffusers_pipeline, clip_skip=1)
+    text_encoder, params = folder.load("text_encoder")
+    states = text_encoder.apply({"params": params}, folder.tokenize(PROMPTS))
+    np.testing.assert_allclose(states, expected.numpy(), atol=2e-5)
+
+
+# Fields as in configurations on the hub, which diffusers reads as another spelling of the same network.
+SPELLINGS = {
+    **{"only_cross_attention": [False] * 4, "cross_attention_dim": [16] * 4, "attention_head_dim": [2] * 4},
+    **{"down_block_types": ["UNetResCrossAttnDownBlock2D"] * 3 + ["UNetResDownBlock2D"], "act_fn": "SiLU"},
+    **{"upcast_attention": None, "use_linear_projection": None, "class_embeddings_concat": None},
+    **{"resnet_out_scale_factor": 3.0, "cross_attention_norm": "group_norm", "resnet_skip_time_act": True},
+    **{"mid_block_only_cross_attention": True, "addition_embed_type_num_heads": 8, "dropout": 0.1},
+    **{"sample_size": [8, 8], "time_embedding_dim": 32},
+    **{"decay": 0.9999, "optimization_step": 100, "quantization_config": None},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*fields that diffusers does not know")
+def test_a_unet_is_the_same_in_every_spelling_that_diffusers_reads(copy):
+    def theirs() -> np.ndarray:
+        unet = diffusers.UNet2DConditionModel.from_pretrained(copy / "unet").eval()
+        sample, states = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8), torch.linspace(-1, 1, 64).reshape(1, 4, 16)
+        with torch.no_grad():
+            return unet(sample, torch.tensor([500]), states).sample.numpy()
+
+    path = copy / "unet" / "config.json"
+    before, plain = theirs(), Folder.open(copy).module("unet").config
+    path.write_text(json.dumps(json.loads(path.read_text()) | SPELLINGS))
+    np.testing.assert_array_equal(theirs(), before)
+    assert Folder.open(copy).module("unet").config == plain
