@@ -9,6 +9,7 @@ from configs import default, recipes
 
 
 def get_config(arg=None):
+    recipes.check(arg, __file__)
     config = default.get_config()
     config.student = "bk_tiny"
     return recipes.bksdm(config)

@@ -7,8 +7,11 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs import recipes
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    recipes.check(arg, __file__)
     config = ConfigDict()
 
     # What is trained.

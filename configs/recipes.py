@@ -1,6 +1,15 @@
 """Recipes shared by several configs. A recipe changes a configuration and returns it."""
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
+
+
+def check(arg: str | None, file: str, *known: str) -> None:
+    """Raises ValueError if a configuration does not know its argument, as in configs/small.py:sd15."""
+    if arg and arg not in known:
+        instead = " or ".join(["leave it out", *known])
+        raise ValueError(f"configs/{Path(file).name}:{arg} is unknown: {instead}")
 
 
 def embedded(config: ConfigDict) -> ConfigDict:

@@ -11,9 +11,8 @@ from configs import default, recipes
 
 
 def get_config(arg=None):
+    recipes.check(arg, __file__, "sd15")
     config = default.get_config()
     config.student = "sd_small"
     config.pairing = "segmind"
-    if arg not in (None, "", "sd15"):
-        raise ValueError(f"configs/small.py:{arg} is unknown: leave it out (embedded teacher), or sd15")
     return recipes.segmind(config, steps=100_000) if arg else recipes.embedded(config)

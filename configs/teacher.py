@@ -9,10 +9,11 @@ runs, described in their model card, and not from this one run from scratch. The
 the 5 nearest of 512 from 56 to 66 %.
 """
 
-from configs import default
+from configs import default, recipes
 
 
 def get_config(arg=None):
+    recipes.check(arg, __file__)
     config = default.get_config()
     config.teacher = "runs/vae/diffusers"
     config.student = None

@@ -5,7 +5,7 @@
 About half an hour on two CPU cores. `configs/teacher.py` then trains the rest of the resulting folder.
 """
 
-from configs import default
+from configs import default, recipes
 
 ARCHITECTURE = dict(
     unet=dict(
@@ -59,6 +59,7 @@ ARCHITECTURE = dict(
 
 
 def get_config(arg=None):
+    recipes.check(arg, __file__)
     config = default.get_config()
     config.blank = ARCHITECTURE
     config.student = None

@@ -42,16 +42,16 @@ def convert(model: str | None, out: Path) -> dict[str, tuple[int, int]]:
     return {part: (len(arrays), sum(x.size for x in arrays)) for part, arrays in leaves.items()}
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("convert.from_diffusers", __doc__)
     command.add(parser, "model", help="pipeline folder or hub id (owner/name); default: the embedded teacher")
     command.add(parser, "out", required=True, help="new folder")
     args = parser.parse_args(arguments)
-    with command.reported():
-        counts = convert(args.model, args.out)
+    counts = convert(args.model, args.out)
     for part, (tensors, size) in counts.items():
         print(f"{part:13} {tensors:4} tensors  {size:13,} parameters")
-    print(f"wrote {args.out}; to go back: python -m convert.to_diffusers --workdir {args.out} --out DIR")
+    print(f"wrote {args.out}; to go back: python -m flaxkd to-diffusers --workdir {args.out} --out DIR")
 
 
 if __name__ == "__main__":

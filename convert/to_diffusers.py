@@ -17,6 +17,7 @@ from flaxkd.export import export
 from flaxkd.machine import command
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("convert.to_diffusers", __doc__)
     add = parser.add_argument
@@ -29,10 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--private", action="store_true", help="make the repository private if it is new")
     args = parser.parse_args(arguments)
     dtype = None if args.dtype is None else np.dtype(args.dtype)
-    with command.reported():
-        upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
-        export(args.workdir, args.out, dtype, args.ema, args.source)
-        address = upload(args.out) if upload else None
+    upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
+    export(args.workdir, args.out, dtype, args.ema, args.source)
+    address = upload(args.out) if upload else None
     for path in sorted(args.out.glob("*/*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     print(f'wrote {args.out}; try: StableDiffusionPipeline.from_pretrained("{args.out}")')

@@ -9,6 +9,25 @@ Shape letters: b batch, h w rows and columns of latents, H W of images, c channe
 Arrays are NHWC. Names are diffusers': latents, noise_pred, timesteps, encoder_hidden_states.
 """
 
+import os
+import signal
+import sys
+
+__version__ = "0.1.0"
+
+
+def _interrupted(*_) -> None:
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
+
+
+# Ctrl-C while `python -m flaxkd.COMMAND` still imports: nothing has begun, and a traceback would say nothing. The
+# command itself then brings Python's own handler back (machine/command.py:reported).
+_started = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+if _started and _started[0].split(".")[0] in ("flaxkd", "convert"):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and is not ignored, as under nohup
+        signal.signal(signal.SIGINT, _interrupted)
+
 
 def __getattr__(name: str):
     """`from flaxkd import Pipeline`, imported on first use: `import flaxkd` alone imports neither JAX nor a model."""

@@ -13,9 +13,10 @@ from flaxkd.machine import command, files
 from flaxkd.students import picture
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.blocks", __doc__)
-    command.add(parser, "out", default=Path("docs/blocks.png"), help="png, svg or pdf")
+    command.add(parser, "out", default=Path("blocks.png"), help="png, svg or pdf; default: %(default)s")
     out = parser.parse_args(arguments).out
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     with files.whole(out) as path:

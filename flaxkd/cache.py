@@ -11,7 +11,6 @@ The same command resumes where it stopped, on any number of hosts: see docs/laio
 
 import argparse
 import shlex
-import sys
 import time
 
 import jax
@@ -132,18 +131,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     command.keep_compiled_programs()
-    with hosts.together(args), command.reported():
+    with hosts.together(args), command.reported(command.RESUMES):
         try:
             bench(args.bench, 256, args.seconds) if args.bench else run(args)
         except ImportError as error:
             if "gcsfs" not in str(error):
                 raise
             raise ImportError("gs:// paths need gcsfs: pip install -e '.[data]'") from error
-        except KeyboardInterrupt:
-            sys.exit("\nstopped; the same command resumes")
 
 
 if __name__ == "__main__":

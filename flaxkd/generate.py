@@ -66,10 +66,11 @@ def draw(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.generate", __doc__, {"--batch": "--batch-size"})
     add = parser.add_argument
-    command.add(parser, "model", action="append", help=f"{command.MODEL}; repeat for several columns")
+    command.add(parser, "model", action=command.Several, help=f"{command.MODEL}; repeat for several columns")
     add("--prompt", action="append", default=[], help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
     add("--negative-prompt", default="", help="what not to draw")
@@ -88,8 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     command.keep_compiled_programs()
-    with command.reported():
-        draw(args)
+    draw(args)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def recall(order: np.ndarray, k: int) -> float:
     return float(np.mean([i in row[:k] for i, row in enumerate(order)]))
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.recall", __doc__)
     command.add(parser, "model")
@@ -57,8 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "out", default=Path("recall.png"))
     args = parser.parse_args(arguments)
     command.keep_compiled_programs()
-    with command.reported():
-        run(args)
+    run(args)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -160,13 +160,13 @@ def code(text: str, summary: str) -> str:
     return f"<details><summary>{summary}</summary><pre><code>{html.escape(text)}</code></pre></details>"
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.report", __doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="workdir of a run, finished or not")
     command.add(parser, "out", help="default: WORKDIR/report.html")
     args = parser.parse_args(arguments)
-    with command.reported():
-        out = write(args.workdir, args.out)
+    out = write(args.workdir, args.out)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
 

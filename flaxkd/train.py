@@ -22,7 +22,7 @@ from PIL import Image
 from flaxkd import export, tasks
 from flaxkd.data import encoding, sources
 from flaxkd.drawing import grids
-from flaxkd.machine import command, cpu, hosts, sharding
+from flaxkd.machine import command, configuration, cpu, hosts, sharding
 from flaxkd.pretrained import Folder, fresh
 from flaxkd.tasks.samples import Sheet
 from flaxkd.training import checkpoint, curves, metrics
@@ -314,17 +314,17 @@ def conclude(config, workdir: Path, figures: dict[str, float], seconds: float) -
 
 def default_workdir(config_filename: str) -> Path:
     """configs/small.py -> runs/small, configs/small.py:sd15 -> runs/small-sd15: two recipes, two folders."""
-    file, _, argument = config_filename.partition(":")
+    file, argument = configuration.split(config_filename)
     return Path("runs", "-".join(filter(None, (Path(file).stem, argument))))
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
-    parser = command.parser("flaxkd.train", __doc__, allow_abbrev=False)
+    parser = command.parser("flaxkd.train", __doc__)
     command.add(parser, "config", required=True)
     parser.add_argument("--workdir", type=Path, help="folder of the run; default: runs/NAME or runs/NAME-ARGUMENT")
     hosts.add_arguments(parser)
-    with command.reported():
-        args, config = command.parse(parser, arguments)
+    args, config = command.parse(parser, arguments)
     typed = shlex.join(["python", "-m", "flaxkd.train", *(sys.argv[1:] if arguments is None else arguments)])
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file it writes
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from flaxkd import students
+from flaxkd.machine import command
+from flaxkd.machine.configuration import OPEN
 from flaxkd.training import step
 from tests.running import ROOT
 
@@ -24,8 +25,6 @@ PUBLISHED = {
     "bk_small": "bk_small",
     "bk_tiny": "bk_tiny",
 }
-# Their keys are the arguments of a function of optax, or an architecture: they differ from config to config.
-OPEN = ("optimizer", "learning_rate", "blank")
 
 
 def module(name: str):
@@ -49,11 +48,7 @@ def leaves(config: ConfigDict, prefix: str = "") -> dict:
 
 def parse(name: str, *arguments: str) -> ConfigDict:
     """The configuration as the command line of flaxkd.train makes it."""
-    command = ["train", f"--config={ROOT}/configs/{name}", *arguments]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=command)
-    values(command)
-    return values.config
+    return command.configuration(f"{ROOT}/configs/{name}", arguments)
 
 
 every_config = pytest.mark.parametrize(("name", "arg"), CASES)
@@ -145,9 +140,9 @@ def test_bksdm_recipes(name):
     assert step.learning_rate(config)(0) == step.learning_rate(config)(config.steps) == 5e-5
 
 
-@pytest.mark.parametrize("name", ["small", "tiny"])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_argument_of_a_config_is_refused(name):
-    with pytest.raises(ValueError, match=rf"configs/{name}.py:sd21 is unknown.*sd15"):
+    with pytest.raises(ValueError, match=rf"configs/{name}.py:sd21 is unknown: leave it out"):
         load(name, "sd21")
 
 

@@ -185,14 +185,12 @@ def measure(args: argparse.Namespace, runs: list[Run]) -> dict:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     epilog = f"--config.KEY=VALUE applies to all runs. They differ in {', '.join(OWN)}."
-    parser = command.parser("flaxkd.ablation", __doc__, epilog=epilog, allow_abbrev=False)
+    parser = command.parser("flaxkd.ablation", __doc__, epilog=epilog)
     add = parser.add_argument
     command.add(parser, "config", required=True, help="configuration of all runs, e.g. configs/small.py")
-    add("--students", nargs="+", action="extend", help="one or more; default: sd_small and sd_tiny")
+    students = "a row of python -m flaxkd.students; repeat for several, default: sd_small and sd_tiny"
+    command.add(parser, "students", default=["sd_small", "sd_tiny"], help=students)
     add("--seeds", type=int, default=3, help="runs per variant (default: %(default)s)")
     add("--examples", type=int, default=128, help="number of held-out captions (default: %(default)s)")
     command.add(parser, "out", default=Path("runs/ablation"), help="result folder (default: %(default)s)")
-    args, overrides = parser.parse_known_args(arguments)
-    args.overrides = command.check_overrides(parser, overrides)
-    args.students = args.students or ["sd_small", "sd_tiny"]
-    return args
+    return command.parse(parser, arguments)[0]

@@ -11,33 +11,32 @@ from flaxkd.machine import command, cpu
 RIVALS = {None: [], "eager": [torch_works.EAGER], "torch": [torch_works.EAGER, torch_works.COMPILED]}
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
-    parser = command.parser("flaxkd.bench", benchmark.__doc__, allow_abbrev=False)
+    parser = command.parser("flaxkd.bench", benchmark.__doc__)
     add = parser.add_argument
     command.add(parser, "config", default="configs/small.py", help="its training step is timed, its student ignored")
     everyone = [student.names[0] for student in students.TABLE]
-    rows = "a row of python -m flaxkd.students; repeat for several, default: all"
-    add("--students", action="extend", type=lambda names: [name for name in names.split(",") if name], help=rows)
+    command.add(parser, "students")
     add("--against", choices=["eager", "torch"], help="compare with PyTorch: eager, or also torch.compile")
     changes = "replace a key of the teacher's unet/config.json, with random weights; repeat for several"
     add("--unet", action="append", default=[], metavar="KEY=JSON", help=changes)
     add("--rounds", type=int, default=7, help="repetitions of each measurement; default: %(default)s")
     command.add(parser, "steps", help="denoising steps per picture; default: %(default)s")
     command.add(parser, "out", default=Path("bench"), help="result folder; default: %(default)s")
-    with command.reported():
-        args, config = command.parse(parser, arguments)
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
-        command.keep_compiled_programs()
-        cpu.keep_memory()
-        benchmark.run(
-            config,
-            names=everyone if args.students is None else args.students,
-            against=RIVALS[args.against],
-            unet=benchmark.changes(args.unet),
-            rounds=args.rounds,
-            steps=args.steps,
-            out=args.out,
-        )
+    args, config = command.parse(parser, arguments)
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    command.keep_compiled_programs()
+    cpu.keep_memory()
+    benchmark.run(
+        config,
+        names=everyone if args.students is None else args.students,
+        against=RIVALS[args.against],
+        unet=benchmark.changes(args.unet),
+        rounds=args.rounds,
+        steps=args.steps,
+        out=args.out,
+    )
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command.parser("flaxkd.evaluate", __doc__, {"--reference": "--teacher"})
     add = parser.add_argument
     rows = f"{command.MODEL}; repeat for several rows"
-    command.add(parser, "model", dest="models", action="extend", nargs="+", required=True, help=rows)
+    command.add(parser, "model", dest="models", action=command.Several, required=True, help=rows)
     command.add(parser, "teacher")
     command.add(parser, "out", default=Path("evaluation"), help="result folder (default: %(default)s)")
     command.add(parser, "steps", default=scores.STEPS, help="sampler steps (default: %(default)s)")

@@ -1,27 +1,61 @@
-"""Shared by the commands: flags, stored compiled programs, and how errors are reported."""
+"""Shared by the commands: flags, stored compiled programs, and how a command ends."""
 
 import argparse
-import ast
 import contextlib
-import itertools
+import difflib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from flaxkd.machine import diffusers_flags, files
+from flaxkd.machine.configuration import configuration, keys, load, near, split_off, suggestion
 
 MODEL = "pipeline folder, hub id (owner/name) or workdir of a run"
 
+
+class Once(argparse.Action):
+    """Stores a value, and refuses a second one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        if before is not self.default:
+            raise ValueError(f"{option_string} is given twice: {before} and {values}")
+        setattr(namespace, self.dest, values)
+
+
+class Several(argparse.Action):
+    """A list, one value at a time: `--model A --model B`. `--model A B` and, with `commas`, `A,B` are still taken."""
+
+    def __init__(self, *args, commas: bool = False, **kwargs):
+        self.commas = commas
+        super().__init__(*args, nargs="+", **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        added = [name for value in values for name in value.split(",") if name] if self.commas else values
+        setattr(namespace, self.dest, [*(() if before is self.default else before), *added])
+
+
 # {flag: options of argparse} of flags shared by several commands. A command may add options or change them.
 FLAGS = {
-    "config": {"help": "configuration, e.g. configs/small.py; --config.KEY=VALUE overrides a key"},
+    "config": {
+        "action": Once,
+        "metavar": "FILE[:ARGUMENT]",
+        "help": "configuration, e.g. configs/small.py; --config.KEY=VALUE overrides a key of it (configs/default.py)",
+    },
     "model": {"help": f"{MODEL}; default: the embedded teacher"},
     "teacher": {"help": f"{MODEL}; default: the embedded teacher"},
+    "students": {
+        "action": Several,
+        "commas": True,
+        "metavar": "STUDENT",
+        "help": "a row of python -m flaxkd.students; repeat for several, default: all",
+    },
     "out": {"type": Path, "help": "default: %(default)s"},
     "seed": {"type": int, "default": 0, "help": "default: %(default)s"},
     "steps": {"type": int, "default": 25, "help": "UNet calls, plus one for pndm; default: %(default)s"},
@@ -36,14 +70,39 @@ FLAGS = {
 }
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """A list is shown as it should be typed."""
+        one = isinstance(action, Several)
+        return action.metavar or default_metavar if one else super()._format_args(action, default_metavar)
+
+
 class Parser(argparse.ArgumentParser):
-    """Takes `--batch_size` for `--batch-size`, and former names of flags, such as {"--reference": "--teacher"}."""
+    """Takes `--batch_size` for `--batch-size`, and former names of flags, such as {"--reference": "--teacher"}.
+
+    A mistake is one line, with the nearest flag."""
 
     renamed: dict[str, str]
+    typed: Sequence[str] = ()
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._today(arg) for arg in args], namespace)
+        self.typed = [self._today(arg) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(self.typed, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        return self.refuse(unknown[0]) if unknown else namespace
+
+    def error(self, message):
+        words = (arg for arg in self.typed if arg.startswith("-") and arg.lstrip("-")[:1].isalpha())
+        unknown = [arg for arg in words if arg.partition("=")[0] not in self._option_string_actions]
+        if "required" in message and unknown:  # a misspelt flag is why another one is missing
+            self.refuse(unknown[0])
+        message = message.replace("required: --config", "required: --config, e.g. --config configs/small.py")
+        self.exit(2, f"error: {message}\n")
+
+    def refuse(self, arg: str) -> NoReturn:
+        self.exit(2, f"error: unrecognized argument: {arg}{self._advice(arg)}\n")
 
     def _today(self, arg: str) -> str:
         flag, equals, value = arg.partition("=")
@@ -52,11 +111,27 @@ class Parser(argparse.ArgumentParser):
             flag = hyphens
         return self.renamed.get(flag, flag) + equals + value
 
+    def _advice(self, arg: str) -> str:
+        """What was meant by an unknown argument: a flag, a key of the configuration, or a value without its quotes."""
+        name, equals, value = arg.lstrip("-").partition("=")
+        options = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        flags = difflib.get_close_matches(f"--{name.replace('_', '-')}", options, 1, 0.75)
+        if "--config" in options and name and (name.startswith("config.") or not flags):
+            key = name.removeprefix("config.").replace("-", "_")
+            if here := diffusers_flags.HERE.get(key):
+                return f"; {name} of other training scripts is here: {here}"
+            flags = [f"--config.{each}" for each in near(key, keys(load("default")))]
+        if flags:
+            return f". {suggestion([flag + equals + value for flag in flags])}"
+        return "; --help lists all flags" if arg.startswith("-") else "; a value with spaces or brackets needs quotes"
+
 
 def parser(module: str, doc: str, renamed: dict[str, str] | None = None, **kwargs) -> Parser:
     """A parser for `python -m {module}`. Its help begins with the module's docstring."""
-    kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs
-    made = Parser(prog=f"python -m {module}", description=doc, **kwargs)
+    kwargs = {"formatter_class": Help, "allow_abbrev": False} | kwargs
+    made = Parser(
+        prog=sys.argv[0] if sys.argv[0].startswith("flaxkd ") else f"python -m {module}", description=doc, **kwargs
+    )
     made.renamed = renamed or {}
     return made
 
@@ -70,99 +145,51 @@ def add(to: argparse._ActionsContainer, *names: str, **options) -> None:
 def parse(parser: Parser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
     """The flags of a command with --config, and the configuration with its overrides `--config.key=value`.
 
-    Raises ValueError, as `configuration` does."""
-    args, overrides = parser.parse_known_args(arguments)
-    return args, configuration(args.config, check_overrides(parser, overrides))
-
-
-def check_overrides(parser: Parser, overrides: list[str]) -> list[str]:
-    """The overrides of the configuration. Ends the process if another argument is among them."""
-    for before, other in itertools.pairwise(["", *overrides]):
-        value = before.startswith("--config.") and "=" not in before and not other.startswith("-")
-        if not (other.startswith("--config.") or value):
-            parser.error(f"unrecognized argument: {other} (keys of the configuration are --config.KEY=VALUE)")
-    return overrides
-
-
-def configuration(file: str, overrides: Sequence[str]) -> ConfigDict:
-    """The configuration `FILE.py[:ARGUMENT]` with overrides `--config.key=value`. Its keys are then fixed.
-
-    `--config.key=None` is None for a key of any type. Raises ValueError with the file or key at fault."""
-    overrides = _joined(overrides)
-    nones = [override for override in overrides if override.endswith("=None")]
-    values, typed = flags.FlagValues(), ["flaxkd", f"--config={file}", *(x for x in overrides if x not in nones)]
-    if not Path(file.partition(":")[0]).is_file():
-        raise ValueError(f"there is no file {file.partition(':')[0]}: give a configuration, e.g. configs/small.py")
-    try:
-        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=typed)
-        values(typed)
-        values.config.update_from_flattened_dict(dict.fromkeys(map(_key, nones)))
-    except (AttributeError, KeyError, ValueError, OSError, flags.Error) as error:  # the first is an unknown key
-        reason = str(error).strip()
-        if reason[:1] in ("'", '"') and reason[-1:] == reason[:1]:  # ml_collections quotes a KeyError
-            reason = ast.literal_eval(reason)
-        reason = reason.splitlines()
-        # The error of a configuration's own code comes with its traceback.
-        reason = reason[-1:] if any(line.startswith("Traceback") for line in reason) else reason
-        reason = "\n".join([*reason, *_advice(file, overrides)])
-        raise ValueError(f"--config={file} and its overrides cannot be read: {reason}") from error
-    return values.config
-
-
-def _joined(overrides: Sequence[str]) -> list[str]:
-    """The overrides with their values: `--config.key value` as `--config.key=value`."""
-    joined: list[str] = []
-    for word in overrides:
-        if joined and "=" not in joined[-1] and not word.startswith("--config."):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
-
-
-def _key(override: str) -> str:
-    return override.removeprefix("--config.").partition("=")[0]
-
-
-def _advice(file: str, overrides: Sequence[str]) -> list[str]:
-    """What to type instead of the keys that a configuration does not have, as far as is known."""
-    advice = []
-    for key in map(_key, overrides):
-        group, _, name = key.rpartition(".")
-        with contextlib.suppress(ValueError):  # if the file itself is at fault
-            config = configuration(file, ())
-            found = config.get(group) if group else config
-            if key not in OPEN and isinstance(found, ConfigDict) and name in found:
-                continue
-            if whole := next((k for k in (key, group) if k in OPEN), None):
-                advice.append(f"{whole} is {dict(config[whole])}: give another one whole, e.g. {OPEN[whole]}")
-            elif here := diffusers_flags.HERE.get(name.replace("-", "_")):
-                advice.append(f"{name} of other training scripts is here: {here}")
-    return advice
-
-
-# Groups whose keys are the arguments of a function of optax, each with another one.
-OPEN = {
-    "learning_rate": "--config.learning_rate=\"{'schedule': 'constant_schedule', 'value': 5e-5}\"",
-    "optimizer": "--config.optimizer=\"{'name': 'adamw', 'weight_decay': 0.01}\"",
-}
+    args.overrides are the latter as typed. Ends the process for a wrong flag, and raises ValueError for the rest."""
+    others, overrides = split_off(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(others)
+    args.overrides = overrides
+    return args, configuration(args.config, overrides)
 
 
 def keep_compiled_programs() -> None:
     """Stores them in JAX_COMPILATION_CACHE_DIR or flaxkd's own folder: the same command then starts at once."""
+    import jax
+
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or files.cache_home() / "jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
+
+RESUMES = "stopped; the same command resumes"
 
 # What a person can fix: a setting, a file, a full disk, a missing package, a run that went wrong.
 REPORTED = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """In this context, these errors end the process with one message and status 1; FLAXKD_TRACEBACK lets them pass."""
+def reported(interrupted: str = "interrupted") -> Iterator[None]:
+    """In this context, and in a function that it decorates, a command ends as people expect.
+
+    These errors end the process with one message and status 1, FLAXKD_TRACEBACK lets them pass. Ctrl-C ends it with
+    the message `interrupted` and status 130. A reader that has gone, such as `head`, ends it in silence, with 141. What
+    the output cannot encode is escaped."""
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "flaxkd":  # that of the start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a failure is found here, and not after the end
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush after the end
+        sys.exit(141)
     except REPORTED as error:
         if os.environ.get("FLAXKD_TRACEBACK"):
             raise

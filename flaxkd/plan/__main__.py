@@ -10,10 +10,11 @@ from flaxkd.plan import devices, table
 from flaxkd.plan.table import largest, markdown, next_size, row
 
 
+@command.reported()
 def main(arguments: list[str] | None = None) -> None:
     begin = time.time()
     jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, and a training may hold this machine's
-    parser = command.parser("flaxkd.plan", table.__doc__, allow_abbrev=False)
+    parser = command.parser("flaxkd.plan", table.__doc__)
     command.add(parser, "config", required=True)
     machines = "TPU topology (v5e:4x8) or GPUs (a100-80x8); repeat for several"
     parser.add_argument("--device", action="append", required=True, help=machines)
@@ -21,21 +22,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--whole", action="store_true", help="compile TPU programs to the end")
     command.add(parser, "out", default=Path("plan"), help="result folder; default: %(default)s")
     rows = []
-    with command.reported():
-        args, config = command.parse(parser, arguments)
-        if args.largest and args.whole:
-            raise ValueError("--largest compiles several steps, which takes hours with --whole: drop one")
-        targets = [devices.target(name) for name in args.device]
-        for target in targets:
-            if not args.largest:
-                rows.append(row(config, target, args.whole))
-                continue
-            found = largest(config, target)
-            rows += found
-            if found:
-                rows += next_size(config, target, found[-1]["per_device"] // config.accumulate)
-        files.write_json(args.out / "plan.json", rows)
-        files.write_text(args.out / "plan.md", markdown(rows))
+    args, config = command.parse(parser, arguments)
+    if args.largest and args.whole:
+        raise ValueError("--largest compiles several steps, which takes hours with --whole: drop one")
+    targets = [devices.target(name) for name in args.device]
+    for target in targets:
+        if not args.largest:
+            rows.append(row(config, target, args.whole))
+            continue
+        found = largest(config, target)
+        rows += found
+        if found:
+            rows += next_size(config, target, found[-1]["per_device"] // config.accumulate)
+    files.write_json(args.out / "plan.json", rows)
+    files.write_text(args.out / "plan.md", markdown(rows))
     print(markdown(rows))
     print(f"wrote {args.out / 'plan.json'}\nwrote {args.out / 'plan.md'}   ({time.time() - begin:.0f} s)")
 

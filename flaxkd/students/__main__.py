@@ -3,10 +3,13 @@
 python -m flaxkd.students
 """
 
+import sys
 import textwrap
+from collections.abc import Sequence
 
 import jax
 
+from flaxkd.machine import command
 from flaxkd.pretrained import ARCHITECTURES, FAMILIES
 from flaxkd.students import cutting
 from flaxkd.students.pairs import feature_pairs
@@ -41,7 +44,9 @@ def pair_table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+@command.reported()
+def main(arguments: Sequence[str] = ()) -> None:
+    command.parser("flaxkd.students", __doc__).parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and a run may be using it
     for family in FAMILIES.values():
         shown = ARCHITECTURES[family.shown]
@@ -52,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,13 +1,10 @@
 """Flags, configurations and errors, as every command has them."""
 
-import operator
-import re
 from pathlib import Path
 
 import pytest
 
-from configs import small
-from flaxkd.machine import command, diffusers_flags
+from flaxkd.machine import command
 
 
 @pytest.fixture
@@ -57,42 +54,6 @@ def test_what_is_no_flag_is_refused(parser, typed, capsys):
     with pytest.raises(SystemExit):
         command.parse(parser, ["--config=configs/small.py", *typed])
     assert "unrecognized argument" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("file", "override", "message"),
-    [
-        ("configs/none.py", "", "there is no file configs/none.py"),
-        ("configs/small.py:sd21", "", r"cannot be read: ValueError: configs/small\.py:sd21 is unknown"),
-        ("configs/small.py", "--config.stepz=3", r"'stepz'\nDid you mean \"steps\""),
-        ("configs/small.py", "--config.steps=many", "--config.steps=many: invalid literal"),
-        ("configs/small.py", "--config.num_train_epochs=3", "num_train_epochs of other training scripts .*: steps, "),
-        ("configs/small.py", "--config.report-to=wandb", "report-to of other training scripts .*TensorBoard"),
-        ("configs/small.py", "--config.learning_rate.value=1", "peak_value.*schedule': 'constant_schedule', 'value'"),
-        ("configs/small.py", "--config.learning_rate=1", "peak_value.*schedule': 'constant_schedule', 'value'"),
-        ("configs/small.py", "--config.optimizer=lion", "weight_decay.*--config.optimizer="),
-    ],
-)
-def test_a_configuration_that_cannot_be_read_says_why_in_a_line_or_two(file, override, message):
-    with pytest.raises(ValueError, match=message) as error:
-        command.configuration(file, [override] if override else [])
-    assert len(str(error.value).splitlines()) <= 2
-
-
-def test_none_is_none_for_a_key_of_any_type():
-    keys = ("checkpoint.every", "max_grad_norm", "student", "data.variants", "sample.prompts", "blank")
-    overrides = [*(f"--config.{key}=None" for key in keys), "--config.bad_steps.spike", "None"]
-    config = command.configuration("configs/small.py", overrides)
-    assert operator.attrgetter(*keys, "bad_steps.spike")(config) == (None,) * 7
-
-
-def test_the_names_of_other_training_scripts_lead_to_keys_that_exist():
-    config = small.get_config()
-    for name, here in diffusers_flags.HERE.items():
-        assert name not in config
-        key = re.match(r"[a-z_.]*", here).group()
-        if key not in ("none", "the") and key.partition(".")[0] not in command.OPEN:
-            operator.attrgetter(key)(config)  # raises if there is no such key
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ModuleNotFoundError, FloatingPointError])

@@ -1,0 +1,58 @@
+"""All commands of flaxkd under one name: `flaxkd train` is `python -m flaxkd.train`.
+
+flaxkd COMMAND [flags]        flaxkd COMMAND --help lists its flags
+"""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+import flaxkd
+from flaxkd.machine import command
+from flaxkd.machine.configuration import suggestion
+
+# {command: (module, what it does)}
+COMMANDS = {
+    "train": ("flaxkd.train", "trains what a configuration describes: a student, a teacher, an autoencoder"),
+    "generate": ("flaxkd.generate", "draws pictures of prompts with a teacher or a student"),
+    "report": ("flaxkd.report", "puts a run on one page"),
+    "cache": ("flaxkd.cache", "encodes a large image set beforehand"),
+    "evaluate": ("flaxkd.evaluate.__main__", "compares students with their teacher; FID, inception and CLIP score"),
+    "bench": ("flaxkd.bench.__main__", "times teacher and students"),
+    "plan": ("flaxkd.plan.__main__", "says whether a run fits on a machine, and what it will cost"),
+    "ablation": ("flaxkd.ablation.__main__", "measures the worth of each term of the loss"),
+    "recall": ("flaxkd.recall", "asks whether a model draws what its training captions say"),
+    "students": ("flaxkd.students.__main__", "prints the table of students"),
+    "blocks": ("flaxkd.blocks", "draws the table of students"),
+    "to-diffusers": ("convert.to_diffusers", "exports a checkpoint as a pipeline folder of diffusers"),
+    "from-diffusers": ("convert.from_diffusers", "turns a pipeline folder into an Orbax checkpoint"),
+}
+
+
+def module(name: str) -> str:
+    """The module of a command. A clone has the folder convert/ beside the package, an installation inside it."""
+    path, _ = COMMANDS[name]
+    inside = path.startswith("convert.") and importlib.util.find_spec("flaxkd.convert")
+    return f"flaxkd.{path}" if inside else path
+
+
+@command.reported()
+def main(arguments: Sequence[str] | None = None) -> None:
+    name, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-V", "--version"):
+        print(f"flaxkd {flaxkd.__version__}")
+    elif name in ("-h", "--help"):
+        print(f"{__doc__}\ncommands:\n" + "\n".join(f"  {each:15} {what}" for each, (_, what) in COMMANDS.items()))
+    elif name.replace("_", "-") in COMMANDS:
+        name = name.replace("_", "-")
+        sys.argv = [f"flaxkd {name}", *flags]
+        importlib.import_module(module(name)).main(flags)
+    else:
+        meant = suggestion(difflib.get_close_matches(name, COMMANDS, 1))
+        raise ValueError(f"there is no command {name}. {meant or 'flaxkd --help lists all commands'}")
+
+
+if __name__ == "__main__":
+    main()
