@@ -36,6 +36,7 @@ def draw(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} must end in .png: the settings are written into it")
+    samplers.name_of(args.sampler)
     models = dict.fromkeys(args.model or [None])
     pipelines = [
         Pipeline.from_pretrained(model, args.dtype) for model in models
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "steps")
     add("--guidance", type=float, default=7.5, help="1 is none; default: 7.5")
     command.add(parser, "clip-skip")
-    add("--sampler", choices=samplers.KINDS, default="dpmsolver++", help="default: dpmsolver++")
+    add("--sampler", default="dpmsolver++", help=f"{', '.join(samplers.KINDS)}; default: %(default)s")
     command.add(parser, "seed", help="of the first picture; the next one has seed + 1; default: 0")
     add("--width", type=int, help="pixels; default: as in training")
     add("--height", type=int, help="pixels; default: as in training")

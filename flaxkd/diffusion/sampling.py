@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from flaxkd.diffusion.samplers import PAST, Schedule
+from flaxkd.diffusion.weights import PAST, Schedule
 from flaxkd.machine import sharding
 
 
@@ -27,25 +27,21 @@ def solve(noise_pred_fn: Callable, latents: jax.Array, schedule: Schedule, noise
         raise ValueError(f"this sampler {needs} between its steps: noise is {getattr(noise, 'shape', None)}")
 
     def step(carry, now: tuple[Schedule, jax.Array | None]):
-        latents, data_before, noise_preds_before = carry
+        latents, before = carry
         now, noise = now
         noise_pred = noise_pred_fn(latents, now.timesteps).astype(jnp.float32)
-        data = jnp.clip(now.data_latents * latents + now.data_noise_pred * noise_pred, -now.limit, now.limit)
-        latents = (
-            now.latents * latents
-            + now.noise_pred * noise_pred
-            + sum(now.noise_preds_before[i] * x for i, x in enumerate(noise_preds_before))
-            + now.data * data
-            + now.data_before * data_before
-        )
+        prediction = now.prediction_latents * latents + now.prediction_noise_pred * noise_pred
+        predictions = (jnp.clip(prediction, -now.limit, now.limit), *before)
+        latents = now.latents * latents + now.noise_pred * noise_pred
+        latents += sum(now.predictions[i] * x for i, x in enumerate(predictions))
         if noise is not None:
             latents += now.noise * noise
-        return (latents, data, (noise_pred, *noise_preds_before[:-1])), None
+        return (latents, predictions[:-1]), None
 
     latents = jnp.asarray(latents, jnp.float32)
     nothing = jnp.zeros_like(latents)
     steps = jax.tree.map(jnp.asarray, (schedule._replace(start=None), noise))  # all but the start is by step
-    (latents, *_), _ = jax.lax.scan(step, (latents, nothing, (nothing,) * PAST), steps)
+    (latents, *_), _ = jax.lax.scan(step, (latents, (nothing,) * PAST), steps)
     return latents
 
 

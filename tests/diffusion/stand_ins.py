@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from flaxkd.diffusion import sampling
+from flaxkd.diffusion import samplers, sampling
 from flaxkd.models.vae import VAEConfig
 from flaxkd.pretrained import families
 
@@ -52,16 +52,30 @@ CONFIGS = {
     },
     "unipc": {**LEADING, "_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 2},
 }
-SCHEDULERS = {
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+# Options of the classes that have them; others ignore them, as flaxkd does.
+OPTIONS = {
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True, "prediction_type": "v_prediction"},
+    "beta": {"use_beta_sigmas": True, "timestep_spacing": "trailing"},
+    "limits": {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.5},
+    "lu": {"use_lu_lambdas": True},
+    "first": {"solver_order": 1, "timestep_spacing": "linspace"},
+    "third": {"solver_order": 3},
+    "third_v": {"solver_order": 3, "prediction_type": "v_prediction", "lower_order_final": False}
+    | {"final_sigmas_type": "sigma_min"},
+    "heun": {"solver_type": "heun", "euler_at_final": True, "final_sigmas_type": "sigma_min"},
+    "bh1": {"solver_type": "bh1", "solver_order": 3, "disable_corrector": [0, 2], "final_sigmas_type": "sigma_min"},
+    "in_noise": {"predict_x0": False, "final_sigmas_type": "sigma_min", "prediction_type": "v_prediction"},
+    "dpmsolver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3},
+    "sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "prediction_type": "v_prediction"},
+    "sde_heun": {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "use_karras_sigmas": True},
+    "sde_noise": {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+    "clipped_lambda": {"lambda_min_clipped": -2.0},
+    "large": {"variance_type": "fixed_large", "clip_sample": True, "clip_sample_range": 0.9},
 }
-KINDS = tuple(SCHEDULERS)
+KINDS = samplers.KINDS
 LATENTS = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
-NOISE = np.random.default_rng(2).standard_normal((25, *LATENTS.shape)).astype(np.float32)
+NOISE = np.random.default_rng(2).standard_normal((49, *LATENTS.shape)).astype(np.float32)
 
 
 def model(xp, latents, t):

@@ -41,14 +41,21 @@ def test_noise_between_the_steps_is_given_where_it_is_needed(kind, noise):
         sampling.solve(functools.partial(model, jnp), LATENTS, samplers.schedule(kind, LEADING, 6), noise)
 
 
+CALLS = {"pndm": lambda n: n + 1, "heun": lambda n: 2 * n - 1, "dpm2": lambda n: 2 * n - 1}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [61, 103])
 def test_trailing_never_asks_for_a_negative_timestep(kind, steps):
     schedule = samplers.schedule(kind, CONFIGS["trailing"], steps)
-    assert len(schedule.timesteps) == steps + (kind == "pndm") and schedule.timesteps[-1] > 0
+    assert len(schedule.timesteps) == CALLS.get(kind, lambda n: n)(steps) and schedule.timesteps[-1] > 0
 
 
-@pytest.mark.parametrize("kind", KINDS[:-1])  # the last adds noise that is not the one in the latents
+# The others add noise that is not the one in the latents, and DEIS ends at the lowest sigma of training.
+QUIET = [kind for kind in KINDS if samplers.schedule(kind, LEADING, 2).noise is None and kind != "deis"]
+
+
+@pytest.mark.parametrize("kind", QUIET)
 def test_a_perfect_model_is_solved_exactly(kind):
     """If the noise predicted is that in the latents, every number of steps ends at the data."""
     data, noise = LATENTS
@@ -62,18 +69,25 @@ REFUSED = [
     ("ddim", {"thresholding": True}, "thresholding = True"),
     ("ddim", {"prediction_type": "sample"}, "prediction_type = 'sample'"),
     ("ddim", {"timestep_spacing": "loose"}, "timestep_spacing = 'loose'"),
-    ("dpmsolver++", {"use_karras_sigmas": True}, "use_karras_sigmas = True"),
-    ("dpmsolver++", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver\\+\\+'"),
-    ("dpmsolver++", {"solver_order": 3, "final_sigmas_type": "x"}, "solver_order = 3.*final_sigmas_type"),
+    ("dpmsolver++", {"solver_order": 4, "final_sigmas_type": "x"}, "solver_order = 4.*final_sigmas_type"),
+    ("dpmsolver++", {"algorithm_type": "dpmsolver"}, "'dpmsolver' cannot end at sigma 0.*can draw with it: .*ddim"),
+    ("dpmsolver++", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas"),
+    ("unipc", {"lower_order_final": False}, "lower_order_final = False cannot end at sigma 0"),
+    ("unipc", {"predict_x0": False}, "predict_x0 = False cannot end at sigma 0"),
+    ("euler", {"use_karras_sigmas": True, "sigma_min": 20.0}, "sigma_min = 20 and sigma_max = 14.6"),
+    ("ddpm", {"variance_type": "learned_range"}, "variance_type = 'learned_range'"),
+    ("heun", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),
     ("ddim", {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
     ("ddim", {"trained_betas": [0.1, 0.2]}, "trained_betas"),
     ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "v_prediction"),
     ("pndm", {"skip_prk_steps": False}, "skip_prk_steps = False"),
     ("pndm", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),
-    ("euler", {"use_exponential_sigmas": True}, "use_exponential_sigmas = True"),
     ("euler", {"timestep_type": "continuous"}, "timestep_type = 'continuous'"),
     ("euler_ancestral", {"prediction_type": "sample"}, "prediction_type = 'sample'"),
-    ("heun", {}, "'heun' is unknown .*ddim.*euler_ancestral"),
+    ("dpm3", {}, "'dpm3' is unknown .*ddim.*euler_ancestral"),
+    ("ddim:karras", {}, "'ddim:karras' is unknown .known: ddim without"),
+    ("euler:lu", {}, "'euler:lu' is unknown .known: euler:karras, euler:exponential, euler:beta"),
+    (None, {"_class_name": "LCMScheduler"}, "LCMScheduler, is not supported. .*dpmsolver.., .*pndm"),
 ]
 
 
@@ -81,6 +95,19 @@ REFUSED = [
 def test_refuses_what_would_differ_from_diffusers(kind, option, message):
     with pytest.raises(ValueError, match=message):
         samplers.schedule(kind, {**SD15, **option}, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_draws_with_the_sampler_of_its_file(kind):
+    config = {**SD15, "_class_name": samplers.SAMPLERS[kind].scheduler, **samplers.SAMPLERS[kind].fixed}
+    jax.tree.map(np.testing.assert_array_equal, samplers.schedule(None, config, 5), samplers.schedule(kind, config, 5))
+
+
+def test_a_suffix_spaces_the_sigmas():
+    karras = samplers.schedule("euler", {**SD15, "use_karras_sigmas": True}, 5)
+    jax.tree.map(np.testing.assert_array_equal, karras, samplers.schedule("euler:karras", SD15, 5))
+    other = samplers.schedule("euler:karras", {**SD15, "use_beta_sigmas": True}, 5)
+    jax.tree.map(np.testing.assert_array_equal, karras, other)
 
 
 def test_ignores_options_of_other_schedulers():
