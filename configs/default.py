@@ -74,8 +74,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # The data.
     config.data = ConfigDict()
-    # or a folder of images with metadata.jsonl (file_name, text), or a cache made by `python -m flaxkd.cache`
+    # or a folder or zip of pictures with captions in metadata.jsonl (file_name, text) or beside them, or a cache made
+    # by `python -m flaxkd.cache`
     config.data.source = "openmoji"
+    config.data.caption_column = placeholder(str)  # of the metadata; None: text, caption or prompt
+    config.data.image_column = placeholder(str)  # of the metadata; None: file_name, file, path, ...
+    config.data.background = "white"  # color behind transparent pixels
     config.data.resolution = 64  # pixels; 512 for SD 1.x and 2.1-base, 768 for 2.1
     # a pattern; an epoch uses one of the captions that differ in its matches alone
     config.data.variants = placeholder(str)

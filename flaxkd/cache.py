@@ -4,9 +4,9 @@
     python -m flaxkd.train --config configs/small.py:sd15 --config.data.source=cache/
     python -m flaxkd.cache --bench cache/
 
-The source is a folder of img2dataset's tars, Parquet or a Hugging Face data set with the pictures inside, a folder of
-pictures, or the name of a TFDS data set. Unreadable pictures and pictures without a caption are left out and listed.
-The same command resumes where it stopped, on any number of hosts: see docs/laion_art.md.
+The source is a folder of img2dataset's tars, Parquet or a Hugging Face data set with the pictures inside, a folder or
+zip of pictures, or the name of a TFDS data set. What is unreadable or has no caption is left out and listed. The same
+command resumes where it stopped, on any number of hosts: see docs/laion_art.md.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from flaxkd.data import encoding, large, loader, openmoji, readers
+from flaxkd.data import encoding, large, loader, openmoji, pictures, readers
 from flaxkd.data.filters import Recipe
 from flaxkd.machine import command, hosts, sharding
 from flaxkd.pretrained import Folder
@@ -30,6 +30,11 @@ def run(args: argparse.Namespace) -> dict | None:
     {reason: pictures}} once all shares are done, else None.
 
     Raises as `readers.open_chunks`, `Folder.open` and `large.build` do."""
+    pictures.color(args.background)
+    if not 0 < args.validation < 1:
+        raise ValueError(
+            f"--validation is {args.validation:g}, must be a share of the captions between 0 and 1, as 0.05"
+        )
     chunks = readers.open_chunks(args.source, split=args.split, image_column=args.image_column)
     folder = Folder.open(args.teacher)
     mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
@@ -39,6 +44,7 @@ def run(args: argparse.Namespace) -> dict | None:
         validation=args.validation,
         min_aesthetic=args.min_aesthetic,
         min_size=args.min_size,
+        background=args.background,
         caption_column=args.caption_column,
         aesthetic_column=args.aesthetic_column,
     )
@@ -108,6 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add(parser, "teacher", help="gives the autoencoder and tokenizer; default: the embedded teacher")
     command.add(parser, "out", type=str, help="folder of the cache, may be gs://")
     add("--resolution", type=int, help="pixels (default: the teacher's own)")
+    add("--background", default=Recipe.background, help="color behind transparent pixels (default: %(default)s)")
     add("--flip", action="store_true", help="add mirrored pictures, for data.random_flip: twice the size")
     share = {"type": float, "default": openmoji.VALIDATION_SHARE}
     add("--validation", **share, help="held-out share of the captions (default: %(default)s)")
@@ -119,9 +126,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("what is kept")
     group.add_argument("--min-aesthetic", type=float, help="lowest aesthetic score")
     group.add_argument("--min-size", type=int, help="smallest shorter side in pixels, before the source was resized")
-    group.add_argument("--caption-column", help="default: .txt, caption, text or prompt")
+    group.add_argument("--caption-column", help="default: the .txt, text, caption or prompt")
     group.add_argument("--aesthetic-column", help="default: aesthetic or aesthetic_score")
-    group.add_argument("--image-column", help="of tables; default: image, jpg, jpeg, png, webp or img")
+    group.add_argument("--image-column", help="default: image, jpg, file_name, ...; of tars an ending such as left.jpg")
     group = parser.add_argument_group("reading speed")
     group.add_argument("--bench", metavar="DIR", help="only read a finished cache, in batches of 256, and time it")
     group.add_argument("--seconds", type=float, default=20, help="to measure (default: %(default)s)")

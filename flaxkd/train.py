@@ -76,8 +76,7 @@ def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     dtype, tx = sharding.compute_dtype(config.dtype), optimizer(config)
-    source, resolution = config.data.source, config.data.resolution
-    pictures = {split: sources.open_source(source, split, resolution=resolution) for split in ("train", "validation")}
+    pictures = {split: open_pictures(config, split) for split in ("train", "validation")}
     folder = open_teacher(config, workdir, pictures["train"])
     task = tasks.make(config, folder, dtype, mesh)
 
@@ -106,11 +105,23 @@ def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
     return setup, state
 
 
+def open_pictures(config, split: str) -> sources.Source:
+    """The pictures of a split, by the settings of `config.data`."""
+    return sources.open_source(
+        config.data.source,
+        split,
+        resolution=config.data.resolution,
+        background=config.data.background,
+        caption_column=config.data.caption_column,
+        image_column=config.data.image_column,
+    )
+
+
 def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
     """The teacher's pipeline folder; for `config.blank`, a new one with random weights in the workdir."""
     if config.blank is None:
         return Folder.open(config.teacher, config.clip_skip)
-    captions = [picture["caption"] for picture in pictures]
+    captions = pictures.captions or [picture["caption"] for picture in pictures]
     write = lambda: fresh.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
     if hosts.is_first():
         write()

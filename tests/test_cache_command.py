@@ -10,7 +10,7 @@ from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder, hub
 from tests.data.image_sets import CAPTIONS, N, listed, tars
 
-TRAINING = ConfigDict(dict(data=dict(resolution=32, random_flip=False)))
+TRAINING = ConfigDict(dict(data=dict(resolution=32, random_flip=False, background="white", caption_column=None)))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,8 @@ def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeyp
 def test_what_does_not_fit_a_training_is_refused(made, tiny_pipeline):
     for key, value, message in [
         ("resolution", 64, "has pictures of 32 pixels, data.resolution is 64"),
+        ("background", "black", "was made with background 'white', data.background is 'black'"),
+        ("caption_column", "alt", r"was made with caption_column None, .* `python -m flaxkd.cache --caption-column`"),
         ("random_flip", True, r"has no mirrored pictures.*`python -m flaxkd.cache --flip`"),
     ]:
         config = TRAINING.copy_and_resolve_references()

@@ -2,6 +2,7 @@
 
 import lzma
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +10,21 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from flaxkd.data import text
+
 # Damage, as any of the libraries reports it. A failing disk or network raises OSError, which is not among these.
-BROKEN = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 class Item(NamedTuple):
     """A picture as found in its source. name: its location, for messages. image: encoded bytes, or a function that
-    reads them; None if there is none. about: its other fields, under the source's own names."""
+    reads them; None if there is none. about: its other fields, under the source's own names.
+    fault: (reason, detail) if it cannot be used, such as a picture whose caption is not known for certain."""
 
     name: str
     image: bytes | Callable[[], bytes] | None
     about: Mapping[str, Any]
+    fault: tuple[str, str] | None = None
 
 
 class Broken(Exception):
@@ -49,13 +54,19 @@ class Chunk:
 def pick(about: Mapping[str, Any], wanted: str | None, usual: Sequence[str]) -> Any:
     """The value named `wanted`, or without it the value under the first of the `usual` names found; else None.
 
-    Names ignore case. Bytes become str, and a list gives its first entry (COCO has five captions)."""
+    Names ignore case. Bytes become str, and a list gives its first entry (COCO has five captions). Raises ValueError
+    for bytes that are no text."""
     names = {name.lower(): name for name in about}
     found = [names[name.lower()] for name in ([wanted] if wanted else usual) if name.lower() in names]
-    value = about[found[0]] if found else None
-    while not isinstance(value, str | bytes) and hasattr(value, "__len__"):
-        value = value[0] if len(value) and not isinstance(value, Mapping) else None
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+    value = first(about[found[0]]) if found else None
+    return text.decode(value) if isinstance(value, bytes) else value
+
+
+def first(value: Any) -> Any:
+    """The first entry of a list, of lists as well; None of an empty one. Anything else is returned as it is."""
+    while not isinstance(value, str | bytes | Mapping) and hasattr(value, "__len__"):
+        value = value[0] if len(value) else None
+    return value
 
 
 def ranges(size: int, rows: int, name: str, load: Callable[[int], Item]) -> list[Chunk]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from flaxkd.data import loader, records, sources
+from flaxkd.data import filters, loader, records, sources
 from flaxkd.machine import files, hosts, sharding
 from flaxkd.pretrained import Folder
 
@@ -102,6 +102,13 @@ def check_made_before(config, made: os.PathLike, split: str, folder: Folder) -> 
             f"{made} has pictures of {about['resolution']} pixels, data.resolution is {config.data.resolution}: change "
             "the setting, or build another cache"
         )
+    for key, here in (("background", config.data.background), ("caption_column", config.data.caption_column)):
+        there = about.get(key, getattr(filters.Recipe, key))  # a cache of an earlier version has neither
+        if here not in (there, None):
+            raise ValueError(
+                f"{made} was made with {key} {there!r}, data.{key} is {here!r}: change the setting, or build another "
+                f"cache with `python -m flaxkd.cache --{key.replace('_', '-')}`"
+            )
     encoder, _, _ = about["encoder"].partition("-")  # the rest is the precision, which may differ
     if encoder != fingerprint(folder):
         raise ValueError(

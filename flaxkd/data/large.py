@@ -61,7 +61,7 @@ def build(
         raise ValueError("the source has no pictures")
     out = epath.Path(out)
     names = "\n".join(chunk.name.rpartition("/")[2] for chunk in chunks)  # hosts may see it under different paths
-    plan = {"format": records.FORMAT, "source": hashlib.sha256(names.encode()).hexdigest()[:16]}
+    plan = {"format": records.FORMAT, "source": hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()[:16]}
     plan |= {"parts": len(chunks), "encoder": fingerprint} | asdict(recipe)
     _claim(out, plan)
     done = _done(out)
@@ -233,6 +233,15 @@ def _ahead(items: Iterable, work: Callable, pool: ThreadPoolExecutor, depth: int
         reader.join()
 
 
+def _read_part(file: epath.Path) -> dict:
+    try:
+        part = files.read_json(file)
+        return {key: part[key] for key in ("part", *SPLITS, "filtered", "skipped")}
+    except (ValueError, KeyError, TypeError) as error:
+        remedy = "delete it and run the same command again, which makes this part anew"
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
+
+
 def finish(out: epath.Path, plan: dict) -> dict | None:
     """Writes cache.json and skipped.jsonl, and returns what was kept and left out; None until every chunk is done.
 
@@ -240,7 +249,7 @@ def finish(out: epath.Path, plan: dict) -> dict | None:
     n = plan["parts"]
     if not _done(out) >= {_numbered(i, n) for i in range(n)}:
         return None
-    read = lambda i: json.loads((out / "done" / f"{_numbered(i, n)}.json").read_text())
+    read = lambda i: _read_part(out / "done" / f"{_numbered(i, n)}.json")
     with ThreadPoolExecutor(16) as pool:
         parts = list(pool.map(read, range(n)))
     sizes = {split: sum(part[split] for part in parts) for split in SPLITS}
@@ -249,13 +258,15 @@ def finish(out: epath.Path, plan: dict) -> dict | None:
     lines = [json.dumps({"part": part["part"], **entry}) + "\n" for part in parts for entry in part["skipped"]]
     files.write_text(out / "skipped.jsonl", "".join(lines))
     left = {"filtered": dict(filtered), "skipped": dict(skipped)}
+    examples = {entry["reason"]: f"{entry['name']}, {entry['detail']}" for part in parts for entry in part["skipped"]}
     if empty := [split for split in SPLITS if not sizes[split]]:
         raise ValueError(
             f"no picture is left for {' and '.join(empty)} (train {sizes['train']:,}, validation "
             f"{sizes['validation']:,}, left out {left}; see {out / 'skipped.jsonl'}). Change the filters, or give a "
             "larger --validation for a small set, and another --out"
+            + "".join(f"\n  {reason}, such as {example}" for reason, example in examples.items())
         )
-    keys = ("format", "source", "encoder", "resolution")
+    keys = ("format", "source", "encoder", "resolution", "background", "caption_column")
     for split in reversed(SPLITS):  # train last: its file implies the other
         about = {key: plan[key] for key in keys} | {"flip": plan["flip"] and split == "train"}
         files.write_json(out / split / "cache.json", about | {"size": sizes[split], "shards": n})

@@ -19,20 +19,21 @@ class Pictures:
     fields = ("images",)
 
     def __init__(self, source: sources.Source, fields: Sequence[str] = fields):
-        self.source = source
+        """Reads all pictures once, since unreadable ones are left out: see `sources.readable`."""
+        self.source, self.readable = source, sources.readable(source, range(len(source)))
 
     def batches(self, batch_size: int, seed: int, *, rows: Sequence[int] | None = None, **_) -> grain.DatasetIterator:
         """Endless iterator of batches, as `Records.batches` but without variants and mirrored pictures."""
         load = lambda indices: {"images": self._stack(_own(indices, rows))}
-        order = grain.MapDataset.range(len(self.source)).seed(seed).shuffle().repeat()
+        order = grain.MapDataset.range(len(self.readable)).seed(seed).shuffle().repeat()
         return iter(order.batch(batch_size).map(load).to_iter_dataset(OPTIONS))
 
     def examples(self, n: int) -> dict[str, np.ndarray]:
         """The first n examples (all, if there are fewer) in one batch."""
-        return {"images": self._stack(range(min(n, len(self.source))))}
+        return {"images": self._stack(range(min(n, len(self.readable))))}
 
     def _stack(self, indices: Sequence[int]) -> np.ndarray:
-        return np.stack([self.source[int(i)]["image"] for i in indices])
+        return np.stack([self.source[self.readable[i]]["image"] for i in indices])
 
 
 class Records:
@@ -106,16 +107,48 @@ def _own(indices: np.ndarray, rows: Sequence[int] | None) -> np.ndarray:
     return indices if rows is None else indices[np.asarray(rows)]
 
 
+class Shards(grain.sources.ArrayRecordDataSource):
+    """The records of shards, with random access. Raises ValueError that names a damaged shard."""
+
+    def __init__(self, paths: list[str]):
+        try:
+            super().__init__(paths)
+        except (RuntimeError, ValueError, IndexError) as error:
+            broken = [path for path in paths if not _opens(path)]
+            raise _damaged(broken[0] if broken else paths[0], error) from error
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return super().__getitem__(index)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise _damaged(self.paths[self._reader_idx_and_position(index)[0]], error) from error
+
+
+def _opens(path: str) -> bool:
+    try:
+        grain.sources.ArrayRecordDataSource([path])
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return True
+
+
+def _damaged(shard: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"the shard {shard} is damaged ({error}): delete {os.path.dirname(shard)} and make the cache again; of a cache "
+        f"of `python -m flaxkd.cache`, this shard, its part in done/ and the two cache.json are enough"
+    )
+
+
 def open_records(cache: os.PathLike, about: dict, kind: str) -> grain.sources.ArrayRecordDataSource:
     """The "moments" or "flipped" records of a cache, with random access. about: its cache.json.
 
-    Raises FileNotFoundError for a missing shard, and ValueError for a wrong number of records."""
+    Raises FileNotFoundError for a missing shard, and ValueError for a damaged one or a wrong number of records."""
     folder = epath.Path(cache)  # may be gs://
     names = [records.shard_name(kind, shard, about["shards"]) for shard in range(about["shards"])]
     present = {file.name for file in folder.iterdir()}  # listed once: every lookup on a bucket is a request
     if missing := [str(folder / name) for name in names if name not in present]:
         raise FileNotFoundError(f"the cache lacks {', '.join(missing)}: delete {cache} and run again")
-    found = grain.sources.ArrayRecordDataSource([str(folder / name) for name in names])
+    found = Shards([str(folder / name) for name in names])
     if len(found) != about["size"]:
         size = about["size"]
         raise ValueError(f"{cache} has {len(found)} {kind}, its cache.json says {size}: delete the folder")

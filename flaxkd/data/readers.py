@@ -4,30 +4,51 @@
     FOLDER/*.tar                WebDataset tars, as written by img2dataset           a tar
     FOLDER/*.parquet            pictures in a column                                 some row groups of a file
     FOLDER/state.json           Hugging Face data set, from `save_to_disk`           an Arrow file
-    FOLDER/metadata.jsonl       a line each: file_name, text, ...; or metadata.csv   a range of lines
-    FOLDER/**/*.jpg             next to a .txt or .json of the same name             a range of files
+    FOLDER/**/metadata.jsonl    or .csv: a row each, with file_name, text, ...       a range of rows
+    FOLDER/**/*.jpg             next to a .txt, .caption or .json of the same name   a range of files
+    FOLDER/*.zip                a folder as one of the last two                      a range of its files
     NAME or NAME/CONFIG         TFDS data set, stored as ArrayRecord                 a range of records
 
-A folder may be `gs://`. A single file or a pattern (`gs://bucket/0*.tar`) also works. The chunks depend on the source
-alone, so its cache is the same for any number of hosts. Nothing is decoded here.
+A folder may be `gs://`. A single file or a pattern (`gs://bucket/0*.tar`) also works, and a tar may be compressed. The
+chunks depend on the source alone, so its cache is the same for any number of hosts. Nothing is decoded here.
 """
 
-import csv
-import itertools
-import json
+import logging
 import re
-import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from flaxkd.data import openmoji, sources, tables
-from flaxkd.data.chunks import Chunk, Item, ranges
+from flaxkd.data import folders, metadata, openmoji, sources, tables, tars
+from flaxkd.data.chunks import BROKEN, Chunk, Item, ranges
+from flaxkd.machine import files as machine_files
 
 ROWS = 8192  # of a chunk that is a range; a tar or an Arrow file is never split
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLES = (".tar", ".parquet", ".arrow")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+
+
+def _tars(files: list[epath.Path], column: str | None, rows: int) -> list[Chunk]:
+    return [Chunk(str(file), lambda file=file: tars.items(file, column)) for file in files]
+
+
+def _trees(files: list[epath.Path], column: str | None, rows: int) -> list[Chunk]:
+    found = [chunk for file in files for chunk in _tree(file, column, rows)]
+    return found or ranges(0, rows, str(files[0]), found.__getitem__)
+
+
+def _arrows(files: list[epath.Path], column: str | None, rows: int) -> list[Chunk]:
+    return tables.arrow(files, column)
+
+
+# Files that hold many pictures: their endings, and how they become chunks. The first kind found in a folder counts:
+# img2dataset leaves a Parquet file of metadata beside each tar. A zip counts where nothing else does.
+KINDS: dict[tuple[str, ...], Callable[[list[epath.Path], str | None, int], list[Chunk]]] = {
+    TARS: _tars,
+    (".parquet", ".pq"): tables.parquet,
+    (".arrow", ".feather"): _arrows,
+    (".zip",): _trees,
+}
 
 
 def open_chunks(source: str, *, split: str = "train", image_column: str | None = None, rows: int = ROWS) -> list[Chunk]:
@@ -57,110 +78,58 @@ def open_chunks(source: str, *, split: str = "train", image_column: str | None =
 
 def _folder(path: epath.Path, split: str, image_column: str | None, rows: int) -> list[Chunk]:
     present = {file.name for file in path.iterdir()}
-    for name in (sources.METADATA, "metadata.csv"):
-        if name in present:
-            return _listed(path, path / name, rows)
-    if "state.json" in present:
-        listed = json.loads((path / "state.json").read_text())["_data_files"]
-        return _files([path / entry["filename"] for entry in listed], image_column, rows)
-    if split in present and (path / split).is_dir():
-        return _folder(path / split, split, image_column, rows)
-    if "dataset_dict.json" in present:
-        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path} has the splits {', '.join(names)}, not {split}: choose one with --split")
-    for ending in TABLES:  # tars first: img2dataset leaves a Parquet file of metadata beside each
-        if files := sorted(path.glob(f"*{ending}")) or sorted(path.glob(f"*/*{ending}")):
-            return _files([f for f in files if f.name.startswith(f"{split}-")] or files, image_column, rows)
-    found = (epath.Path(root) / name for root, _, names in path.walk() for name in names)
-    files = sorted(file for file in found if file.suffix.lower() in ENDINGS)
-    return ranges(len(files), rows, str(path), lambda i: _beside(path, files[i]))
+    if sources.is_cache(path):
+        raise ValueError(f"{path} is a cache of latents already: train with --config.data.source={path}")
+    if not any(metadata.is_metadata(name) for name in present):
+        if "state.json" in present:
+            listed = machine_files.read_json(path / "state.json")
+            try:
+                names = [entry["filename"] for entry in listed["_data_files"]]
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path / 'state.json'} names no _data_files: is it of save_to_disk?") from error
+            return _files([path / name for name in names], image_column, rows)
+        if split in present and (path / split).is_dir():
+            return _folder(path / split, split, image_column, rows)
+        if "dataset_dict.json" in present:
+            names = machine_files.read_json(path / "dataset_dict.json").get("splits", [])
+            raise ValueError(f"{path} has the splits {', '.join(names)}, not {split}: choose one with --split")
+        for endings, chunks in KINDS.items():
+            of_kind = lambda file, endings=endings: _ends(file, endings) and not metadata.is_metadata(file.name)
+            files = sorted(filter(of_kind, path.iterdir())) or sorted(filter(of_kind, path.glob("*/*")))
+            if chunks is _trees and files and len(folders.Listing(folders.open_tree(path))):
+                logging.warning("%s has pictures, so its %s is not read", path, ", ".join(file.name for file in files))
+            elif files:
+                return _files([f for f in files if f.name.startswith(f"{split}-")] or files, image_column, rows)
+    return _trees([path], image_column, rows)
+
+
+def _ends(file: epath.Path, endings: tuple[str, ...]) -> bool:
+    return file.name.lower().endswith(endings) and not file.name.startswith(".")
 
 
 def _files(files: list[epath.Path], image_column: str | None, rows: int) -> list[Chunk]:
-    kinds = {file.suffix for file in files}
-    if kinds == {".tar"}:
-        return [Chunk(str(file), lambda file=file: _tar(file)) for file in files]
-    if kinds == {".parquet"}:
-        return tables.parquet(files, image_column, rows)
-    if kinds == {".arrow"}:
-        return tables.arrow(files, image_column)
+    for endings, chunks in KINDS.items():
+        if all(_ends(file, endings) for file in files):
+            return chunks(files, image_column, rows)
+    known = [ending for endings in KINDS for ending in endings]
     raise ValueError(
         f"{files[0]}{' and others' if len(files) > 1 else ''}: the files of a source must all end in one of "
-        f"{', '.join(TABLES)}, not in {', '.join(sorted(kinds))}"
+        f"{', '.join(known)}, not in {', '.join(sorted({file.suffix for file in files}))}"
     )
 
 
-def _tar(path: epath.Path) -> Iterator[Item]:
-    """WebDataset samples: neighbouring files of a tar, with equal names up to the first dot."""
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Strict) as tar:
-        for key, files in itertools.groupby(_named(tar), lambda entry: entry[0]):
-            image, about = None, {}
-            for _, ending, content in files:
-                if ending.endswith(ENDINGS):
-                    image = image or content
-                else:
-                    about = _more(about, ending, content)
-            yield Item(f"{path.name}/{key}", image, about)
-
-
-class _Strict(tarfile.TarInfo):
-    """Raises for a damaged or missing header, which tarfile alone takes for the end of the tar."""
-
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # two blocks of zeros, the true end
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"after {tar.offset:,} bytes: {error}") from error
-
-
-def _named(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """(key, .ending, content) of the useful files in a streamed tar."""
-    for member in tar:
-        folder, slash, name = member.name.rpartition("/")
-        key, _, ending = name.partition(".")
-        ending = f".{ending.lower()}"
-        if member.isfile() and key and ending.endswith((*ENDINGS, ".txt", ".json")):
-            yield f"{folder}{slash}{key}", ending, tar.extractfile(member).read()
-
-
-def _more(about: dict, ending: str, content: bytes) -> dict:
-    """`about` of a picture, extended by the content of its .txt or .json; the text of a .txt is named txt."""
-    if ending.endswith(".txt"):
-        return about | {"txt": content.decode(errors="replace")}
+def _tree(path: epath.Path, image_column: str | None, rows: int) -> list[Chunk]:
+    """Chunks of a folder or zip; none without pictures. A damaged zip becomes one chunk, which raises Broken."""
     try:
-        known = json.loads(content)
-    except ValueError:  # a filter or the caption then reports what is missing
-        return about
-    return {**known, **about} if isinstance(known, dict) else about
+        listing = folders.Listing(folders.open_tree(path), image_column)
+    except BROKEN as error:
+        return [Chunk(str(path), lambda error=error: _raised(error))]
+    return ranges(len(listing), rows, str(path), listing.__getitem__) if len(listing) else []
 
 
-def _listed(folder: epath.Path, metadata: epath.Path, rows: int) -> list[Chunk]:
-    """Chunks of the entries of a metadata file. A malformed entry becomes an item without a picture."""
-    with metadata.open("r") as file:
-        if metadata.suffix == ".csv":
-            entries = list(csv.DictReader(file))
-        else:
-            entries = [line for line in file if line.strip()]
-
-    def load(i: int) -> Item:
-        try:
-            about = entries[i] if isinstance(entries[i], dict) else json.loads(entries[i])
-            return Item(about["file_name"], (folder / about["file_name"]).read_bytes, about)
-        except (ValueError, KeyError, TypeError):
-            return Item(f"{metadata.name}, entry {i + 1}", None, {})
-
-    return ranges(len(entries), rows, str(metadata), load)
-
-
-def _beside(folder: epath.Path, file: epath.Path) -> Item:
-    about: dict = {}
-    for ending in (".txt", ".json"):
-        if (more := file.with_suffix(ending)).is_file():
-            about = _more(about, ending, more.read_bytes())
-    return Item(str(file.relative_to(folder)), file.read_bytes, about)
+def _raised(error: Exception) -> Iterator[Item]:
+    raise error
+    yield
 
 
 def _tfds(name: str, split: str, rows: int) -> list[Chunk]:

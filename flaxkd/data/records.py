@@ -4,6 +4,7 @@ A cache is a folder with
 
     moments-00000-of-00001.array_record   records of `pack`, in the order of the source
     flipped-00000-of-00001.array_record   the same for mirrored pictures, only if requested
+    unreadable-00000-of-00001.json        pictures of a shard that cannot be read and are left out, if there are any
     cache.json                            sizes and fingerprints, written last: the cache is complete
 
 Every file is written under a temporary name and renamed when complete. A killed build resumes at the unfinished
@@ -27,6 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tqdm import tqdm
 
+from flaxkd.data import pictures
 from flaxkd.machine import files
 
 FORMAT = 1  # increase it when the records change
@@ -59,7 +61,8 @@ def ensure(
     flip: also keep mirrored pictures. shard_size: records per file. process_index, process_count: every process
     builds its share of the files and calls `wait` once, which returns when all have called it. It then builds any
     files still missing: none, if all processes see the same folder.
-    Raises ValueError if the source is empty or a moment is not finite in float16.
+    Unreadable pictures are left out, and named in one warning. Raises ValueError if the source is empty, none of its
+    pictures can be read, or a moment is not finite in float16.
     """
     if len(source) == 0:
         raise ValueError("the source has no pictures")
@@ -67,6 +70,7 @@ def ensure(
     cache = Path(folder) / hashlib.sha256(json.dumps([inputs, shard_size]).encode()).hexdigest()[:20]
     if (cache / "cache.json").exists():
         wait()
+        pictures.report_unreadable(_unreadable(cache), len(source), progress)
         return cache
     cache.mkdir(parents=True, exist_ok=True)
     kinds = ("moments", "flipped") if flip else ("moments",)
@@ -82,20 +86,29 @@ def ensure(
                     bar.update(size)
                     continue
                 indices = range(shard * shard_size, shard * shard_size + size)
-                batches = _encoded(source, indices, encode, tokenize, batch_size, kind == "flipped")
+                faults: list[str] = []
+                batches = _encoded(source, indices, encode, tokenize, batch_size, kind == "flipped", faults)
                 with writer(file) as write:
                     for examples in batches:
                         for example in examples:
                             write(pack(*example))
                         bar.update(len(examples))
+                    if faults:
+                        files.write_json(cache / f"unreadable-{shard:05d}-of-{shards:05d}.json", faults)
 
     make(wanted[process_index::process_count], "encoding")
     wait()
     if missing := [f for f in wanted if not (cache / shard_name(*f, shards)).exists()]:
         make(missing, "encoding the shares of other processes")
-    about = {**inputs, "size": len(source), "shards": shards, "shard_size": shard_size}
+    faults = _unreadable(cache)
+    pictures.report_unreadable(faults, len(source), progress)
+    about = {**inputs, "size": len(source) - len(faults), "shards": shards, "shard_size": shard_size}
     files.write_json(cache / "cache.json", about)
     return cache
+
+
+def _unreadable(cache: Path) -> list[str]:
+    return [fault for file in sorted(cache.glob("unreadable-*.json")) for fault in files.read_json(file)]
 
 
 def shard_name(kind: str, shard: int, shards: int) -> str:
@@ -104,11 +117,17 @@ def shard_name(kind: str, shard: int, shards: int) -> str:
 
 
 def read_about(cache: Path) -> dict:
-    """cache.json as a dict. Raises FileNotFoundError if the folder is not a complete cache."""
+    """cache.json as a dict. Raises FileNotFoundError if the folder is no complete cache, ValueError if damaged."""
     file = epath.Path(cache) / "cache.json"
     if not file.is_file():
         raise FileNotFoundError(f"{cache} is not a complete cache: it has no cache.json; build it again")
-    return json.loads(file.read_text())
+    try:
+        about = files.read_json(file)
+        if not isinstance(about["size"], int) or not isinstance(about["shards"], int) or about["format"] != FORMAT:
+            raise ValueError(f"{file} is of format {about['format']}, not {FORMAT}")
+        return about | {"flip": bool(about["flip"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be used ({error}): delete {cache} and build the cache again") from error
 
 
 def pack(moments: np.ndarray, input_ids: np.ndarray, caption: str) -> bytes:
@@ -164,8 +183,12 @@ def writer(file: os.PathLike) -> Iterator[Callable[[bytes], None]]:
         records.close()  # it writes in the background: some errors surface only here
 
 
-def _encoded(source, indices: range, encode, tokenize, batch_size: int, mirrored: bool) -> Iterator[list]:
-    """Lists of (moments, input_ids, caption), batch by batch. The next batch is read while one is encoded."""
+def _encoded(
+    source, indices: range, encode, tokenize, batch_size: int, mirrored: bool, faults: list[str]
+) -> Iterator[list]:
+    """Lists of (moments, input_ids, caption), batch by batch. The next batch is read while one is encoded.
+
+    Unreadable pictures are left out and added to `faults`."""
     starts = range(indices.start, indices.stop, batch_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -175,14 +198,22 @@ def _encoded(source, indices: range, encode, tokenize, batch_size: int, mirrored
 
         following = read(starts[0])
         for start in starts:
-            examples = [future.result() for future in following]
+            examples, numbers = [], []
+            for i, future in enumerate(following, start):
+                try:
+                    examples.append(future.result())
+                    numbers.append(i)
+                except pictures.Unreadable as error:
+                    faults.append(str(error))
             if start + batch_size < indices.stop:
                 following = read(start + batch_size)
+            if not examples:
+                continue
             images = np.stack([example["image"] for example in examples])
             images = images[:, :, ::-1] if mirrored else images
             moments, bad = halved(encode(filled(images, batch_size)), len(images))
             if bad.size:
-                where = f"picture {start + int(bad[0])}, {examples[bad[0]]['caption']!r}"
+                where = f"picture {numbers[bad[0]]}, {examples[bad[0]]['caption']!r}"
                 raise ValueError(f"{where}: its moments are not finite in float16; check the VAE's weights")
             captions = [example["caption"] for example in examples]
             yield list(zip(moments, np.asarray(tokenize(captions), np.int32), captions, strict=True))

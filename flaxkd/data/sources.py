@@ -1,24 +1,26 @@
 """A data set as a sequence of pictures with captions: the OpenMoji drawings, or your own folder. A cache of
 `python -m flaxkd.cache` also opens as a source, with latents in place of pictures.
 
-An image folder has a file metadata.jsonl with one JSON object per line: `file_name` (relative to the folder)
-and `text` (the caption), as in Hugging Face's imagefolder. Pictures become squares as in diffusers' training
-scripts: the shorter side is resized (bilinear), then the center is cropped.
+A folder (or a zip of one) has its captions in metadata.jsonl, as Hugging Face's imagefolder, or beside the pictures:
+see folders.py. Pictures become squares as in diffusers' training scripts: the shorter side is resized (bilinear), then
+the center is cropped.
 """
 
 import hashlib
 import io
-import json
+import logging
 import os
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image
 
-from flaxkd.data import openmoji, records
+from flaxkd.data import filters, folders, openmoji, pictures, records
+from flaxkd.data.pictures import Unreadable, square
 from flaxkd.machine import files
 
 METADATA = "metadata.jsonl"
@@ -28,14 +30,16 @@ METADATA = "metadata.jsonl"
 class Source:
     """A sequence of {"image": uint8[resolution, resolution, 3], "caption": str}.
 
-    fingerprint: equal if and only if the pictures, the captions and the resolution are the same.
-    cache: a prebuilt cache of moments, or None. With one there are no pictures, and `load` raises ValueError.
+    load: raises Unreadable for a damaged picture. fingerprint: equal if and only if the pictures, the captions and the
+    resolution are the same. cache: a prebuilt cache of moments, or None. With one there are no pictures, and `load`
+    raises ValueError. captions: all of them; None: as `load` has them.
     """
 
     size: int
     load: Callable[[int], dict]
     fingerprint: str
     cache: os.PathLike | None = None
+    captions: list[str] | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -46,41 +50,77 @@ class Source:
         return self.load(index)
 
 
+def readable(source: Source, indices: Iterable[int]) -> list[int]:
+    """The indices whose pictures can be read. Names the others in one warning; ValueError if none is left."""
+
+    def fault(index: int) -> str | None:
+        try:
+            source[index]
+        except Unreadable as error:
+            return str(error)
+        return None
+
+    indices = list(indices)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = list(pool.map(fault, indices))
+    pictures.report_unreadable([fault for fault in faults if fault], len(indices))
+    return [index for index, fault in zip(indices, faults, strict=True) if not fault]
+
+
 def default_data_dir() -> Path:
     """The folder of TFDS data sets: $TFDS_DATA_DIR, else `tfds` under `files.cache_home()`."""
     chosen = os.environ.get("TFDS_DATA_DIR")
     return Path(chosen).expanduser() if chosen else files.cache_home() / "tfds"
 
 
-def open_source(name: str, split: str, data_dir: str | Path | None = None, resolution: int = 64) -> Source:
-    """Opens "openmoji" (built on first use), the image folder `name`, or a folder of `python -m flaxkd.cache`.
+def open_source(
+    name: str,
+    split: str,
+    data_dir: str | Path | None = None,
+    resolution: int = 64,
+    *,
+    background: str = "white",
+    caption_column: str | None = None,
+    image_column: str | None = None,
+) -> Source:
+    """Opens "openmoji" (built on first use), the image folder or zip `name`, or a folder of `python -m flaxkd.cache`.
 
     split: "train" or "validation", by a hash of the caption. data_dir: of TFDS, `default_data_dir()` if None.
-    resolution: pixels per side. Raises FileNotFoundError or ValueError that names the faulty line.
+    resolution: pixels per side. background: color behind transparent pixels. caption_column, image_column: of metadata;
+    None for the usual names. Raises FileNotFoundError or ValueError that names the faulty lines.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'validation'")
+    pictures.color(background)
     if name == openmoji.OpenMoji.name:
         return _openmoji(split, Path(data_dir) if data_dir else default_data_dir(), resolution)
-    if (made := epath.Path(name).expanduser() / records.PLAN).is_file():
-        return _made_before(made.parent, split)
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no data set {name!r}: give 'openmoji' or a folder with {METADATA}")
-    return _image_folder(folder, split, resolution)
+    path = epath.Path(name).expanduser()
+    if is_cache(path):
+        return _made_before(path, split)
+    if (path / "cache.json").is_file() and is_cache(path.parent):
+        raise ValueError(f"{path} is one split of a cache: give {path.parent}")
+    if not (path.is_dir() or (path.is_file() and path.suffix.lower() == ".zip")):
+        other = f"; for a {path.suffix}, run `python -m flaxkd.cache --source {name}` first" if path.is_file() else ""
+        raise FileNotFoundError(f"no data set {name!r}: give 'openmoji' or a folder with {METADATA}{other}")
+    path = folders.of_split(path, "train")
+    return _image_folder(path, split, resolution, background, caption_column, image_column)
 
 
-def square(image: Image.Image, resolution: int) -> np.ndarray:
-    """Shorter side resized to `resolution` (bilinear), center cropped: uint8[resolution, resolution, 3]."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    width, height = image.size
-    if (width, height) != (resolution, resolution):
-        short = min(width, height)
-        width, height = resolution * width // short, resolution * height // short
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = round((width - resolution) / 2), round((height - resolution) / 2)
-        image = image.crop((left, top, left + resolution, top + resolution))
-    return np.asarray(image)
+def is_cache(folder: os.PathLike) -> bool:
+    """Whether a folder is one of `python -m flaxkd.cache`, finished or not: by what it holds, not by names alone."""
+    folder = epath.Path(folder)
+    if (folder / "train" / "cache.json").is_file():
+        return True
+    plan = folder / records.PLAN
+    if not plan.is_file():
+        return False
+    if (folder / "done").is_dir():
+        return True
+    try:
+        content = files.read_json(plan)
+    except (ValueError, OSError):
+        return False
+    return isinstance(content, dict) and {"encoder", "parts"} <= content.keys()
 
 
 def _made_before(folder: epath.Path, split: str) -> Source:
@@ -112,58 +152,79 @@ def _openmoji(split: str, data_dir: Path, resolution: int) -> Source:
     return Source(len(records), load, digest.hexdigest())
 
 
-def _image_folder(folder: Path, split: str, resolution: int) -> Source:
-    entries = _in_split(read_metadata(folder), split, folder)
-    digest = hashlib.sha256(f"image_folder {resolution}".encode())
+def _image_folder(
+    folder: epath.Path,
+    split: str,
+    resolution: int,
+    background: str,
+    caption_column: str | None,
+    image_column: str | None,
+) -> Source:
+    tree, entries, left = _entries(folder, caption_column, image_column)
+    if left and split == "train":  # said once, though both splits are opened
+        logging.warning("%d pictures are left out:\n%s", len(left), pictures.shown(left))
+    entries = _in_split(entries, split, folder)
+    # size and time stand for the contents: reading a million pictures takes hours
+    digest = hashlib.sha256(f"image_folder 2 {resolution} {pictures.color(background)}".encode())
     for _, file, caption in entries:
-        stat = file.stat()  # size and time stand for the contents: reading a million pictures takes hours
-        digest.update(f"{file.relative_to(folder)}\0{caption}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(f"{file}\0{caption}\0{tree.stamp(file)}\n".encode(errors="surrogatepass"))
 
     def load(index: int) -> dict:
-        line, file, caption = entries[index]
+        place, file, caption = entries[index]
         try:
-            with Image.open(file) as image:
-                return {"image": square(image, resolution), "caption": caption}
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{folder / METADATA}, line {line}: {file.name} cannot be read as a picture ({error}); "
-                "replace the file or remove the line"
+            with pictures.opened(tree.read(file)) as image:
+                return {"image": square(image, resolution, background), "caption": caption}
+        except Exception as error:  # any kind: decoders raise all sorts of errors on damaged pictures
+            where, line = (f"{place}: ", " or remove the line") if place else (f"{folder}: ", "")
+            raise Unreadable(
+                f"{where}{file} cannot be read as a picture ({type(error).__name__}: {error}); replace the file{line}"
             ) from error
 
-    return Source(len(entries), load, digest.hexdigest())
+    return Source(len(entries), load, digest.hexdigest(), captions=[caption for _, _, caption in entries])
 
 
-def read_metadata(folder: Path) -> list[tuple[int, Path, str]]:
-    """(line number, picture, caption) of every line of the folder's metadata.jsonl; blank lines are skipped.
+def _entries(folder: epath.Path, caption_column: str | None, image_column: str | None) -> tuple:
+    """The tree of a folder or zip, (place, picture, caption) of its pictures, and a line for each one left out: those
+    without a caption beside them, and those that the metadata do not name.
 
-    Raises FileNotFoundError if it or a picture is missing, and ValueError with the number of a malformed line.
-    """
-    metadata = folder / METADATA
-    if not metadata.is_file():
+    Raises ValueError, or FileNotFoundError for missing pictures alone, that names all faulty lines of the metadata."""
+    try:
+        tree = folders.open_tree(folder)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): download or pack it again") from error
+    listing = folders.Listing(tree, image_column)
+    if not len(listing):
+        packed = [file for file in tree.files if file.lower().endswith((".tar", ".gz", ".tgz", ".parquet", ".arrow"))]
+        remedy = f"; for {packed[0]}, run `python -m flaxkd.cache --source {folder}` first" if packed else ""
         raise FileNotFoundError(
-            f'{folder} has no {METADATA}: one line per picture, {{"file_name": "a.png", "text": "caption"}}'
+            f'{folder} has no {METADATA}: one line per picture, {{"file_name": "a.png", "text": "caption"}}, '
+            f"and no picture with a caption beside it{remedy}"
         )
-    entries = []
-    for line, text in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
-        if not text.strip():
-            continue
-        where = f"{metadata}, line {line}"
-        try:
-            entry = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: a {type(entry).__name__}, must be an object with file_name and text")
-        for key in ("file_name", "text"):
-            if not isinstance(entry.get(key), str) or not entry[key].strip():
-                raise ValueError(f"{where}: {key!r} is missing or empty; the line has {sorted(entry)}")
-        file = folder / entry["file_name"]
-        if not file.is_file():
-            raise FileNotFoundError(f"{where}: there is no file {file}")
-        entries.append((line, file, entry["text"].strip()))
-    if not entries:
-        raise ValueError(f"{metadata} is empty")
-    return entries
+    with ThreadPoolExecutor(16) as pool:
+        items = list(pool.map(listing.__getitem__, range(len(listing))))
+    found, faulty, left = [], [], []
+    for entry, item in zip(listing.listed, items, strict=True):
+        _, detail = item.fault or ("", "")
+        caption = None
+        if not item.fault:
+            try:
+                caption = filters.caption_of(item.about, caption_column)
+                detail = f"{caption_column or 'text'!r} is missing or empty; it has {', '.join(map(str, item.about))}"
+                detail += ": name the column with captions by --config.data.caption_column" if item.about else "nothing"
+            except ValueError as error:
+                detail = f"its caption is not text ({error})"
+        if caption is not None:
+            found.append((entry.place, entry.file, caption))
+        elif entry.place:
+            faulty.append((item.fault, f"{entry.place}: {detail}"))
+        else:
+            left.append(f"{item.name}: {detail}")
+    if faulty:
+        missing = all(fault and fault[0] == "unreadable picture" for fault, _ in faulty)
+        raise (FileNotFoundError if missing else ValueError)(pictures.shown([text for _, text in faulty]))
+    if not found:
+        raise ValueError(f"{folder}: none of its {len(left):,} pictures has a caption: {pictures.shown(left)}")
+    return tree, found, left
 
 
 def _in_split(entries: list, split: str, folder: Path) -> list:
@@ -171,7 +232,7 @@ def _in_split(entries: list, split: str, folder: Path) -> list:
     captions = {caption for _, _, caption in entries}
     validation = {caption for caption in captions if openmoji.split_of(caption) == "validation"}
     if len(captions) < 2:
-        raise ValueError(f"{folder / METADATA} has one caption only: give at least two, one to hold out")
+        raise ValueError(f"{folder} has one caption only: give at least two, one to hold out")
     if not validation:
         validation = {min(captions, key=openmoji.caption_hash)}
     if validation == captions:

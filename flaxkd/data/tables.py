@@ -1,19 +1,23 @@
-"""Pictures in tables: Parquet, and the Arrow files of Hugging Face's `save_to_disk`.
+"""Pictures in tables: Parquet, and Arrow files as `save_to_disk` of Hugging Face's datasets writes them.
 
-The picture column holds bytes, or the Image type of `datasets`: bytes or the path of a file.
+The picture column holds bytes, the path of a file, the Image type of `datasets` (both of them), or a list of these.
+Whatever is read is validated first: pyarrow itself trusts offsets and ends the process where they point outside.
 """
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from flaxkd.data.chunks import BROKEN, Chunk, Item
+from flaxkd.data.chunks import BROKEN, Chunk, Item, first
+from flaxkd.data.metadata import FILES
 
-IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img")  # usual names of the column
+IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "images", *FILES)  # usual names of the column
 ROWS = 64  # per read; more would fill memory with pictures
 
 
@@ -61,25 +65,45 @@ def _row_groups(file: epath.Path) -> list[int] | None:
 
 def _batches_of_parquet(file: epath.Path, groups: list[int] | None) -> Iterator[pa.RecordBatch]:
     with file.open("rb") as opened:
-        yield from pq.ParquetFile(opened).iter_batches(ROWS, groups)
+        yield from pq.ParquetFile(opened, page_checksum_verification=True).iter_batches(ROWS, groups)
 
 
 def _batches_of_arrow(file: epath.Path) -> Iterator[pa.RecordBatch]:
-    with file.open("rb") as opened, pa.ipc.open_stream(opened) as stream:
-        for batch in stream:
-            yield from (batch.slice(at, ROWS) for at in range(0, batch.num_rows, ROWS))
+    with file.open("rb") as opened:
+        whole = opened.read(6) == b"ARROW1"  # of a file, with a footer, as Feather; else it is a stream
+        opened.seek(0)
+        with (pa.ipc.open_file if whole else pa.ipc.open_stream)(opened) as batches:
+            found = map(batches.get_batch, range(batches.num_record_batches)) if whole else batches
+            for batch in found:
+                batch.validate(full=True)
+                yield from (batch.slice(at, ROWS) for at in range(0, batch.num_rows, ROWS))
 
 
 def _items(file: epath.Path, batches: Iterator, start: int, column: str | None) -> Iterator[Item]:
     number = itertools.count(start)
     for batch in batches:
+        batch.validate(full=True)
         image_of = _image_column(file, batch.schema.names, column)
         for row in batch.to_pylist():
-            image = row.pop(image_of)
-            if isinstance(image, dict):
-                where = image.get("path")
-                image = image.get("bytes") or ((file.parent / where).read_bytes if where else None)
+            image = _image(row.pop(image_of), file.parent)
             yield Item(f"{file.name}, row {next(number)}", image, row)
+
+
+def _image(value: Any, folder: epath.Path) -> bytes | Callable[[], bytes] | None:
+    """A picture from what its column holds; paths begin in `folder`."""
+    if isinstance(value, list) and value and all(isinstance(x, int) and 0 <= x < 256 for x in value):
+        return bytes(value)  # as numpy's uint8 become
+    value = first(value)
+    if isinstance(value, dict):
+        names = {name.lower(): name for name in value}
+        value = next((value[names[name]] for name in ("bytes", "path") if name in names and value[names[name]]), None)
+    if isinstance(value, str) and value:
+        return functools.partial(_read, folder, value)
+    return value or None
+
+
+def _read(folder: epath.Path, name: str) -> bytes:
+    return (folder / name).read_bytes()
 
 
 def _image_column(file: epath.Path, names: list[str], column: str | None) -> str:

@@ -170,12 +170,13 @@ def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[
         if kind is None:
             notes.append(f"{model.name} is not a student of {teacher.name}: features are not compared.")
     source = sources.open_source(args.data, "validation", resolution=setup.resolution)
-    n = min(args.examples, len(source))
+    chosen = sources.readable(source, range(min(args.examples, len(source))))
+    n = len(chosen)
     if n < 2:
         raise ValueError(f"{n} held-out pictures ({args.data}, --examples {args.examples}): 2 are needed")
     settings |= {"data": f"{n} held-out pictures of {args.data}", "pairing": args.pairing}
     settings["timesteps"] = edges.tolist()
-    examples = [source[i] for i in range(n)]
+    examples = [source[i] for i in chosen]
     images = np.stack([example["image"] for example in examples])
     return HeldOut([example["caption"] for example in examples], images, schedule, pairs)
 

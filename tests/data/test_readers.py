@@ -78,7 +78,7 @@ def test_one_file_or_a_pattern(tmp_path):
     assert len(list(readers.open_chunks(str(folder / "00001.tar"))[0])) == 8
     for source, error, message in [
         (folder / "*.zip", FileNotFoundError, "no file is called like"),
-        (folder / "0*", ValueError, "end in one of .tar, .parquet, .arrow, not in .parquet, .tar"),
+        (folder / "0*", ValueError, r"end in one of \.tar, \.tar\.gz, .*\.zip, not in \.parquet, \.tar"),
         ("gone/", FileNotFoundError, "there is no gone/"),
         ("nonsuch", FileNotFoundError, "neither a path nor a data set that TFDS knows"),
         (saved_to_disk(tmp_path / "saved"), ValueError, "has the splits train, test, not validation"),
