@@ -7,7 +7,6 @@ OUT gets the JSON files, tokenizer/ and scheduler/ of the model, export.json, an
 turns it back into a pipeline folder. Training takes the pipeline folder itself: this is for use of the weights
 elsewhere."""
 
-import shutil
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ import orbax.checkpoint as ocp
 from flaxkd import export
 from flaxkd.machine import command, files
 from flaxkd.pretrained import Folder
+from flaxkd.pretrained.folder import CONFIGS
 from flaxkd.pretrained.writing import copy_tokenizer
 
 
@@ -28,12 +28,10 @@ def convert(model: str | None, out: Path) -> dict[str, tuple[int, int]]:
     configs = {part: source.config(part) for part in source.parts}
     params = {part: source.stored(part) for part in source.parts}
     with files.whole_folder(out) as new:
-        shutil.copyfile(source.path / "model_index.json", new / "model_index.json")
-        shutil.copytree(source.path / "scheduler", new / "scheduler")
+        files.write_json(new / "model_index.json", source.index)
         copy_tokenizer(source, new)
-        for part in configs:
-            (new / part).mkdir()
-            shutil.copyfile(source.path / part / "config.json", new / part / "config.json")
+        for part, config in (configs | {"scheduler": source.config("scheduler")}).items():
+            files.write_json(new / part / CONFIGS[part], config)
         export.write_record(new, Folder(new), configs)
         files.write_json(new / "converted.json", {"model": model})
         with ocp.CheckpointManager(new / "checkpoints") as manager:

@@ -41,7 +41,7 @@ def find(folder: Path, stem: str, model: str | Path) -> list[Path]:
     if variants:
         files.check_lfs_pointer(next(path for path in variants[min(variants, key=rank)] if path.is_file()))
     here = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    error, problem = FileNotFoundError, f"no {stem}.safetensors"
+    error, problem = FileNotFoundError, f"no {stem}.safetensors (but {', '.join(here) or 'nothing'})"
     if pickles := [name for name in here if name.endswith(PICKLES)]:
         error, problem = ValueError, f"only a pickle ({', '.join(pickles)}), not opened as it can run code"
     raise error(f"{folder} has {problem}. Save the model as safetensors:\n{RESAVE.format(model=model)}")
@@ -60,7 +60,9 @@ def _variants(folder: Path, stem: str) -> dict[str, list[Path]]:
         listed = files.read_json(folder / match[0])
         if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
             raise ValueError(f"{folder / match[0]} is no index of weights: it has no weight_map")
-        found[match[1] or match[2] or match[3] or ""] = [folder / x for x in sorted({*listed["weight_map"].values()})]
+        found[match[1] or match[2] or match[3] or ""] = [
+            folder / x for x in sorted({*map(str, listed["weight_map"].values())})
+        ]
     for match in filter(None, map(weights.fullmatch, names)):
         variant, number, of = match[1] or match[4] or "", match[2], match[3]
         if number is None:  # one file goes before shards

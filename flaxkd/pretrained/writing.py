@@ -65,7 +65,7 @@ def copy_tokenizer(source: Folder, out: Path) -> None:
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     file = folder / "tokenizer_config.json"
     config = files.read_json(file) if file.is_file() else {"tokenizer_class": "CLIPTokenizer"}
-    if config.get("model_max_length", NO_LIMIT) >= NO_LIMIT:
+    if (config.get("model_max_length") or NO_LIMIT) >= NO_LIMIT:
         tokens = {} if file.is_file() else source.tokenizer.special_tokens_map
         files.write_json(file, config | tokens | {"model_max_length": source.text_length})
 

@@ -53,6 +53,7 @@ def test_a_claim_compares_all_but_the_free_keys(tmp_path):
     claim(steps=2, parts=("unet",), keep=1)
     claim(steps=2, parts=("unet",), keep=3, free=("keep",))
     assert json.loads(file.read_text()) == {"steps": 2, "parts": ["unet"], "keep": 3}
+    claim(steps=2, parts=("unet",), keep=3, of_a_later_version=0)
     with pytest.raises(ValueError, match=r"run holds something else:\n  more: None there, 1 here\n  steps: 2 there, 5"):
         claim(steps=5, parts=("unet",), keep=3, more=1)
     with pytest.raises(ValueError, match=r"keep: 3 there, 4 here\nChoose another\.$"):
