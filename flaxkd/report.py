@@ -62,7 +62,9 @@ def page(workdir: Path) -> str:
     for heading, content in sections.items():
         if found := [block for block in content if block]:
             body.append("\n".join([f"<h2>{heading}</h2>" * bool(heading), *found]))
-    return string.Template(TEMPLATE.read_text()).substitute(title=html.escape(title), body="\n".join(body))
+    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(title), body="\n".join(body)
+    )
 
 
 def markdown(text: str) -> str:
@@ -142,7 +144,7 @@ def measured(workdir: Path, name: str, alternative: str) -> str:
     path = workdir / name / f"{name}.md"
     if not path.is_file():
         return ""
-    tables = markdown(path.read_text().partition("\n")[2]).replace("h2>", "h3>")
+    tables = markdown(path.read_text(encoding="utf-8").partition("\n")[2]).replace("h2>", "h3>")
     return figure(path.with_suffix(".png"), alternative) + tables
 
 

@@ -1,6 +1,6 @@
 """Does each term of the loss earn its place? Trains students with and without it, and measures all alike.
 
-    python -m flaxkd.ablation --config configs/small.py --students sd_small sd_tiny --seeds 3 --out runs/ablation
+    python -m flaxkd.ablation --config configs/small.py --students sd_small --seeds 3 --out runs/ablation
     python -m flaxkd.ablation ... --config.steps=1000 --config.learning_rate.decay_steps=1000     for every run
 
 A run is an ordinary training in OUT/STUDENT-VARIANT-SEED, and flaxkd.evaluate measures it on held-out captions.
@@ -144,7 +144,7 @@ def train(run: Run, tick: Callable[[], None]) -> None:
     Raises ChildProcessError with the end of the log if it fails."""
     log = run.workdir / "train.log"
     with (
-        log.open("a") as file,
+        log.open("a", encoding="utf-8") as file,
         subprocess.Popen(run.command, stdout=file, stderr=subprocess.STDOUT) as process,
     ):
         try:
@@ -158,7 +158,7 @@ def train(run: Run, tick: Callable[[], None]) -> None:
             process.wait()
             raise
     if process.returncode or not finished(run):
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise ChildProcessError(f"{run.workdir.name} ended with status {process.returncode}, see {log}:\n{end}")
 
 

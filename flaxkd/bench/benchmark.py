@@ -1,7 +1,7 @@
 """How fast are a teacher and its students? One table and one bar chart, optionally with PyTorch beside them.
 
     python -m flaxkd.bench                                   the embedded teacher and all of its students
-    python -m flaxkd.bench --config configs/small.py:sd15 --students sd_small,sd_tiny --config.batch_size=8
+    python -m flaxkd.bench --config configs/small.py:sd15 --students sd_small --config.batch_size=8
     python -m flaxkd.bench --against torch                   the same work in PyTorch, eager and torch.compile
     python -m flaxkd.bench --unet block_out_channels=[64,128,256,256] --unet sample_size=32
 

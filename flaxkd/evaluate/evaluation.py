@@ -261,7 +261,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add(parser, "dtype")
     hosts.add_arguments(parser)
     group = parser.add_argument_group("fidelity to the teacher")
-    group.add_argument("--fidelity", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument(
+        "--fidelity", action=argparse.BooleanOptionalAction, default=True, help="measure it; default: yes"
+    )
     group.add_argument("--data", default="openmoji", help="'openmoji' or a folder of pictures with metadata.jsonl")
     group.add_argument("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
     group.add_argument("--bins", type=int, default=10, help="timestep ranges (default: %(default)s)")

@@ -96,7 +96,7 @@ def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, s
 def _licence(source: Path) -> str | None:
     """The licence named in the model card of the pipeline folder `source`, if any."""
     card = Path(source) / "README.md"
-    front = card.read_text(errors="replace").split("---\n")[1:2] if card.is_file() else []
+    front = card.read_text(encoding="utf-8", errors="replace").split("---\n")[1:2] if card.is_file() else []
     named = re.search(r"^license: *(\S+)", "".join(front), re.MULTILINE)
     return named and named[1]
 
@@ -147,7 +147,7 @@ def figures(records: list[dict]) -> str:
 def measured(workdir: Path, name: str) -> str:
     """Heading and first table of WORKDIR/NAME/NAME.md, by flaxkd.evaluate or flaxkd.bench; "" without the file."""
     path = workdir / name / f"{name}.md"
-    return "\n".join(f"#{path.read_text()}".split("\n\n")[:2]) if path.is_file() else ""
+    return "\n".join(f"#{path.read_text(encoding='utf-8')}".split("\n\n")[:2]) if path.is_file() else ""
 
 
 def _making(run: dict, step: int, averaged: bool) -> str:

@@ -123,7 +123,7 @@ def check_lfs_pointer(file: os.PathLike) -> None:
 def read_jsonl(file: Path) -> list[dict]:
     """The records of a file, one JSON object a line; [] without a file. Reading ends at a line cut short by a kill."""
     records: list[dict] = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
             records.append(json.loads(line))
         except ValueError:

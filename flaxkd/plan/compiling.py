@@ -171,7 +171,7 @@ def kept(make: Callable, config, lowered: Lowered, target: devices.Target) -> Co
     text = json.dumps([lowered.program.as_text(), target.name, target.topology, *versions])
     file = files.cache_home() / "plan" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if file.is_file():
-        return Compiled(**json.loads(file.read_text()))
+        return Compiled(**files.read_json(file))
     result = make(config, lowered, target)
     with contextlib.suppress(OSError):  # a full disk costs the next plan only time
         files.write_json(file, result._asdict())
@@ -259,7 +259,7 @@ def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {DUMPS.format(folder)}",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        with (folder / "said").open("w") as said:
+        with (folder / "said").open("w", encoding="utf-8") as said:
             process = subprocess.Popen(
                 [sys.executable, "-m", "flaxkd.plan.compiling", scratch],
                 env=environment,
@@ -277,13 +277,13 @@ def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
             return read(folder, time.perf_counter() - begin)
         if ended == 0:
             return pickle.loads((folder / "result").read_bytes())
-        last = "\n".join((folder / "said").read_text().splitlines()[-5:])
+        last = "\n".join((folder / "said").read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         raise RuntimeError(f"the compiler for {target.name} ended with status {ended}:\n{last}")
 
 
 def read(folder: Path, seconds: float) -> Compiled:
     """The needs of one program according to XLA's dumps, in bytes on one device."""
-    text = lambda pattern: next(folder.glob(pattern)).read_text()
+    text = lambda pattern: next(folder.glob(pattern)).read_text(encoding="utf-8")
     needed = int(re.search(TOTAL, text(MEMORY))[1])
     temporary = sum(map(int, re.findall(TEMPORARY, text(BUFFERS), re.MULTILINE)))
     return Compiled(needed, temporary, None, collectives(text(PROGRAM)), seconds)

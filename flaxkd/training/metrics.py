@@ -23,7 +23,7 @@ def note_start(workdir: Path, **facts) -> None:
     """Appends one line to starts.jsonl: the time of the start, the versions, and `facts`."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
     record = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts, "versions": versions}
-    with (Path(workdir) / STARTS).open("a") as file:
+    with (Path(workdir) / STARTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -92,7 +92,7 @@ class Writer:
         if self.events is None:
             return
         record = {"step": step} | {n: round_off(value) for n, value in values.items() if math.isfinite(value)}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             if name != "step":

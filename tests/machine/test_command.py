@@ -65,3 +65,35 @@ def test_a_mistake_is_one_message_and_a_defect_is_a_traceback(error, monkeypatch
         raise error("the reason")
     with pytest.raises(KeyError), command.reported():
         raise KeyError("a defect of flaxkd")
+
+
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, command.reported("stopped; the same command resumes"):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130 and capsys.readouterr().err == "\nstopped; the same command resumes\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["-config", "small"], 'unrecognized argument: -config. Did you mean "--config"?'),
+        (["--config=small", "--config=tiny"], "--config is given twice: small and tiny"),
+        (["--seed=1"], "the following arguments are required: --config, e.g. --config configs/small.py"),
+        (["--config=small", "config.steps=2"], 'config.steps=2. Did you mean "--config.steps=2"?'),
+        (["--config=small", "-config.steps=2"], '-config.steps=2. Did you mean "--config.steps=2"?'),
+        (["--config=small", "--config.sample.prompts=('red", "apple','x')"], "unrecognized argument: apple','x'); a value"),
+        (["--config=small", "--sedd=3"], 'unrecognized argument: --sedd=3. Did you mean "--seed=3"?'),
+        (["--config=small", "--learning_rat"], 'Did you mean "--config.learning_rate"?'),
+        (["--config=small", "--report_to", "wandb"], "report_to of other training scripts is here: "),
+        (["--config=small", "--qqq"], "unrecognized argument: --qqq; --help lists all flags"),
+        (["--config=small", "--batch-size=x"], "argument --batch-size: invalid int value: 'x'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(typed, message, capsys):
+    made = command.parser("flaxkd.something", "Does something.")
+    command.add(made, "config", required=True)
+    command.add(made, "seed", "batch-size")
+    with pytest.raises(SystemExit) as ended, command.reported():
+        command.parse(made, typed)
+    said = capsys.readouterr().err if ended.value.code == 2 else f"{ended.value.code}\n"
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
