@@ -15,7 +15,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
 
     # What is trained.
-    config.teacher = placeholder(str)  # pipeline folder, or hub id owner/name; None: the embedded miniature
+    # pipeline folder, single-file checkpoint, or hub id owner/name; None: the embedded miniature
+    config.teacher = placeholder(str)
+    config.vae = placeholder(str)  # another autoencoder than the teacher's own: folder, file or hub id
     # layers left out at the end of its text encoder, in training and in the exported pipeline; diffusers' clip_skip:
     # 1 is the last layer, what other programs call clip skip 2
     config.clip_skip = 0

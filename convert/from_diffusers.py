@@ -1,6 +1,6 @@
 """A pipeline folder of diffusers -> an Orbax checkpoint of its parameters.
 
-    python -m convert.from_diffusers --model DIR|HUB_ID --out DIR
+    python -m convert.from_diffusers --model DIR|FILE|HUB_ID [--vae DIR|FILE|HUB_ID] --out DIR
 
 OUT gets the JSON files, tokenizer/ and scheduler/ of the model, export.json, and checkpoints/0 with the tree
 {"params": {"unet": ..., "vae": ..., "text_encoder": ...}} in the dtypes of the files. `convert.to_diffusers`
@@ -16,20 +16,20 @@ from flaxkd import export
 from flaxkd.machine import command, files
 from flaxkd.pretrained import Folder
 from flaxkd.pretrained.folder import CONFIGS
-from flaxkd.pretrained.writing import copy_tokenizer
+from flaxkd.pretrained.writing import write_tokenizer
 
 
-def convert(model: str | None, out: Path) -> dict[str, tuple[int, int]]:
+def convert(model: str | None, out: Path, vae: str | None = None) -> dict[str, tuple[int, int]]:
     """Writes `out`; returns {part: (tensors, parameters)}. Raises ValueError if `out` exists and is not
     empty, and as `Folder.open` and `Folder.stored` do."""
-    out, source = Path(out).absolute(), Folder.open(model)
+    out, source = Path(out).absolute(), Folder.open(model, vae)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: choose a new folder")
     configs = {part: source.config(part) for part in source.parts}
     params = {part: source.stored(part) for part in source.parts}
     with files.whole_folder(out) as new:
         files.write_json(new / "model_index.json", source.index)
-        copy_tokenizer(source, new)
+        write_tokenizer(source, new)
         for part, config in (configs | {"scheduler": source.config("scheduler")}).items():
             files.write_json(new / part / CONFIGS[part], config)
         export.write_record(new, Folder(new), configs)
@@ -43,10 +43,11 @@ def convert(model: str | None, out: Path) -> dict[str, tuple[int, int]]:
 @command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("convert.from_diffusers", __doc__)
-    command.add(parser, "model", help="pipeline folder or hub id (owner/name); default: the embedded teacher")
+    command.add(parser, "model", help=f"{command.PIPELINE}; default: the embedded teacher")
+    command.add(parser, "vae")
     command.add(parser, "out", required=True, help="new folder")
     args = parser.parse_args(arguments)
-    counts = convert(args.model, args.out)
+    counts = convert(args.model, args.out, args.vae)
     for part, (tensors, size) in counts.items():
         print(f"{part:13} {tensors:4} tensors  {size:13,} parameters")
     print(f"wrote {args.out}; to go back: python -m flaxkd to-diffusers --workdir {args.out} --out DIR")

@@ -1,11 +1,14 @@
-"""A workdir of a run, or of `convert.from_diffusers` -> a whole pipeline folder of diffusers.
+"""A workdir of a run, or of `convert.from_diffusers` -> a whole pipeline folder of diffusers, or a single file.
 
     python -m convert.to_diffusers --workdir DIR --out DIR [--dtype float16|float32] [--ema|--no-ema]
     [--source DIR] [--push-to-hub OWNER/NAME [--private]]
+    python -m convert.to_diffusers --workdir DIR --single-file FILE.safetensors [--for comfyui|a1111|sd.cpp]
+    python -m convert.to_diffusers --model DIR|FILE|HUB_ID [--vae DIR|FILE|HUB_ID] --out DIR or --single-file FILE
 
 The parts in the newest readable checkpoint replace those of the source. StableDiffusionPipeline.from_pretrained
 loads the folder. A run exports itself at its end: this command is for checkpoints in between. --push-to-hub
-uploads the folder too; log in with `hf auth login` first."""
+uploads the folder too; log in with `hf auth login` first. --single-file writes one file by the original names, for
+ComfyUI and other programs; docs/using.md says who reads which student."""
 
 import argparse
 from collections.abc import Callable
@@ -13,31 +16,61 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxkd.export import export
+from flaxkd import export
+from flaxkd.export import single_file
 from flaxkd.machine import command
+from flaxkd.pretrained import save
 
 
 @command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("convert.to_diffusers", __doc__)
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, help="of flaxkd.train or convert.from_diffusers")
-    command.add(parser, "out", required=True, help="new folder, or an earlier export to replace")
-    command.add(parser, "dtype", choices=["float16", "float32"], help="of the trained parts; default: unchanged")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", type=Path, help="of flaxkd.train or convert.from_diffusers")
+    command.add(source, "model", help=f"{command.PIPELINE}, in place of a workdir")
+    command.add(parser, "vae")
+    command.add(parser, "out", help="new folder, or an earlier export to replace")
+    add("--single-file", type=Path, metavar="FILE", help="new file *.safetensors by the original names")
+    add("--for", dest="program", choices=single_file.PROGRAMS, help="the program that must read the single file")
+    half = "of the trained parts, or of the whole single file; default: unchanged"
+    command.add(parser, "dtype", choices=["float16", "float32"], help=half)
     add("--ema", action=argparse.BooleanOptionalAction, help="the moving average; default: if there is one")
     add("--source", help="pipeline folder or hub id of the other parts; default: as in export.json")
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
     add("--private", action="store_true", help="make the repository private if it is new")
     args = parser.parse_args(arguments)
+    if args.out is None and (args.single_file is None or args.push_to_hub):
+        parser.error("give --out DIR" + " or --single-file FILE" * (args.push_to_hub is None))
     dtype = None if args.dtype is None else np.dtype(args.dtype)
+    if args.out is not None:
+        write_folder(args, dtype)
+    if args.single_file is not None:
+        write_single_file(args, dtype)
+
+
+def write_folder(args: argparse.Namespace, dtype) -> None:
     upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
-    export(args.workdir, args.out, dtype, args.ema, args.source)
+    if args.workdir is None:
+        save(args.out, source=export.open_model(args.model, args.vae), parts={})
+    else:
+        export.export(args.workdir, args.out, dtype, args.ema, args.source, args.vae)
     address = upload(args.out) if upload else None
     for path in sorted(args.out.glob("*/*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     print(f'wrote {args.out}; try: StableDiffusionPipeline.from_pretrained("{args.out}")')
     if address:
         print(f"uploaded to {address}")
+
+
+def write_single_file(args: argparse.Namespace, dtype) -> None:
+    if args.workdir is None:
+        folder = export.open_model(args.model, args.vae)
+    else:
+        folder = export.checkpoint(args.workdir, args.ema, args.source, args.vae)
+    able = single_file.write(args.single_file, folder, program=args.program, dtype=dtype)
+    titles = ", ".join(single_file.PROGRAMS[name].title for name in able)
+    print(f"wrote {args.single_file}, {args.single_file.stat().st_size / 1e6:,.1f} MB, read by: {titles or 'flaxkd'}")
 
 
 def uploader(name: str, private: bool) -> Callable[[Path], str]:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict | None:
             f"--validation is {args.validation:g}, must be a share of the captions between 0 and 1, as 0.05"
         )
     chunks = readers.open_chunks(args.source, split=args.split, image_column=args.image_column)
-    folder = Folder.open(args.teacher)
+    folder = Folder.open(args.teacher, args.vae)
     mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
     recipe = Recipe(
         resolution=args.resolution or folder.resolution,
@@ -112,6 +112,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--source", help="folder, file, pattern such as 'gs://bucket/*.tar', or name of a TFDS data set")
     command.add(parser, "teacher", help="gives the autoencoder and tokenizer; default: the embedded teacher")
+    command.add(parser, "vae")
     command.add(parser, "out", type=str, help="folder of the cache, may be gs://")
     add("--resolution", type=int, help="pixels (default: the teacher's own)")
     add("--background", default=Recipe.background, help="color behind transparent pixels (default: %(default)s)")

@@ -39,7 +39,7 @@ def draw(args: argparse.Namespace) -> None:
     samplers.name_of(args.sampler)
     models = dict.fromkeys(args.model or [None])
     pipelines = [
-        Pipeline.from_pretrained(model, args.dtype) for model in models
+        Pipeline.from_pretrained(model, args.dtype, vae=args.vae) for model in models
     ]  # all are loaded before the first one draws
     columns = {}
     for pipeline in pipelines:
@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.generate", __doc__, {"--batch": "--batch-size"})
     add = parser.add_argument
     command.add(parser, "model", action=command.Several, help=f"{command.MODEL}; repeat for several columns")
+    command.add(parser, "vae")
     add("--prompt", action="append", default=[], help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
     add("--negative-prompt", default="", help="what not to draw")

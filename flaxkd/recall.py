@@ -20,9 +20,9 @@ from flaxkd.machine import command
 BATCH = 32
 
 
-def draw(model: str | None, captions: list[str], *, steps: int, guidance: float, seed: int) -> np.ndarray:
+def draw(model: str | None, captions: list[str], *, steps: int, guidance: float, seed: int, vae=None) -> np.ndarray:
     """Pictures uint8[n, H, W, 3] of captions, with a progress bar."""
-    pipeline = Pipeline.from_pretrained(model)
+    pipeline = Pipeline.from_pretrained(model, vae=vae)
     shape = (len(captions), *pipeline.folder.latent_shape())
     drawn = pipeline(
         captions,
@@ -50,6 +50,7 @@ def recall(order: np.ndarray, k: int) -> float:
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.recall", __doc__)
     command.add(parser, "model")
+    command.add(parser, "vae")
     parser.add_argument("--captions", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--originals", type=int, default=512, help="default: %(default)s")
     command.add(parser, "steps")
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     examples = [source[int(i)] for i in chosen]
     captions = [example["caption"] for example in examples[: args.captions]]
     originals = np.stack([example["image"] for example in examples])
-    drawn = draw(args.model, captions, steps=args.steps, guidance=args.guidance, seed=args.seed)
+    drawn = draw(args.model, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, vae=args.vae)
     order = nearest(drawn, originals)
     shares = ", ".join(f"{recall(order, k):.1%} among the {k}" for k in (1, 5, 20))
     print(f"{len(captions)} pictures find their own original: {shares} nearest of {len(originals)}")

@@ -120,7 +120,7 @@ def open_pictures(config, split: str) -> sources.Source:
 def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
     """The teacher's pipeline folder; for `config.blank`, a new one with random weights in the workdir."""
     if config.blank is None:
-        return Folder.open(config.teacher, config.clip_skip)
+        return Folder.open(config.teacher, config.vae, config.clip_skip)
     captions = pictures.captions or [picture["caption"] for picture in pictures]
     write = lambda: fresh.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
     if hosts.is_first():

@@ -46,7 +46,7 @@ def run(config, *, names: list[str], against: list[str], unet: dict, rounds: int
     if against:
         torch_works.check(config)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Folder.open(config.teacher, config.clip_skip)
+        folder = Folder.open(config.teacher, config.vae, config.clip_skip)
         if unet:
             folder = other_architecture(folder, unet, Path(scratch) / "pipeline", config.seed)
         teacher_config = folder.config("unet")

@@ -5,8 +5,10 @@ The training step follows Segmind's distill-sd: forward hooks on whole blocks, a
 and only evaluate/scores.py also imports torch. Both packages are in the extra `test`.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy as np
 from flaxkd import students
 from flaxkd.bench.works import Prepared, Subject
 from flaxkd.evaluate.scores import device
-from flaxkd.pretrained import keys
+from flaxkd.pretrained import keys, save
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 
@@ -67,7 +69,11 @@ def _networks(subject: Subject) -> Networks:
 
     logging.disable_progress_bar()  # of loading; the benchmark has its own
     of_transformers.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(subject.folder.path, low_cpu_mem_usage=False).to(device())
+    with tempfile.TemporaryDirectory() as scratch:
+        path = subject.folder.path
+        if subject.folder.readers:  # a single file, or another autoencoder
+            path = save(Path(scratch) / "pipeline", source=subject.folder, parts={})
+        pipeline = StableDiffusionPipeline.from_pretrained(path, low_cpu_mem_usage=False).to(device())
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder):

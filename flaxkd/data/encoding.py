@@ -4,8 +4,9 @@ computed on the accelerator before the first step and reused by every later run 
 
 import functools
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -34,12 +35,29 @@ def open_data(batch: Iterable[str], config, pictures: sources.Source, split: str
 def fingerprint(folder: Folder) -> str:
     """Hash of everything in a pipeline folder that determines moments and token ids: autoencoder and tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted([*(folder.path / "vae").iterdir(), *(folder.path / "tokenizer").iterdir()]):
-        if path.suffix in (".json", ".txt", ".safetensors"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for part in ("tokenizer", "vae"):
+        if part in folder.readers:
+            for name, content in _contents(folder, part):
+                digest.update(name.encode())
+                digest.update(content)
+            continue
+        where = folder.tokenizer_folder if part == "tokenizer" else folder.path / part
+        for path in sorted(where.iterdir()):
+            if path.suffix in (".json", ".txt", ".safetensors"):
+                digest.update(path.name.encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def _contents(folder: Folder, part: str) -> Iterator[tuple[str, bytes]]:
+    """The same of a part that is in no folder of diffusers: of a single file, or another autoencoder."""
+    if part == "tokenizer":
+        yield "tokenizer.json", folder.tokenizer.backend_tokenizer.to_str().encode()
+    else:
+        yield "config.json", json.dumps(folder.config(part), sort_keys=True).encode()
+        for key, array in sorted(folder.tensors(part).items()):
+            yield key, np.ascontiguousarray(array).tobytes()
 
 
 def encoder_fingerprint(folder: Folder, dtype) -> str:

@@ -44,15 +44,16 @@ class Pipeline:
     mesh: Any
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike | None = None, dtype=None, mesh=None) -> "Pipeline":
-        """Reads a pipeline folder of diffusers, a hub id (owner/name), or the workdir of a run.
+    def from_pretrained(cls, model: str | os.PathLike | None = None, dtype=None, mesh=None, vae=None) -> "Pipeline":
+        """Reads a pipeline folder of diffusers, a single-file checkpoint, a hub id (owner/name), or a run's workdir.
 
         model: None is the embedded teacher. A workdir draws with its export (`diffusers/`), or before there is one,
         with its newest checkpoint. dtype: of parameters and compute; None is bfloat16 on an accelerator and float32
-        on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`.
+        on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`. vae: another
+        autoencoder than the model's own: folder, file or hub id.
         Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it draws from
         more than a caption (SDXL, inpainting)."""
-        folder = export.open_model(model)
+        folder = export.open_model(model, vae)
         made = cls.from_folder(folder, "embedded teacher" if model is None else str(model), dtype, mesh)
         return made if folder.step is None else dataclasses.replace(made, name=f"{model}, step {folder.step()}")
 

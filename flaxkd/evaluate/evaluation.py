@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> dict:
     Raises ValueError, FileNotFoundError and ModuleNotFoundError before any compute."""
     if not args.fidelity and args.prompts is None:
         raise ValueError("--no-fidelity leaves the published protocol, which needs --prompts FILE")
-    models = [find(args.teacher, clip_skip=args.clip_skip)]
+    models = [find(args.teacher, vae=args.vae, clip_skip=args.clip_skip)]
     models[0] = models[0]._replace(name=f"teacher ({models[0].name})")
     for model in args.models:
-        models.append(find(model, tuple(m.name for m in models)))
+        models.append(find(model, tuple(m.name for m in models), args.vae))
     setup, settings = prepare(args, models)
     notes: list[str] = []
     if args.fidelity:
@@ -250,6 +250,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     rows = f"{command.MODEL}; repeat for several rows"
     command.add(parser, "model", dest="models", action=command.Several, required=True, help=rows)
     command.add(parser, "teacher")
+    command.add(parser, "vae")
     command.add(parser, "clip-skip", help="last layers of the teacher's text encoder to leave out; default: 0")
     command.add(parser, "out", default=Path("evaluation"), help="result folder (default: %(default)s)")
     command.add(parser, "steps", default=scores.STEPS, help="sampler steps (default: %(default)s)")
@@ -277,12 +278,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find(model: str | None, taken: tuple[str, ...] = (), clip_skip: int = 0) -> Candidate:
-    """The model, with its weights not yet loaded. taken: names of the earlier rows.
+def find(model: str | None, taken: tuple[str, ...] = (), vae: str | None = None, clip_skip: int = 0) -> Candidate:
+    """The model, with its weights not yet loaded. taken: names of the earlier rows. vae: see `export.open_model`.
 
     Raises FileNotFoundError like `export.open_model`, and ValueError like `Folder.skip_layers`."""
     path = None if model is None else Path(os.path.expanduser(model))
-    folder = export.open_model(model).skip_layers(clip_skip)
+    folder = export.open_model(model, vae).skip_layers(clip_skip)
     words = ("miniature",) if path is None else path.resolve().parts if path.is_dir() else path.parts
     name = "/".join(words[-2:] if words[-1] == "diffusers" or not (path and path.is_dir()) else words[-1:])
     name = next(n for n in (name, *(f"{name} ({i})" for i in range(2, 1000))) if n not in taken)

@@ -3,6 +3,7 @@
 from flaxkd.export.workdir import (
     EXPORT,
     RECORD,
+    checkpoint,
     export,
     newest_step,
     open_model,
@@ -15,6 +16,7 @@ from flaxkd.export.workdir import (
 __all__ = [
     "EXPORT",
     "RECORD",
+    "checkpoint",
     "export",
     "newest_step",
     "open_model",

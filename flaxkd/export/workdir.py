@@ -2,7 +2,8 @@
 
 A workdir, of a run or of `convert.from_diffusers`, holds
     export.json     its record: {"source": pipeline folder of the untrained parts, "parts": {"unet": its config.json},
-                    "configs": those of untrained parts that differ from the source's, as for clip_skip}
+                    "configs": those of text encoders that differ from the source's, as for clip_skip,
+                    "vae": where their autoencoder comes from, if it is not the source's own}
     checkpoints/    Orbax steps with the tree {"params": {"unet": ...}, "ema": {"unet": ...} or nothing, ...}
 The workdir of a run also holds config.json, metrics.jsonl and samples.png, for the model card.
 """
@@ -34,15 +35,18 @@ def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict]) -> No
     if written is not None and path.is_relative_to(here):
         written = path.relative_to(here)
     content = {"source": None if written is None else str(written), "parts": dict(parts)}
-    if configs := {part: config for part, config in source.configs.items() if part not in parts}:
+    if configs := {x: source.configs[x] for x in source.family.encoders if x in source.configs and x not in parts}:
         content["configs"] = configs
+    if source.vae is not None:
+        local = Path(os.path.expanduser(source.vae))
+        content["vae"] = str(local.absolute()) if local.exists() else source.vae
     files.write_json(Path(workdir) / RECORD, content)
 
 
-def read_record(workdir: Path, source: str | os.PathLike | None = None) -> tuple[dict[str, dict], Folder]:
+def read_record(workdir: Path, source: str | os.PathLike | None = None, vae=None) -> tuple[dict[str, dict], Folder]:
     """({part: its config.json} of the parts in the checkpoints, the pipeline folder of the others).
 
-    source: None for the record's own. Raises FileNotFoundError with the remedy if one of them is gone."""
+    source, vae: None for the record's own. Raises FileNotFoundError with the remedy if one of them is gone."""
     path = workdir / RECORD
     if not path.is_file():
         raise FileNotFoundError(
@@ -51,42 +55,51 @@ def read_record(workdir: Path, source: str | os.PathLike | None = None) -> tuple
     content = files.read_json(path)
     if source is None:
         source = content["source"]
-        if source is not None and (workdir / source).is_dir():  # relative to the workdir, or absolute
+        if source is not None and (workdir / source).exists():  # relative to the workdir, or absolute
             source = workdir / source
     try:
-        return content["parts"], Folder.open(source).replace(content.get("configs", {}), {})
+        folder = Folder.open(source, vae or content.get("vae"))
+        return content["parts"], folder.replace(content.get("configs", {}), {})
     except FileNotFoundError as error:
         hint = f"{path} names it as the source of the untrained parts; --source DIR gives another place."
         raise FileNotFoundError(f"{error}\n{hint}") from None
 
 
-def open_model(model: str | os.PathLike | None) -> Folder:
+def open_model(model: str | os.PathLike | None, vae: str | os.PathLike | None = None) -> Folder:
     """The pipeline folder of a model: a path, a hub id, None for the embedded teacher, or the workdir of a run.
 
     A workdir stands for its exported folder. Without one, it stands for its source with the parts of the newest
-    checkpoint, read on first use. Raises FileNotFoundError, as `Folder.open` and `read_record` do."""
+    checkpoint, read on first use. vae: another autoencoder than the model's own, as `Folder.open` takes it. Raises
+    FileNotFoundError, as `Folder.open` and `read_record` do."""
     workdir = Path(os.path.expanduser(model or ""))
     if model is None or not (workdir / RECORD).is_file():
-        return Folder.open(model)
+        return Folder.open(model, vae)
     if (workdir / EXPORT / "model_index.json").is_file():
-        return Folder(workdir / EXPORT)
-    configs, folder = read_record(workdir)
+        return Folder.open(workdir / EXPORT, vae)
+    configs, folder = read_record(workdir, vae=vae)
     newest = functools.cache(lambda: restore(workdir / "checkpoints"))
     weights = {part: lambda part=part: newest()[1][part] for part in configs}
     return folder.replace(configs, weights, step=lambda: newest()[0])
 
 
+def checkpoint(workdir: Path, ema: bool | None = None, source=None, vae=None) -> Folder:
+    """The pipeline of a workdir with its newest readable checkpoint; arguments and errors are those of `export`."""
+    parts, folder = read_record(Path(workdir), source, vae)
+    step, params, _ = restore(Path(workdir) / "checkpoints", ema)
+    return folder.replace(parts, {part: lambda part=part: params[part] for part in parts}, step=lambda: step)
+
+
 def export(
-    workdir: Path, out: Path, dtype=None, ema: bool | None = None, source: str | os.PathLike | None = None
+    workdir: Path, out: Path, dtype=None, ema: bool | None = None, source: str | os.PathLike | None = None, vae=None
 ) -> Path:
     """Writes the newest readable checkpoint of `workdir` as a whole pipeline folder `out`, and returns `out`.
 
     dtype: of the trained parts; None: unchanged. ema: True for the moving average, False for the parameters
-    themselves; None: the average if there is one. source: of the other parts; None: the export record's.
-    Raises FileNotFoundError if the record, the checkpoint or the source is missing, and ValueError if the
-    checkpoint lacks the requested weights (or as `pretrained.save` does)."""
+    themselves; None: the average if there is one. source: of the other parts, vae: of the autoencoder; None: the
+    export record's. Raises FileNotFoundError if the record, the checkpoint or the source is missing, and ValueError if
+    the checkpoint lacks the requested weights (or as `pretrained.save` does)."""
     workdir = Path(workdir)
-    parts, folder = read_record(workdir, source)
+    parts, folder = read_record(workdir, source, vae)
     step, params, averaged = restore(workdir / "checkpoints", ema)
     return write(workdir, out, folder, parts, params, step=step, averaged=averaged, dtype=dtype)
 

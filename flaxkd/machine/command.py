@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from flaxkd.machine import diffusers_flags, files
 from flaxkd.machine.configuration import configuration, keys, load, near, split_off, suggestion
 
-MODEL = "pipeline folder, hub id (owner/name) or workdir of a run"
+PIPELINE = "pipeline folder, single-file checkpoint or hub id (owner/name)"
+MODEL = f"{PIPELINE}, or workdir of a run"
 
 
 class Once(argparse.Action):
@@ -50,6 +51,7 @@ FLAGS = {
     },
     "model": {"help": f"{MODEL}; default: the embedded teacher"},
     "teacher": {"help": f"{MODEL}; default: the embedded teacher"},
+    "vae": {"help": "another autoencoder than the model's own: folder, file or hub id (owner/name)"},
     "students": {
         "action": Several,
         "commas": True,

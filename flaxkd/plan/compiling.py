@@ -92,7 +92,7 @@ def topology(target: devices.Target) -> list:
 def teacher(config, scratch: Path) -> Folder:
     """The teacher's pipeline folder; for a published teacher, a folder without weights and without a download."""
     known = published(config.teacher)
-    folder = fresh.skeleton(scratch, known) if known else Folder.open(config.teacher)
+    folder = fresh.skeleton(scratch, known) if known else Folder.open(config.teacher, config.vae)
     return folder.skip_layers(config.clip_skip)
 
 

@@ -133,6 +133,8 @@ class Family:
     stages: int  # of the UNet
     layers: int  # of a down block; an up block has one more
     shown: str  # its architecture in the tables of students
+    open_clip: bool  # whether its text encoder is OpenCLIP's, which has other names in a single file
+    modelspec: Mapping[str, str]  # prediction_type -> architecture in the header of a single file
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -141,9 +143,12 @@ class Family:
 
 FAMILIES = {
     "sd1": Family("Stable Diffusion 1.x", "StableDiffusionPipeline", ("text_encoder",),
-                  {"use_linear_projection": False}, text_states, stages=4, layers=2, shown="sd15"),
+                  {"use_linear_projection": False}, text_states, stages=4, layers=2, shown="sd15",
+                  open_clip=False, modelspec={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"}),
     "sd2": Family("Stable Diffusion 2.x", "StableDiffusionPipeline", ("text_encoder",),
-                  {"use_linear_projection": True}, text_states, stages=4, layers=2, shown="sd21"),
+                  {"use_linear_projection": True}, text_states, stages=4, layers=2, shown="sd21",
+                  open_clip=True, modelspec={"epsilon": "stable-diffusion-v2-512",
+                                             "v_prediction": "stable-diffusion-v2-768-v"}),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 from flaxkd.machine import files
-from flaxkd.pretrained import families, hub, keys, tensors
+from flaxkd.pretrained import families, hub, keys, single_file, tensors
 
 CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
 
@@ -31,25 +31,47 @@ NO_LIMIT = 10**9  # of tokens; a tokenizer of transformers without a configurati
 class Folder:
     """A pipeline folder: its family, configurations, networks, weights and tokenizer, each read on first use.
 
-    path: of the folder. configs, weights: {part: its config.json} and {part: () -> its parameters, a nested dict}, used
-    in place of the files, such as those of a run's newest checkpoint, or shapes in place of numbers.
-    step: () -> the step of that checkpoint; None if `weights` come from none."""
+    path: of the folder, or of a single-file checkpoint. configs, weights: {part: its config.json} and {part: () -> its
+    parameters, a nested dict}, used in place of the files, such as those of a run's newest checkpoint, or shapes in
+    place of numbers. step: () -> the step of that checkpoint; None if `weights` come from none.
+    readers: {part: () -> its tensors {diffusers' key: array}} and {"tokenizer": () -> its CLIPTokenizer} of what is not
+    a folder of diffusers. vae: where another autoencoder than the model's own comes from; None: its own."""
 
     path: Path
     configs: Mapping[str, dict] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, Callable[[], dict]] = dataclasses.field(default_factory=dict)
     step: Callable[[], int] | None = None
+    readers: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    vae: str | None = None
 
     @classmethod
-    def open(cls, model: str | os.PathLike | None = None, clip_skip: int | None = None) -> "Folder":
+    def open(
+        cls, model: str | os.PathLike | None = None, vae: str | os.PathLike | None = None, clip_skip: int | None = None
+    ) -> "Folder":
         """The folder of `model`: a path, a hub id (owner/name), or None for the embedded teacher.
 
-        clip_skip: see `skip_layers`. Raises FileNotFoundError, as `hub.resolve` does, and ValueError."""
-        return cls(hub.resolve(model)).skip_layers(clip_skip)
+        model: may be a single-file checkpoint. vae: another autoencoder in place of its own: a folder of diffusers, of
+        an autoencoder or of a whole pipeline, a file with one, or a hub id of such a folder. clip_skip: see
+        `skip_layers`. Raises FileNotFoundError and ValueError, as `hub.resolve` and `single_file.read` do."""
+        path = hub.resolve(model)
+        configs, readers = ({}, {}) if path.is_dir() else single_file.read(path, own_vae=vae is None)
+        if vae is not None:
+            configs["vae"], readers["vae"] = cls._open_vae(hub.resolve_vae(vae))
+        folder = cls(path, configs, readers=readers, vae=None if vae is None else str(vae))
+        return folder.skip_layers(clip_skip)
+
+    @classmethod
+    def _open_vae(cls, path: Path) -> tuple[dict, Callable]:
+        if path.is_file():
+            return single_file.read_vae(path)
+        stem, file = families.PARTS["vae"].stem, path / CONFIGS["vae"]
+        config = families.plain("vae", _read_object(file), str(file))
+        return config, lambda: tensors.read(tensors.find(path, stem, path))
 
     def replace(self, configs: Mapping[str, dict], weights: Mapping[str, Callable[[], dict]], step=None) -> "Folder":
         """The same folder with these parts in place of its own."""
-        return Folder(self.path, {**self.configs, **configs}, {**self.weights, **weights}, step)
+        configs, weights = {**self.configs, **configs}, {**self.weights, **weights}
+        return dataclasses.replace(self, configs=configs, weights=weights, step=step)
 
     def skip_layers(self, n: int | None) -> "Folder":
         """The same folder without the last n layers of its text encoders; the final norm stays.
@@ -74,7 +96,7 @@ class Folder:
     @functools.cached_property
     def index(self) -> dict:
         """Its model_index.json."""
-        return _read_object(self.path / "model_index.json")
+        return self.configs.get("model_index") or _read_object(self.path / "model_index.json")
 
     @functools.cached_property
     def family(self) -> families.Family:
@@ -133,6 +155,10 @@ class Folder:
 
         Read from one safetensors file or from its shards, else from a variant such as fp16. Raises FileNotFoundError
         and ValueError, as `tensors.find` and `tensors.read` do."""
+        if part in self.weights:
+            return keys.to_tensors(self.weights[part]())
+        if part in self.readers:
+            return self.readers[part]()
         return tensors.read(tensors.find(self.path / part, families.PARTS[part].stem, self.path))
 
     def stored(self, part: str) -> dict:
@@ -161,10 +187,17 @@ class Folder:
 
     # -- Captions -----------------------------------------------------------------------------------------------------
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer is: in the pipeline folder, or beside a single file."""
+        return (self.path.parent if self.path.is_file() else self.path) / "tokenizer"
+
     @functools.cached_property
     def tokenizer(self):
         """Its CLIPTokenizer (needs no torch). Raises FileNotFoundError or ValueError, with the file."""
-        path = self.path / "tokenizer"
+        if "tokenizer" in self.readers:
+            return self.readers["tokenizer"]()
+        path = self.tokenizer_folder
         here = {file.name for file in path.iterdir()} if path.is_dir() else set()
         if "tokenizer.json" not in here and not {"vocab.json", "merges.txt"} <= here:
             raise FileNotFoundError(

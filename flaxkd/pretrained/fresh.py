@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxkd.machine import files
-from flaxkd.pretrained import families
+from flaxkd.pretrained import clip_tokenizer, families
 from flaxkd.pretrained.folder import CONFIGS, Folder
 from flaxkd.pretrained.writing import save
 
@@ -42,26 +42,20 @@ def initial(shapes: dict, seed: int, zero: tuple[str, ...] = ()) -> dict:
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int, out: Path) -> None:
     """Learns a CLIP tokenizer (byte-level BPE, lower case, words end in </w>) from captions, and writes it to `out`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<|startoftext|>", "<|endoftext|>"]
-    end = "</w>"
+    letters, end = sorted(pre_tokenizers.ByteLevel.alphabet()), clip_tokenizer.END
     learner = Tokenizer(models.BPE(end_of_word_suffix=end))
     learner.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     letters_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     learner.pre_tokenizer = pre_tokenizers.Sequence([words, letters_of])
-    merges = vocab_size - 2 * len(letters) - len(specials)
+    merges = vocab_size - 2 * len(letters) - len(clip_tokenizer.SPECIALS)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix=end, show_progress=False
     )
     learner.train_from_iterator(captions, trainer)
     pairs = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
-    # CLIP's order: letters, letters that end a word, merges, and the specials last.
-    names = letters + [letter + end for letter in letters] + ["".join(pair) for pair in pairs] + specials
-    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=max_length).save_pretrained(out)
+    clip_tokenizer.make(pairs, model_max_length=max_length).save_pretrained(out)
 
 
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's: every digit is a word

@@ -1,4 +1,4 @@
-"""Finds a model: a pipeline folder on disk, or a hub id (owner/name), downloaded once."""
+"""Finds a model: a pipeline folder or a single file on disk, or a hub id (owner/name), downloaded once."""
 
 import difflib
 import os
@@ -11,6 +11,14 @@ from flaxkd.pretrained.families import PARTS, published
 EMBEDDED = Path(__file__).parents[1] / "assets" / "teacher"  # the miniature in the package
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
+# Patterns of the files to download.
+PIPELINE = [
+    *("model_index.json", "README.md", "tokenizer/*.txt"),
+    *(f"{part}/*.json" for part in (*PARTS, "scheduler", "tokenizer")),
+    *(f"{part}/*.safetensors" for part in PARTS),
+]
+AUTOENCODER = ["config.json", f"{PARTS['vae'].stem}*.safetensors", "vae/*.json", "vae/*.safetensors"]
+
 
 def resolve(model: str | os.PathLike | None) -> Path:
     """The pipeline folder of `model`: a folder, a hub id (owner/name), or None for the embedded teacher.
@@ -18,11 +26,16 @@ def resolve(model: str | os.PathLike | None) -> Path:
     The small files and the safetensors of a hub id are downloaded into huggingface_hub's store, or reused from there;
     HF_HUB_OFFLINE and HF_HOME are honoured. The address of a model's page is taken as its id. A folder beside existing
     ones is never taken for an id. Raises FileNotFoundError with the remedy if the folder, its model_index.json or the
-    network is missing, and ValueError if the hub has a part only as a pickle."""
+    network is missing, and ValueError if the hub has a part only as a pickle.
+    A file is returned as it is, whatever it holds. It may also be on the hub: owner/name/file.safetensors."""
     if model is None:
         folder, origin = EMBEDDED, "the embedded teacher"
+    elif _path(model).is_file():
+        return _path(model)
     elif _path(model).is_dir():
         folder, origin = _path(model), "a pipeline folder of diffusers"
+    elif file := _hub_file(str(model)):
+        return _download(file[0], [file[1]]) / file[1]
     elif hub_id := _hub_id(str(model)):
         folder, origin = _download(hub_id), f"hub id {hub_id}"
     else:
@@ -35,42 +48,73 @@ def resolve(model: str | os.PathLike | None) -> Path:
     return folder
 
 
+def resolve_vae(vae: str | os.PathLike) -> Path:
+    """The folder with an autoencoder's config.json, or the file with one: a path, or a hub id (owner/name).
+
+    A whole pipeline stands for the autoencoder in it. Raises FileNotFoundError with the remedy."""
+    path = _path(vae)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        if file := _hub_file(str(vae)):
+            return _download(file[0], [file[1]]) / file[1]
+        if (hub_id := _hub_id(str(vae))) is None:
+            raise FileNotFoundError(_no_folder(str(vae), "a folder or file with an autoencoder"))
+        path = _download(hub_id, AUTOENCODER)
+    folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json and no vae/config.json, so there is no autoencoder in it")
+    return folder
+
+
 def _hub_id(model: str) -> str | None:
     """The hub id that `model` is or that its address holds; None for what can only be a folder, such as runs/smal."""
     page = re.fullmatch(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/tree/main)?/?", model)
     hub_id = page[1] if page else model
     here = Path(hub_id).parent.is_dir() and not page and published(hub_id) is None
-    return hub_id if re.fullmatch(HUB_ID, hub_id) and not here else None
+    return hub_id if re.fullmatch(HUB_ID, hub_id) and not here and not _is_weights(hub_id) else None
+
+
+def _hub_file(model: str) -> tuple[str, str] | None:
+    """(hub id, file) of a single file on the hub, or of its address; None for what can only be a file here."""
+    page = r"(?:https?://)?(?:huggingface\.co|hf\.co)/"
+    found = re.fullmatch(rf"({page})?({HUB_ID})/(?:(?:blob|resolve)/main/)?(.+\.safetensors)(?:\?.*)?", model)
+    return None if found is None or (not found[1] and Path(found[2]).is_dir()) else (found[2], found[3])
+
+
+def _is_weights(path: str | Path) -> bool:
+    return str(path).endswith((".safetensors", *tensors.PICKLES))
 
 
 def _path(model: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(model))  # that of pathlib raises an error for an unknown user
 
 
-def _no_folder(model: str) -> str:
-    """The message for a folder that does not exist, with its neighbours of a similar name."""
+def _no_folder(model: str, wanted: str = "a pipeline folder of diffusers, the one with model_index.json in it") -> str:
+    """The message for a folder or file that does not exist, with its neighbours of a similar name."""
+    kind = "file" if _is_weights(model) else "folder"
     path = _path(model.replace("\\", "/"))
     known = path.absolute().parent
-    siblings = [x.name for x in known.iterdir() if x.is_dir() and not x.name.startswith(".")] if known.is_dir() else []
-    text = f"there is no folder {_path(model).absolute()}, and {model!r} is not a hub id (owner/name) either."
-    if known.is_dir() and re.fullmatch(HUB_ID, model):
+    shown = lambda x: (x.is_dir() or _is_weights(x)) and not x.name.startswith(".")
+    siblings = [x.name for x in known.iterdir() if shown(x)] if known.is_dir() else []
+    text = f"there is no {kind} {_path(model).absolute()}, and {model!r} is not a hub id (owner/name) either."
+    if known.is_dir() and re.fullmatch(HUB_ID, model) and kind == "folder":
         text = (
             f"there is no folder {path.name} in {known}, and beside a folder {path.parent} {model!r} is not taken for "
             f"a hub id: if it is one, give https://huggingface.co/{model}."
         )
     if near := [path.name] if path.is_dir() else difflib.get_close_matches(path.name, siblings, n=3):
         text += f" Did you mean {' or '.join(str(path.with_name(name)) for name in near)}?"
-    return f"{text} Give a pipeline folder of diffusers, the one with model_index.json in it."
+    return f"{text} Give {wanted}."
 
 
-def _download(hub_id: str) -> Path:
-    """The folder of a hub id. Of each part the full weights are downloaded, or a variant if there is nothing else."""
+def _download(hub_id: str, wanted: list[str] = PIPELINE) -> Path:
+    """The folder of a hub id, with the files of these patterns.
+
+    Of each part the full weights are downloaded, or a variant if there is nothing else."""
     from huggingface_hub import HfApi, snapshot_download  # slow to import, and rarely needed
 
-    wanted = ["model_index.json", "README.md", "tokenizer/*.txt"]
-    wanted += [f"{part}/*.json" for part in (*PARTS, "scheduler", "tokenizer")]
-    wanted += [f"{part}/*.safetensors" for part in PARTS]
-    ignored = [f"*{variant}*" for variant in tensors.VARIANTS]
+    ignored = [f"*{variant}*" for variant in tensors.VARIANTS if not any(variant in name for name in wanted)]
     try:
         path = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=ignored, etag_timeout=5))
         bare = [part for part in PARTS if (path / part).is_dir() and not any((path / part).glob("*.safetensors"))]

@@ -3,10 +3,11 @@
 Pickles are never opened, since they can run code. Names of tensors are the matter of keys.py.
 """
 
+import contextlib
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -72,32 +73,49 @@ def _variants(folder: Path, stem: str) -> dict[str, list[Path]]:
     return found
 
 
-def read(paths: Iterable[Path]) -> dict[str, np.ndarray]:
+def header(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({key: zeros of its shape, without memory}, metadata) of a safetensors file. Raises ValueError, as `read`."""
+    with _opened(path) as (file, kinds):
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in kinds}
+        return {key: np.broadcast_to(np.uint8(0), shape) for key, shape in shapes.items()}, file.metadata() or {}
+
+
+def read(paths: Iterable[Path], prefix: str = "") -> dict[str, np.ndarray]:
     """The tensors {key: array} of safetensors files, in their dtypes; those of eight bits as float16.
 
-    Where a tensor of eight bits has a scale beside it, their product in float32. Raises ValueError that names the file
-    if it cannot be read, or has tensors of a dtype that numpy does not have."""
-    tensors, eight, kinds = {}, {}, {}
+    prefix: only of keys that begin so, without it. Where a tensor of eight bits has a scale beside it, their product in
+    float32. Raises ValueError that names the file if it cannot be read, or has tensors of a dtype that numpy does not
+    have."""
+    tensors, eight = {}, {}
     for path in paths:
-        files.check_lfs_pointer(path)
-        try:
-            with safe_open(path, framework="np") as file:
-                kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
-                eight |= {key: path for key, kind in kinds.items() if kind in FLOAT8}
-                tensors |= {key: file.get_tensor(key) for key in kinds if key not in eight}
-        except OSError:
-            raise
-        except (AttributeError, TypeError) as error:  # of numpy, which does not know the dtype
-            strange = ", ".join(sorted({kind for kind in kinds.values() if re.match(r"F[468]_", kind)})) or error
-            raise ValueError(f"{path} has tensors of a dtype that flaxkd does not read ({strange})") from error
-        except Exception as error:  # SafetensorError derives from Exception alone
-            with path.open("rb") as file:
-                start = file.read(8)
-            if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip archive or a pickle
-                raise ValueError(f"{path} is a pickle by another name, not opened as it can run code") from error
-            raise ValueError(f"{path} cannot be read: {error}. Was it downloaded whole?") from error
+        with _opened(path) as (file, kinds):
+            wanted = [key for key in kinds if key.startswith(prefix)]
+            eight |= {key: path for key in wanted if kinds[key] in FLOAT8}
+            tensors |= {key: file.get_tensor(key) for key in wanted if key not in eight}
         tensors |= _read_float8(path, {key for key, of in eight.items() if of == path})
-    return _scaled(tensors, eight)
+    return {key.removeprefix(prefix): array for key, array in _scaled(tensors, eight).items()}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple]:
+    """(an open safetensors file, {key: its dtype there})."""
+    files.check_lfs_pointer(path)
+    kinds: dict[str, str] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            kinds |= {key: file.get_slice(key).get_dtype() for key in file.keys()}
+            yield file, kinds
+    except OSError:
+        raise
+    except (AttributeError, TypeError) as error:  # of numpy, which does not know the dtype
+        strange = ", ".join(sorted({kind for kind in kinds.values() if re.match(r"F[468]_", kind)})) or error
+        raise ValueError(f"{path} has tensors of a dtype that flaxkd does not read ({strange})") from error
+    except Exception as error:  # SafetensorError derives from Exception alone
+        with path.open("rb") as file:
+            start = file.read(8)
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip archive or a pickle
+            raise ValueError(f"{path} is a pickle by another name, not opened as it can run code") from error
+        raise ValueError(f"{path} cannot be read: {error}. Was it downloaded whole?") from error
 
 
 FLOAT8 = {

@@ -37,14 +37,14 @@ def save(
         for part in family.parts:
             if part in parts:
                 config, params = parts[part]
-                tensors = _cast(keys.to_tensors(params), dtype, part)
+                tensors = cast(keys.to_tensors(params), dtype, part)
             else:
                 config, tensors = source.config(part), source.tensors(part)
             # There and back: the written tensors fit their configuration and have current names.
             params = keys.from_tensors(tensors, families.shapes(part, config), f"{part} of {source.path}")
             _write_part(new / part, part, config, keys.to_tensors(params))
         files.write_json(new / "scheduler" / CONFIGS["scheduler"], source.config("scheduler"))
-        copy_tokenizer(source, new)
+        write_tokenizer(source, new)
         files.write_json(new / "model_index.json", _model_index(source))
         for name, path in (beside or {}).items():
             shutil.copyfile(path, new / name)
@@ -53,10 +53,13 @@ def save(
     return out
 
 
-def copy_tokenizer(source: Folder, out: Path) -> None:
-    """Copies tokenizer/ and adds missing files: transformers 5 writes tokenizer.json, 4 reads the other ones."""
+def write_tokenizer(source: Folder, out: Path) -> None:
+    """Writes tokenizer/ and adds missing files: transformers 5 writes tokenizer.json, 4 reads the other ones."""
     folder = Path(out) / "tokenizer"
-    files.copy_plain(source.path / "tokenizer", folder)
+    if "tokenizer" in source.readers:
+        source.tokenizer.save_pretrained(folder)
+    else:
+        files.copy_plain(source.tokenizer_folder, folder)
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         content = files.read_json(folder / "tokenizer.json")
         vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -78,7 +81,8 @@ def _check_replaceable(out: Path, source: Path) -> None:
         raise ValueError(f"writing {out} would replace its source {source}: choose a new folder")
 
 
-def _cast(tensors: dict[str, np.ndarray], dtype, part: str) -> dict[str, np.ndarray]:
+def cast(tensors: dict[str, np.ndarray], dtype, part: str) -> dict[str, np.ndarray]:
+    """The tensors of a part in `dtype` (None: unchanged). Raises ValueError if a number is too large for it."""
     try:
         with np.errstate(over="raise"):
             return {key: x.astype(x.dtype if dtype is None else dtype) for key, x in tensors.items()}

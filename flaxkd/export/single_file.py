@@ -1,0 +1,106 @@
+"""A pipeline as one .safetensors by LDM's names, for ComfyUI, A1111's web UI and stable-diffusion.cpp.
+
+Their loaders differ in the students they read; `PROGRAMS` is what their source says. pretrained/ldm.py has the names,
+pretrained/single_file.py reads such a file back, with the configurations that are written into its header.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.numpy import save_file
+
+from flaxkd.machine import files
+from flaxkd.models.unet import UNetConfig
+from flaxkd.pretrained import Folder, clip_tokenizer, keys, ldm
+from flaxkd.pretrained.single_file import HEADER, MODELSPEC
+from flaxkd.pretrained.writing import cast
+
+
+class Program(NamedTuple):
+    """Who reads such files, how it counts the layers of a UNet with fewer of them, and which UNets it can build."""
+
+    title: str
+    gaps: bool  # see pretrained/ldm.py
+    builds: Callable[[UNetConfig], bool]
+
+
+def _is_whole(c: UNetConfig) -> bool:
+    return [len(stage.depths) for stage in c.down] == [2] * 4 and c.mid_block_type is not None
+
+
+def _is_tiny(c: UNetConfig) -> bool:
+    return [stage.depths for stage in c.down] == [(1,)] * 3 and c.mid_block_type is None
+
+
+PROGRAMS = {
+    # comfy/model_detection.py counts blocks and layers; comfy/supported_models.py tells SD by its widths.
+    "comfyui": Program("ComfyUI", False, lambda c: True),
+    # modules/sd_models_config.py: one YAML for each family, which describes the whole UNet.
+    "a1111": Program("A1111's web UI", False, _is_whole),
+    # src/model/diffusion/unet.hpp: the whole UNet, and one of three stages with one layer each and no mid block.
+    "sd.cpp": Program("stable-diffusion.cpp", True, lambda c: _is_whole(c) or _is_tiny(c)),
+}
+WIDTH, TEXT_WIDTHS = 320, (768, 1024)  # of the UNets that all of them take for Stable Diffusion 1.x and 2.x
+
+
+def readers(unet_config: dict, gaps: bool = False) -> list[str]:
+    """The rows of PROGRAMS that read a file with this UNet, its layers counted in this way."""
+    c = UNetConfig.from_dict(unet_config)
+    usual = c.block_out_channels[0] == WIDTH and c.cross_attention_dim in TEXT_WIDTHS
+    same = _is_whole(c)  # its layers have the same numbers either way
+    return [name for name, p in PROGRAMS.items() if usual and p.builds(c) and (same or p.gaps == gaps)]
+
+
+def write(file: Path, folder: Folder, *, program: str | None = None, dtype=None) -> list[str]:
+    """Writes a pipeline as a single file, and returns the rows of PROGRAMS that read it.
+
+    program: the one that must read it; None: layers are counted consecutively, as most do. dtype: of all tensors;
+    None: unchanged. Raises ValueError if that program cannot build the UNet, if `file` has another ending, or if
+    parameters and configuration do not fit."""
+    file, unet = Path(file), folder.config("unet")
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} must end in .safetensors")
+    if file.resolve() == folder.path.resolve():
+        raise ValueError(f"writing {file} would replace its source: choose a new name")
+    gaps = program is not None and PROGRAMS[program].gaps
+    able = readers(unet, gaps)
+    if program is not None and program not in able:
+        others = ", ".join(PROGRAMS[name].title for name in readers(unet))
+        raise ValueError(f"{PROGRAMS[program].title} has no UNet like this one; it is read by: {others or 'none'}")
+    written = {}
+    for part in folder.parts:
+        tensors = cast(keys.to_tensors(folder.stored(part)), dtype, part)
+        written |= ldm.to_ldm(part, tensors, open_clip=folder.family.open_clip, gaps=gaps)
+    with files.whole(file) as path:
+        save_file(written, path, metadata=_header(file, folder))
+    return able
+
+
+def _header(file: Path, folder: Folder) -> dict[str, str]:
+    scheduler = folder.config("scheduler")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    content = {part: folder.config(part) for part in (*folder.parts, "scheduler")}
+    if (tokenizer := _tokenizer(folder)) is not None:
+        content["tokenizer"] = tokenizer
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": folder.family.modelspec[prediction],
+        "implementation": "https://github.com/CompVis/stable-diffusion",
+        "title": file.stem,
+        "resolution": f"{folder.resolution}x{folder.resolution}",
+        "prediction_type": {"v_prediction": "v"}.get(prediction, prediction),
+    }
+    return {"format": "pt", HEADER: json.dumps(content)} | {f"{MODELSPEC}{name}": x for name, x in spec.items()}
+
+
+def _tokenizer(folder: Folder) -> dict | None:
+    """The options of `clip_tokenizer.make` for a tokenizer other than the one that a single file is read with."""
+    tokenizer, usual = folder.tokenizer, clip_tokenizer.make(**clip_tokenizer.options(folder.family.open_clip))
+    kept = ("pad_token", "model_max_length")
+    if all(getattr(tokenizer, name) == getattr(usual, name) for name in kept):
+        if tokenizer.get_vocab() == usual.get_vocab():
+            return None
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return {"vocab": tokenizer.get_vocab(), "merges": merges} | {name: getattr(tokenizer, name) for name in kept}

@@ -1,0 +1,239 @@
+"""One rule between diffusers' names of tensors and those of LDM, the original code of Stable Diffusion (CompVis).
+
+    diffusers, part by part                        LDM, one file: single_file.py
+    unet:         down_blocks.0.resnets.1.conv1    model.diffusion_model.input_blocks.2.0.in_layers.2
+    vae:          encoder.mid_block.resnets.0      first_stage_model.encoder.mid.block_1
+    text_encoder: text_model.encoder.layers.0      cond_stage_model.transformer.text_model.encoder.layers.0   (SD 1.x)
+                                                   cond_stage_model.model.transformer.resblocks.0             (SD 2.x)
+
+Names are pairs of beginnings, as `_unet`, `_vae` and `_open_clip` list them for a network of given blocks; the longest
+one that fits is replaced. `to_ldm` and `to_diffusers` follow the same pairs. Three tensors are also stored in
+another form: OpenCLIP's q, k and v are one matrix, and the autoencoder's attention is made of 1x1 convolutions.
+
+LDM counts the layers of all blocks in one sequence. A student has fewer, and there are two ways to count them:
+consecutively, which is what the original code does with fewer layers (ComfyUI, diffusers), and as they are counted in
+the whole UNet, with gaps (`gaps`; stable-diffusion.cpp, diffusers' script for the way back). Both are read.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+Pairs = dict[str, str]  # {beginning of diffusers' names: of LDM's}
+Tensors = dict[str, np.ndarray]
+
+WHOLE = (2, 3)  # layers of a down and an up block of the whole UNet
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+# {part: beginnings of its names in a file}; the first is written. The last of the text encoder is SD 2.x saved by sgm.
+PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": (CLIP, OPEN_CLIP, "conditioner.embedders.0.model."),
+}
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.attentions.0": "middle_block.1",
+    **{f"mid_block.resnets.{i}.{ours}": f"middle_block.{2 * i}.{theirs}"
+       for i in (0, 1) for ours, theirs in RESNET.items()},
+}  # fmt: skip
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}  # of the autoencoder
+VAE = {
+    "quant_conv": "quant_conv",
+    "post_quant_conv": "post_quant_conv",
+    **{f"{half}.{ours}": f"{half}.{theirs}"
+       for half in ("encoder", "decoder")
+       for ours, theirs in {
+           "conv_in": "conv_in",
+           "conv_norm_out": "norm_out",
+           "conv_out": "conv_out",
+           "mid_block.resnets.0": "mid.block_1",
+           "mid_block.resnets.1": "mid.block_2",
+           **{f"mid_block.attentions.0.{a}": f"mid.attn_1.{b}" for a, b in ATTENTION.items()},
+       }.items()},
+}  # fmt: skip
+OPENCLIP = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+}
+OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+QKV = ("q_proj", "k_proj", "v_proj")  # rows of OpenCLIP's one matrix, in this order
+
+
+class Blocks(NamedTuple):
+    """The blocks of a UNet, as its names tell: layers of each down and up block, whether an up block has attention."""
+
+    down: tuple[int, ...]
+    up: tuple[int, ...]
+    attention: tuple[bool, ...]
+
+
+def to_ldm(part: str, tensors: Tensors, *, open_clip: bool = False, gaps: bool = False) -> Tensors:
+    """The tensors {diffusers' key: array} of a part under LDM's names, with the prefix of the part.
+
+    open_clip: names and forms of SD 2.x's text encoder. gaps: how the layers of a UNet are counted, see above.
+    Raises ValueError for a key that LDM has no name for."""
+    prefix = OPEN_CLIP if part == "text_encoder" and open_clip else PREFIXES[part][0]
+    if prefix == CLIP:
+        return {prefix + key: array for key, array in tensors.items()}
+    tensors = {"unet": dict, "vae": _convolved, "text_encoder": _fused}[part](tensors)
+    pairs = {"unet": _unet, "vae": _vae, "text_encoder": _open_clip}[part](tensors, gaps)
+    return {prefix + _renamed(key, pairs): array for key, array in tensors.items()}
+
+
+def to_diffusers(part: str, tensors: Tensors) -> Tensors:
+    """The inverse of `to_ldm`, for tensors without the prefix of their part, in either way of counting.
+
+    A key without a name in diffusers stays as it is, and so do names that are diffusers' already."""
+    ours = {"unet": "conv_in.weight", "vae": "encoder.conv_norm_out.weight"}.get(part)
+    if ours in tensors or any(key.startswith(("text_model.", "embeddings.", "encoder.layers.")) for key in tensors):
+        return dict(tensors)
+    pairs = {"unet": _unet, "vae": _vae, "text_encoder": _open_clip}[part](tensors)
+    back = {theirs: ours for ours, theirs in pairs.items()}
+    renamed = {_renamed(key, back, missing=key): array for key, array in tensors.items()}
+    return {"unet": dict, "vae": _linear, "text_encoder": _split}[part](renamed)
+
+
+def _renamed(key: str, pairs: Pairs, missing: str | None = None) -> str:
+    for end in [len(key), *(i for i in range(len(key) - 1, 0, -1) if key[i] == ".")]:
+        if key[:end] in pairs:
+            return pairs[key[:end]] + key[end:]
+    if missing is None:
+        raise ValueError(f"{key} has no name in a single file of Stable Diffusion 1.x and 2.x")
+    return missing
+
+
+# -- The pairs of a network, from the names of its tensors in either scheme --------------------------------------------
+
+
+def _unet(keys: Iterable[str], gaps: bool = False) -> Pairs:
+    keys = set(keys)
+    here, gaps = (blocks(keys), gaps) if "conv_in.weight" in keys else _ldm_blocks(keys)
+    pairs, n = dict(UNET), 0
+    for block, layers in enumerate(here.down):
+        for i in range(layers):
+            pairs |= _layer(f"down_blocks.{block}", i, f"input_blocks.{n + i + 1}")
+        n += 1 + (WHOLE[0] if gaps else layers)
+        pairs[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
+    n = 0
+    for block, (layers, attention) in enumerate(zip(here.up, here.attention, strict=True)):
+        for i in range(layers):
+            pairs |= _layer(f"up_blocks.{block}", i, f"output_blocks.{n + i}")
+        n += WHOLE[1] if gaps else layers
+        after = (block > 0 if gaps else attention) + 1  # with gaps: as in the whole UNet, whose first has no attention
+        pairs[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{after}.conv"
+    return pairs
+
+
+def _layer(block: str, i: int, slot: str) -> Pairs:
+    resnet = {f"{block}.resnets.{i}.{ours}": f"{slot}.0.{theirs}" for ours, theirs in RESNET.items()}
+    return resnet | {f"{block}.attentions.{i}": f"{slot}.1"}
+
+
+def blocks(keys: Iterable[str]) -> Blocks:
+    """The blocks of a UNet by diffusers' names."""
+    keys = set(keys)
+    layers = lambda block: len(numbers(keys, f"{block}.resnets."))
+    down = tuple(layers(f"down_blocks.{i}") for i in numbers(keys, "down_blocks."))
+    ups = [f"up_blocks.{i}" for i in numbers(keys, "up_blocks.")]
+    return Blocks(down, tuple(map(layers, ups)), tuple(f"{up}.attentions.0.norm.weight" in keys for up in ups))
+
+
+def _ldm_blocks(keys: set[str]) -> tuple[Blocks, bool]:
+    """From LDM's names; and whether their numbers have gaps. A block ends with its downsampler or upsampler."""
+    slots = numbers(keys, "input_blocks.")
+    ends = [f"input_blocks.{n}.0.op.weight" in keys for n in slots]
+    down = tuple(sum(not end for end in block) for block in _cut(ends[1:], ends[1:]))
+    ups = [f"output_blocks.{n}" for n in numbers(keys, "output_blocks.")]
+    ends = [any(f"{up}.{k}.conv.weight" in keys for k in (1, 2)) for up in ups]
+    cut = _cut(ups, ends)
+    up = tuple(sum(f"{slot}.0.in_layers.0.weight" in keys for slot in block) for block in cut)
+    attention = tuple(any(f"{slot}.1.norm.weight" in keys for slot in block) for block in cut)
+    return Blocks(down, up, attention), slots != list(range(len(slots)))
+
+
+def _cut(items: list, ends: list[bool]) -> list[list]:
+    """The items in lists, each of which ends where `ends` is true."""
+    block = [0, *itertools.accumulate(ends)]
+    return [[items[i] for i in group] for _, group in itertools.groupby(range(len(items)), block.__getitem__)]
+
+
+def _vae(keys: Iterable[str], gaps: bool = False) -> Pairs:
+    keys, pairs = set(keys), dict(VAE)
+    levels = max(len(numbers(keys, f"encoder.{down}.")) for down in ("down_blocks", "down"))
+    layers = 1 + max(len(numbers(keys, f"encoder.{down}")) for down in ("down_blocks.0.resnets.", "down.0.block."))
+    for level in range(levels):
+        sides = (f"encoder.down_blocks.{level}", f"encoder.down.{level}", "down")
+        # LDM counts the decoder's levels from the pictures to the latents, diffusers the other way.
+        for ours, theirs, way in (sides, (f"decoder.up_blocks.{levels - 1 - level}", f"decoder.up.{level}", "up")):
+            pairs[f"{ours}.{way}samplers.0.conv"] = f"{theirs}.{way}sample.conv"
+            pairs |= {f"{ours}.resnets.{i}": f"{theirs}.block.{i}" for i in range(layers)}
+    resnets = [(ours, theirs) for ours, theirs in pairs.items() if "block" in theirs]
+    return pairs | {f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut" for ours, theirs in resnets}
+
+
+def _open_clip(keys: Iterable[str], gaps: bool = False) -> Pairs:
+    keys, pairs = set(keys), dict(OPENCLIP)
+    for i in numbers(keys, "text_model.encoder.layers.") or numbers(keys, "transformer.resblocks."):
+        ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        pairs |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in OPENCLIP_LAYER.items()}
+        pairs |= {f"{ours}.self_attn.in_proj.{leaf}": f"{theirs}.attn.in_proj_{leaf}" for leaf in ("weight", "bias")}
+    return pairs
+
+
+def numbers(keys: Iterable[str], prefix: str) -> list[int]:
+    """The different numbers that follow a prefix in the keys, in order."""
+    rest = (key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix))
+    return sorted({int(number) for number in rest if number.isdigit()})
+
+
+# -- Other forms: 1x1 convolutions of the autoencoder's attention, OpenCLIP's one matrix of queries, keys and values --
+
+
+def _convolved(tensors: Tensors) -> Tensors:
+    return {key: x[..., None, None] if "attentions" in key and x.ndim == 2 else x for key, x in tensors.items()}
+
+
+def _linear(tensors: Tensors) -> Tensors:
+    return {key: x.reshape(x.shape[:2]) if "attentions" in key else x for key, x in tensors.items()}
+
+
+def _fused(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    fused = {key: x for key, x in tensors.items() if not any(f".{name}." in key for name in QKV)}
+    for key in tensors:
+        if f".{QKV[0]}." in key:
+            parts = [tensors[key.replace(QKV[0], name)] for name in QKV]
+            fused[key.replace(QKV[0], "in_proj")] = np.concatenate(parts)
+    return fused
+
+
+def _split(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    split = {}
+    for key, x in tensors.items():
+        if ".in_proj." in key:
+            rows = len(x) // len(QKV)
+            split |= {key.replace("in_proj", name): x[i * rows : (i + 1) * rows] for i, name in enumerate(QKV)}
+        else:
+            split[key] = x
+    return split
