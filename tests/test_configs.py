@@ -161,7 +161,7 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "checkpoint.keep_every": 10_000,
         "data.variants": r"\d$",
         "data.caption_column": "en_text",
-            "vae": "stabilityai/sd-vae-ft-mse",
+        "vae": "stabilityai/sd-vae-ft-mse",
         "data.image_column": "file",
     }
     nones = {key for key, value in leaves(load("default")).items() if value is None} - {"blank"}

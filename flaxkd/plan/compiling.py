@@ -85,7 +85,7 @@ def topology(target: devices.Target) -> list:
         extra = "plan" if target.platform == "tpu" else "plan-gpu"
         raise ValueError(
             f"cannot compile for {target.name}: {str(error).splitlines()[0]}\n"
-            f'Does such a machine exist? Its compiler comes with: pip install "flaxkd[{extra}]"'
+            f'Its compiler comes with: pip install "flaxkd[{extra}]"'
         ) from error
 
 

@@ -78,10 +78,27 @@ class Target(NamedTuple):
         return PEAKS[KINDS[self.kind].device_kind]
 
 
+# Slices that can be rented: cloud.google.com/tpu/docs, the page of each version, and "Plan TPUs in GKE". A cube is a
+# slice of three sides, multiples of 4 in rising order, of at most so many chips.
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+SLICES = {"v4": DEEP, "v5e": FLAT, "v5p": DEEP, "v6e": FLAT}
+CUBES = {"v4": 4096, "v5p": 6144}
+
+
+def check_slice(kind: str, topology: str) -> None:
+    """Raises ValueError, with those that exist, for a topology that no TPU of that kind has."""
+    sides = [int(side) for side in topology.split("x")]
+    most, cube = CUBES.get(kind, 0), len(sides) == 3 and all(side and side % 4 == 0 for side in sides)
+    if topology not in SLICES[kind] and not (cube and sides == sorted(sides) and math.prod(sides) <= most):
+        cubes = f", and AxBxC with A <= B <= C, multiples of 4, up to {most:,} chips" if most else ""
+        raise ValueError(f"there is no {kind}:{topology}: {kind} has {', '.join(SLICES[kind])}{cubes}")
+
+
 def target(name: str) -> Target:
     """The machine of that name. Raises ValueError with examples for an unknown name."""
     tpu = re.fullmatch(r"(v\d[ep]?):(\d+(?:x\d+){1,2})", name)
-    gpu = re.fullmatch(r"([a-z]+100(?:-\d+)?)(?:x(\d+))?", name)
+    gpu = re.fullmatch(r"([a-z]+100(?:-\d+)?)(?:x([1-9]\d*))?", name)
     kind = (tpu or gpu)[1] if tpu or gpu else None
     kind = "a100-80" if kind == "a100" else kind
     if kind not in KINDS or (KINDS[kind].platform == "tpu") != bool(tpu):
@@ -90,6 +107,7 @@ def target(name: str) -> Target:
             f"KINDxCOUNT (a100-40x8, a100-80x8, h100x8); the kinds are {', '.join(KINDS)}"
         )
     if tpu:
+        check_slice(kind, tpu[2])
         return Target(name, kind, name, math.prod(map(int, tpu[2].split("x"))))
     count = int(gpu[2] or 1)
     return Target(name, kind, f"1x1x{count}", count)
