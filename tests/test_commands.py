@@ -121,6 +121,15 @@ def test_an_installation_has_every_folder_and_no_foreign_name():
     assert not [path for path in SOURCES if not (path.parent / "__init__.py").is_file()]
 
 
+def test_the_constraints_are_names_and_versions_of_what_is_needed():
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()[1:]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    names = {re.match(r"[A-Za-z0-9_-]+", each).group().lower().replace("_", "-") for each in needed} - {"flaxkd"}
+    assert names <= {line.partition("==")[0] for line in lines}
+
+
 def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path):
     slow = f"import pathlib, time; pathlib.Path({str(tmp_path / 'here')!r}).touch(); time.sleep(60)"
     (tmp_path / "jax.py").write_text(slow)
