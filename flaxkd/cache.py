@@ -10,8 +10,11 @@ command resumes where it stopped, on any number of hosts: see docs/laion_art.md.
 """
 
 import argparse
+import contextlib
 import shlex
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +22,7 @@ from etils import epath
 
 from flaxkd.data import encoding, large, loader, openmoji, pictures, readers
 from flaxkd.data.filters import Recipe
-from flaxkd.machine import command, hosts, sharding
+from flaxkd.machine import command, files, hosts, owners, sharding, streams
 from flaxkd.pretrained import Folder
 
 CONSUMED = 270  # images/s read from a cache by a v5e-8 in Segmind's recipe, an estimate
@@ -57,7 +60,35 @@ def run(args: argparse.Namespace) -> dict | None:
             f"pictures  {recipe.resolution} pixels, {args.batch_size * mesh.size} at a time in each process",
             flush=True,
         )
-    made = large.build(
+    with held(args.out):
+        made = build(args, chunks, recipe, folder, dtype, mesh)
+    if made is None:
+        print(
+            f"\nprocess {jax.process_index()} of {jax.process_count()} is done, others are not. If one has stopped, "
+            "run the same command again"
+        )
+    else:
+        conclude(made, args, recipe)
+    return made
+
+
+@contextlib.contextmanager
+def held(out: str) -> Iterator[None]:
+    """In this context, `out` is this run's alone. The first process holds it, until all are done. Buckets have no
+    locks. Raises owners.Held if another run works there."""
+    with contextlib.ExitStack() as lock:
+        if jax.process_index() == 0 and "://" not in out:
+            folder = Path(out)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(owners.alone(folder, "flaxkd.cache"))
+            files.clear(folder)
+        yield
+        hosts.wait("the cache is done")
+
+
+def build(args: argparse.Namespace, chunks: list, recipe: Recipe, folder: Folder, dtype, mesh) -> dict | None:
+    """This process's share of the cache, as `run` says."""
+    return large.build(
         chunks,
         args.out,
         recipe,
@@ -69,14 +100,6 @@ def run(args: argparse.Namespace) -> dict | None:
         process_count=jax.process_count(),
         threads=args.threads,
     )
-    if made is None:
-        print(
-            f"\nprocess {jax.process_index()} of {jax.process_count()} is done, others are not. If one has stopped, "
-            "run the same command again"
-        )
-    else:
-        conclude(made, args, recipe)
-    return made
 
 
 def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
@@ -143,7 +166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     command.keep_compiled_programs()
-    with hosts.together(args), command.reported(command.RESUMES):
+    with hosts.together(args), command.reported(command.RESUMES), streams.lasting():
         try:
             bench(args.bench, 256, args.seconds) if args.bench else run(args)
         except ImportError as error:

@@ -6,6 +6,7 @@ Read `run` from the top: set up, loop, end. What is trained is a `Task` (trainin
 Several processes, on one host or many, all run this; --distributed announces the others (see machine/hosts.py).
 """
 
+import contextlib
 import logging
 import os
 import shlex
@@ -22,7 +23,7 @@ from PIL import Image
 from flaxkd import export, tasks
 from flaxkd.data import encoding, sources
 from flaxkd.drawing import grids
-from flaxkd.machine import command, configuration, cpu, hosts, sharding
+from flaxkd.machine import checkpoints, command, configuration, cpu, hosts, sharding, streams
 from flaxkd.pretrained import Folder, fresh
 from flaxkd.tasks.samples import Sheet
 from flaxkd.training import checkpoint, curves, metrics
@@ -50,27 +51,32 @@ class Setup(NamedTuple):
     writer: metrics.Writer
 
 
-def run(config, workdir: Path, typed: str | None = None) -> dict[str, float]:
+def run(config, workdir: Path, typed: str | None = None, watchers: tuple[str, ...] = ()) -> dict[str, float]:
     """Trains until `config.steps`, and returns the last validation figures. Resumes what `workdir` holds.
 
     All processes compute, and the first one writes. `workdir` is one folder, shared by all processes.
-    typed: the command as typed, for the report.
+    typed: the command as typed, for the report. watchers: rows of metrics.WATCHERS, besides those that always watch.
 
     Raises ValueError and FileNotFoundError for a bad configuration before any compute, FloatingPointError after
-    config.bad_steps.in_a_row skipped steps in a row, OSError if a file cannot be written, Stopped after SIGTERM or
-    Ctrl-C."""
-    started = time.time()
-    setup, state = set_up(config, workdir, typed)
-    state, figures = loop(setup, state)
-    end(setup, state, figures, started)
+    config.bad_steps.in_a_row skipped steps in a row, OSError if a checkpoint or the export cannot be written or another
+    process trains in `workdir`, Stopped after SIGTERM, SIGHUP or Ctrl-C."""
+    started = time.monotonic()
+    with contextlib.ExitStack() as held:
+        setup, state = set_up(config, workdir, typed, held, watchers)
+        state, figures = loop(setup, state)
+        end(setup, state, figures, started)
     return figures
 
 
 # -- Set up ----------------------------------------------------------------------------------------------------------
 
 
-def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
+def set_up(
+    config, workdir: Path, typed: str | None, held: contextlib.ExitStack, watchers: tuple[str, ...]
+) -> tuple[Setup, State]:
     """Everything before the first step, and the state: that of the newest checkpoint, or a new one.
+
+    held: gets what is released at the end: the lock of the workdir, and the progress bar.
 
     Cheap checks come first: a wrong setting or folder is reported before anything is computed or written."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -80,7 +86,7 @@ def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
     folder = open_teacher(config, workdir, pictures["train"])
     task = tasks.make(config, folder, dtype, mesh)
 
-    checkpoint.claim(workdir, config.to_dict())
+    held.enter_context(checkpoint.claimed(workdir, config.to_dict()))
     machine = describe_machine(mesh, dtype)
     if hosts.is_first():
         export.write_record(workdir, folder, task.configs)
@@ -98,7 +104,9 @@ def set_up(config, workdir: Path, typed: str | None) -> tuple[Setup, State]:
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
     compiled = compile_step(train_step, state, frozen, task.shapes(config.batch_size), key)
     sheet = Sheet(config, folder, task, begun, frozen, dtype, mesh)
-    writer = metrics.Writer(workdir if hosts.is_first() else None, int(state.step), config.steps)
+    first = workdir if hosts.is_first() else None
+    writer = metrics.Writer(first, int(state.step), config.steps, watchers, config.to_dict())
+    held.callback(writer.close)  # a message must not begin within the bar
     setup = Setup(
         config, workdir, mesh, folder, task, batches, held_out, frozen, key, compiled, evaluate, manager, sheet, writer
     )
@@ -180,7 +188,7 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
         if start == 0:
             figures = validate(s, state)
             draw_samples(s, state)
-        train_step, stopping = s.train_step.result(), False
+        train_step, stopping, owed = s.train_step.result(), False, False
         for step in range(start + 1, config.steps + 1):
             batch = sharding.put_rows(next(s.batches), s.mesh, config.batch_size)
             state, values = train_step(state, s.frozen, batch, s.key)
@@ -194,16 +202,26 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
             if due(config, step, config.validation.every):
                 log(s, state)
                 figures = validate(s, state)
-            if due(config, step, config.checkpoint.every) or stopping:
+            owed |= due(config, step, config.checkpoint.every)
+            if owed or stopping:
                 log(s, state)
-                checkpoint.save(s.manager, state, s.batches.get_state())
+                if checkpoint.is_good(state):  # else after the next step that is taken
+                    checkpoint.save(s.manager, state, s.batches.get_state())
+                    owed = False
             if stopping:
-                checkpoint.wait(s.manager)
-                s.writer.close()
-                raise Stopped(f"stopped at step {step}; the same command resumes there")
+                stop_here(s, step)
             if due(config, step, config.sample.every) and step != config.steps:
                 draw_samples(s, state)
     return state, figures
+
+
+def stop_here(s: Setup, step: int) -> None:
+    """Raises Stopped, once all is saved."""
+    checkpoint.wait(s.manager)
+    s.writer.close()
+    saved = s.manager.latest_step()
+    where = "there" if saved == step else f"at step {saved}, the last good one" if saved else "from the start"
+    raise Stopped(f"stopped at step {step}; the same command resumes {where}")
 
 
 def due(config, step: int, every: int) -> bool:
@@ -225,7 +243,7 @@ def log(s: Setup, state: State) -> None:
                 f"the loss of step {step} is {values['loss']} and its gradient norm {values['grad_norm']}, where a "
                 f"loss of {float(state.health.usual):.3g} is usual; the last {values['skipped_in_a_row']} steps were "
                 "skipped. The last good checkpoint is "
-                f"{f'{s.manager.directory}/{saved}' if saved is not None else 'none yet'}. Lower the learning rate "
+                f"{s.manager.folder / str(saved) if saved is not None else 'none yet'}. Lower the learning rate "
                 "or max_grad_norm, or use float32, in a new workdir; or raise bad_steps and resume."
             )
     if fetched:
@@ -249,11 +267,13 @@ def validate(s: Setup, state: State) -> dict[str, float]:
 def draw_samples(s: Setup, state: State) -> None:
     """Draws the sheet of this step, kept for the report, and renews samples.png and curves.png."""
     path = s.workdir / "samples" / f"{int(state.step):08}.png"
-    s.sheet.draw(shown(state), s.frozen, path)
-    if hosts.is_first():
-        if path.exists():
+    with metrics.watching("the sheet of samples"):
+        s.sheet.draw(shown(state), s.frozen, path)
+        if hosts.is_first() and path.exists():
             grids.save(Image.open(path), s.workdir / "samples.png")
-        curves.draw(s.workdir)
+    if hosts.is_first():
+        with metrics.watching("curves.png"):
+            curves.draw(s.workdir)
     s.writer.restart()
 
 
@@ -276,7 +296,7 @@ def end(s: Setup, state: State, figures: dict[str, float], started: float) -> No
     export.write(
         s.workdir, out, s.folder, configs, params, step=step, averaged=bool(state.ema), dtype=np.dtype("float16")
     )
-    conclude(s.config, s.workdir, figures, time.time() - started)
+    conclude(s.config, s.workdir, figures, time.monotonic() - started)
 
 
 # -- What a person reads ---------------------------------------------------------------------------------------------
@@ -333,20 +353,22 @@ def default_workdir(config_filename: str) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.train", __doc__)
     command.add(parser, "config", required=True)
+    parser.add_argument("--wandb", action="store_true", help="also report to Weights & Biases (pip install wandb)")
     parser.add_argument("--workdir", type=Path, help="folder of the run; default: runs/NAME or runs/NAME-ARGUMENT")
     hosts.add_arguments(parser)
     args, config = command.parse(parser, arguments)
     typed = shlex.join(["python", "-m", "flaxkd.train", *(sys.argv[1:] if arguments is None else arguments)])
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file it writes
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every file, and every error that is reported here
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     status = 0
-    with hosts.together(args), command.reported():
+    with checkpoints.ending_at_once(), hosts.together(args), command.reported(command.RESUMES), streams.lasting():
         cpu.keep_memory()
         try:
-            run(config, args.workdir or default_workdir(args.config), typed)
+            watchers = ("wandb",) * args.wandb
+            run(config, args.workdir or default_workdir(args.config), typed, watchers)
         except Stopped as stopped:
             print(stopped, flush=True)
             status = 143

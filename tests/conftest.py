@@ -3,7 +3,6 @@
 The environment is set before anything imports jax, which reads it once.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -20,12 +19,10 @@ os.environ.setdefault("NPROC", "16")  # XLA's threads: collectives of 4 devices 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "flaxkd" / "jax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests import tiny
-from tests.running import EVERY, ROOT, STEPS
+from tests.running import ROOT, flags, write_pictures, write_plain
 
 # Begun with, since one of them would run alone at the end.
 LONG = ("tests/tasks/test_distill.py", "tests/test_train.py", "tests/machine/test_hosts.py", "tests/test_soak.py")
@@ -49,13 +46,7 @@ def tiny_pipeline(tmp_path_factory) -> Path:
 def home(tmp_path_factory):
     """A folder of coloured squares with captions, and a cache of its own."""
     folder = tmp_path_factory.mktemp("home")
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(0)
-    with (pictures / "metadata.jsonl").open("w") as file:
-        for i in range(160):
-            Image.fromarray(np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)).save(pictures / f"{i}.png")
-            file.write(json.dumps({"file_name": f"{i}.png", "text": f"apple number {i}"}) + "\n")
+    write_pictures(folder / "pictures")
     return folder
 
 
@@ -63,28 +54,11 @@ def home(tmp_path_factory):
 def command(home, tiny_pipeline):
     """(workdir, *flags, **keys) -> a started process of flaxkd.train, which distils unless the keys say otherwise."""
 
-    def start(workdir, *flags, **keys):
-        keys = {
-            "teacher": tiny_pipeline,
-            "data.source": home / "pictures",
-            "data.resolution": 32,
-            "batch_size": 4,
-            "steps": STEPS,
-            "learning_rate.decay_steps": STEPS,
-            "ema_decay": 0.99,
-            "log_every": 1,
-            "validation.every": EVERY,
-            "validation.examples": 4,
-            "checkpoint.every": EVERY,
-            "sample.every": 1000,
-            "sample.steps": 2,
-            "sample.prompts": "('red apple','green apple')",
-            "compilation_cache": "",  # that of the environment
-        } | keys
-        arguments = [*flags, *(f"--config.{name}={value}" for name, value in keys.items())]
+    def start(workdir, *more, **keys):
+        arguments = [*flags(home, workdir, **{"teacher": tiny_pipeline} | keys), *more]
         environment = os.environ | {"FLAXKD_CACHE": str(home / "cache"), "XLA_FLAGS": ""}
         return subprocess.Popen(
-            [sys.executable, "-m", "flaxkd.train", "--config=configs/tiny.py", f"--workdir={workdir}", *arguments],
+            [sys.executable, "-m", "flaxkd.train", *arguments],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -94,28 +68,4 @@ def command(home, tiny_pipeline):
 @pytest.fixture(scope="module")
 def plain(home) -> dict:
     """Keys of a run that trains a UNet of two blocks on its own: all of the loop, little to compile."""
-    unet = dict(
-        sample_size=8,
-        block_out_channels=[8, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=["DownBlock2D"] * 2,
-        mid_block_type=None,
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        cross_attention_dim=8,
-        attention_head_dim=2,
-    )
-    from flaxkd.pretrained import fresh
-
-    vae = tiny.VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
-    text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    text |= dict(max_position_embeddings=16, projection_dim=8)
-    architecture = dict(
-        unet=unet,
-        vae=vae,
-        text_encoder=text,
-        scheduler=tiny.SCHEDULER | {"_class_name": "PNDMScheduler"},
-        vocab_size=520,
-    )
-    folder = fresh.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)
-    return {"teacher": folder.path, "student": ""}
+    return write_plain(home)

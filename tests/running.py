@@ -5,9 +5,73 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent  # of the repository
 STEPS, EVERY = 40, 10  # of a run of `command`, and between its checkpoints
+
+
+def write_pictures(folder: Path) -> Path:
+    """A folder of coloured squares with captions."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with (folder / "metadata.jsonl").open("w") as file:
+        for i in range(160):
+            Image.fromarray(np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)).save(folder / f"{i}.png")
+            file.write(json.dumps({"file_name": f"{i}.png", "text": f"apple number {i}"}) + "\n")
+    return folder
+
+
+def write_plain(home: Path) -> dict:
+    """Keys of a run that trains a UNet of two blocks on its own: all of the loop, little to compile."""
+    unet = dict(
+        sample_size=8,
+        block_out_channels=[8, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=["DownBlock2D"] * 2,
+        mid_block_type=None,
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=8,
+        attention_head_dim=2,
+    )
+    from flaxkd.pretrained import fresh
+
+    vae = tiny.VAE | dict(block_out_channels=[4, 4, 4], norm_num_groups=2)
+    text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    text |= dict(max_position_embeddings=16, projection_dim=8)
+    architecture = dict(
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        scheduler=tiny.SCHEDULER | {"_class_name": "PNDMScheduler"},
+        vocab_size=520,
+    )
+    folder = fresh.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)
+    return {"teacher": folder.path, "student": ""}
+
+
+def flags(home: Path, workdir: Path, **keys) -> list[str]:
+    """Flags of flaxkd.train for a short run on `home`/pictures, with other keys of the configuration."""
+    keys = {
+        "data.source": home / "pictures",
+        "data.resolution": 32,
+        "batch_size": 4,
+        "steps": STEPS,
+        "learning_rate.decay_steps": STEPS,
+        "ema_decay": 0.99,
+        "log_every": 1,
+        "validation.every": EVERY,
+        "validation.examples": 4,
+        "checkpoint.every": EVERY,
+        "sample.every": 1000,
+        "sample.steps": 2,
+        "sample.prompts": "('red apple','green apple')",
+        "compilation_cache": "",  # that of the environment
+    } | keys
+    return ["--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
 
 
 def finish(process, code=0, timeout=600) -> str:

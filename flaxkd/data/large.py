@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,8 @@ def _fill(
 
 def _clear(file: epath.Path) -> None:
     """Removes half-written copies of this file, left by a killed process."""
-    for stale in file.parent.glob(f".{file.name}.*"):
+    parent = file.parent if "://" in str(file) else Path(file.parent)  # whose glob leaves [letters] of the folder alone
+    for stale in parent.glob(f".{file.name}.*"):
         stale.unlink()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from flaxkd.data import records, sources
+from flaxkd.machine import files
 
 OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 
@@ -133,6 +134,7 @@ def _opens(path: str) -> bool:
 
 
 def _damaged(shard: str, error: Exception) -> ValueError:
+    shard = os.path.realpath(shard)  # not the name that files.plain gave it
     return ValueError(
         f"the shard {shard} is damaged ({error}): delete {os.path.dirname(shard)} and make the cache again; of a cache "
         f"of `python -m flaxkd.cache`, this shard, its part in done/ and the two cache.json are enough"
@@ -148,7 +150,8 @@ def open_records(cache: os.PathLike, about: dict, kind: str) -> grain.sources.Ar
     present = {file.name for file in folder.iterdir()}  # listed once: every lookup on a bucket is a request
     if missing := [str(folder / name) for name in names if name not in present]:
         raise FileNotFoundError(f"the cache lacks {', '.join(missing)}: delete {cache} and run again")
-    found = Shards([str(folder / name) for name in names])
+    place = folder if "://" in str(folder) else files.plain(folder)
+    found = Shards([str(place / name) for name in names])
     if len(found) != about["size"]:
         size = about["size"]
         raise ValueError(f"{cache} has {len(found)} {kind}, its cache.json says {size}: delete the folder")

@@ -13,10 +13,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-
 from flaxkd.export.card import PREVIEW, model_card
 from flaxkd.machine import checkpoints, files
 from flaxkd.pretrained import Folder, hub, save
@@ -143,7 +139,7 @@ def restore(folder: Path, ema: bool | None = None) -> tuple[int, dict, bool]:
 
     Only that tree is read. The larger optimizer state is not loaded, and its structure need not be known."""
     folder = Path(folder)
-    found = checkpoints.newest(folder, _steps(folder), lambda step: _restore_tree((folder / str(step)).absolute(), ema))
+    found = checkpoints.newest(folder, _steps(folder), lambda step: _restore_tree(folder / str(step), ema))
     if found is None:
         raise FileNotFoundError(f"{folder} has no checkpoint: has this training saved one yet?")
     step, (name, tree) = found
@@ -156,17 +152,14 @@ def restore(folder: Path, ema: bool | None = None) -> tuple[int, dict, bool]:
 
 def _restore_tree(step: Path, ema: bool | None) -> tuple[str, dict | None]:
     """("params" or "ema", that tree). The tree is None if the average is requested and was not saved."""
-    handler = ocp.PyTreeCheckpointHandler()
     for item in sorted(path.parent for path in step.glob("*/_METADATA")):
-        saved = handler.metadata(item).tree
-        if not isinstance(saved, dict) or "params" not in saved:
+        saved = checkpoints.names(item)
+        if "params" not in saved:
             continue
-        averaged = bool(saved.get("ema"))
-        name = "ema" if (averaged if ema is None else ema) else "params"
-        if name == "ema" and not averaged:
+        name = "ema" if (saved.get("ema", False) if ema is None else ema) else "params"
+        if name == "ema" and not saved.get("ema"):
             return name, None
-        tree = {name: jax.tree.map(lambda _: 0, saved[name])}
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        request = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
-        return name, ocp.Checkpointer(handler).restore(item, args=request)[name]
+        tree = checkpoints.read(item, [name])[name]
+        checkpoints.check_finite(tree)
+        return name, tree
     raise ValueError("it holds no tree with 'params'")

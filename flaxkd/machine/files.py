@@ -5,23 +5,62 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
-import uuid
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from flaxkd.machine import owners
+
 
 class DiskFull(OSError):
     """No space is left for a file. The unfinished file has been removed."""
 
 
+# The system's words for a disk on which nothing can be written: libraries report them in errors of their own.
+FULL = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+_opened: dict[Path, int] = {}  # by `plain`
+PLAIN = re.compile(r"[A-Za-z0-9_ ./+=,@%~#(){}-]{1,1000}")
+
+
 def cache_home() -> Path:
     """The folder for what flaxkd can make again: $FLAXKD_CACHE, else ~/.cache/flaxkd."""
     return Path(os.environ.get("FLAXKD_CACHE") or "~/.cache/flaxkd").expanduser()
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error means that no space is left, or no more of somebody's quota. ArrayRecord, safetensors and
+    TensorStore raise errors of their own, with the system's words."""
+    return any(words in str(error) for words in FULL)
+
+
+def size(count: float) -> str:
+    """Bytes in words: 1.5 GiB, 3 MiB."""
+    unit, name = next(((2**n, name) for n, name in ((30, "GiB"), (20, "MiB")) if count >= 2**n), (2**10, "KiB"))
+    return f"{count / unit:,.1f} {name}"
+
+
+def free(folder: os.PathLike) -> str:
+    """The space left for `folder`, in words."""
+    return size(shutil.disk_usage(folder).free)
+
+
+def plain(folder: os.PathLike) -> Path:
+    """An existing folder under a name that every library reads: its own, or for odd letters another one of the same.
+
+    Orbax takes [x] for a pattern and TensorStore a backslash for a slash; C++ has no names that are not UTF-8. The
+    other name holds within this process, as long as it runs."""
+    folder = Path(folder).absolute()
+    if "://" in str(folder) or PLAIN.fullmatch(str(folder)) or not os.path.isdir("/proc/self/fd"):
+        return folder
+    if folder not in _opened or not os.path.samestat(os.fstat(_opened[folder]), os.stat(folder)):
+        _opened[folder] = os.open(folder, os.O_RDONLY)  # and left open
+    return Path(f"/proc/self/fd/{_opened[folder]}")
 
 
 @contextlib.contextmanager
@@ -31,44 +70,107 @@ def whole(file: os.PathLike) -> Iterator[Path]:
     Several processes may write the same file at once: the last one wins. file: may be `gs://`; the content is copied
     there. Missing folders are made. Raises DiskFull in place of any error that means a full disk."""
     file = epath.Path(file)
+    remote = "://" in os.fspath(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    work = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    work = file.with_name(owners.unfinished(file.name))
     with contextlib.ExitStack() as stack:
-        remote = "://" in os.fspath(file)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flaxkd-")) if remote else None
-        local = Path(folder, file.name) if remote else Path(work)
+        local = Path(folder, file.name) if remote else plain(Path(file.parent)) / work.name
+        mode = None
         try:
+            if not remote:
+                local.touch()
+                mode = local.stat().st_mode
             yield local
             if remote:
                 with local.open("rb") as here, work.open("wb") as there:
                     shutil.copyfileobj(here, there, 2**20)
-            work.replace(file)
-        except (OSError, RuntimeError) as error:
-            # ArrayRecord raises a RuntimeError with the system's words.
-            if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+                work.replace(file)
+            else:
+                share(local, mode)
+                replace(local, Path(file))
+        except Exception as error:
+            if not is_full(error):
                 raise
             where = f"{file.parent} or {folder}" if remote else file.parent
             raise DiskFull(
-                f"no space is left in {where} to write {file.name}. Finished files are kept, the unfinished one is "
-                "removed: make room, and run the same command again to resume"
+                f"no space is left in {where} to write {file.name}. {free(local.parent)} were free after the first "
+                f"{size(local.stat().st_size)} of it. Finished files are kept, the unfinished one is removed: make "
+                "room, and run the same command again to resume"
             ) from error
         finally:
-            if work.exists():
-                work.unlink()
+            with contextlib.suppress(OSError):  # of a disk that was lost; the first error is the one to report
+                work.unlink(missing_ok=True)
+
+
+def share(file: Path, mode: int) -> None:
+    """Gives a file the mode that the umask gives a new one; safetensors writes files that only their owner can read."""
+    if file.stat().st_mode != mode:
+        with contextlib.suppress(PermissionError):  # a file system without modes
+            file.chmod(mode & 0o777)
+
+
+def replace(new: Path, file: Path) -> None:
+    """Renames `new` to `file`, which may exist. Some file systems of buckets cannot do that in one step."""
+    try:
+        new.replace(file)
+    except OSError:
+        if not file.is_file() or not new.is_file():
+            raise
+        file.unlink()
+        new.rename(file)
 
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder to fill. After the block it replaces `out`; if the block fails, `out` is unchanged."""
+    """A new folder to fill. After the block it replaces `out`; if the block fails, `out` is unchanged.
+
+    What a killed process left of an earlier one is removed. Raises DiskFull in place of errors that mean a full
+    disk."""
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
+    clear(out.parent)
+    scratch = out.with_name(owners.unfinished(out.name))
+    try:
+        new = scratch / "new"
+        new.mkdir(parents=True)
+        (scratch / "name").write_bytes(os.fsencode(out.name))
+        mode = (scratch / "name").stat().st_mode
         yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                share(file, mode)
         if out.exists():
-            out.rename(Path(scratch) / "old")
+            out.rename(scratch / "old")
         new.rename(out)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+        raise DiskFull(
+            f"no space is left in {out.parent} to write {out.name}. {free(out.parent)} were free after the first "
+            f"{size(written)} of it. The unfinished folder is removed: make room, and run the same command again"
+        ) from error
+    finally:
+        _restore(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes unfinished files and folders of dead processes from `folder`. Those in its folders stay."""
+    with contextlib.suppress(OSError):  # it only tidies up
+        for entry in list(os.scandir(folder)):
+            if entry.name.startswith(".") and owners.abandoned(entry.name, time.time() - entry.stat().st_mtime):
+                _restore(Path(entry.path))
+                shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+
+
+def _restore(scratch: Path) -> None:
+    """Gives back the folder that `whole_folder` was to replace, if it ended between its two renames."""
+    if (scratch / "old").is_dir():
+        out = scratch.with_name(os.fsdecode((scratch / "name").read_bytes()))
+        if not out.exists():
+            (scratch / "old").rename(out)
 
 
 def write_text(file: os.PathLike, text: str) -> None:

@@ -19,7 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from flaxkd.machine import gathering
+
 HEARTBEAT = 30  # seconds of silence, after which a process counts as dead and all others end
+ARRIVAL = 300  # seconds, within which all processes start
 PULSE = 5  # seconds between two checks that all are alive
 PATIENCE = 24 * 3600  # seconds to wait for the work of a live process, such as encoding or an upload
 
@@ -80,7 +83,7 @@ def together(flags) -> Iterator[None]:
         yield
         wait("end")  # for the export, written by the first process alone
     except BaseException as error:
-        _leave(error)
+        leave(error)
     over.set()
     jax.distributed.shutdown()
 
@@ -89,21 +92,34 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
     """Finds the other processes. For None, JAX asks SLURM, Open MPI, GKE or the TPU VM.
 
     If that is not enough, or the others do not appear within 5 minutes, this process ends with a message."""
+    # JAX ends a process that waited too long by an abort in C++, without a word on who is missing.
+    late = threading.Timer(ARRIVAL + 10, lambda: leave(_lost(f"not all came within {ARRIVAL} seconds.")))
+    late.daemon = True
+    late.start()
     try:
+        if None not in (coordinator_address, num_processes, process_id):
+            gathering.gather(coordinator_address, num_processes, process_id, ARRIVAL)
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
             process_id,
+            initialization_timeout=ARRIVAL + 60,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,
         )
-    except (ValueError, TypeError, RuntimeError) as error:
-        sys.exit(
-            f"error: the processes cannot find each other: {error} If this is no SLURM, Open MPI, GKE or TPU VM, give "
-            "each --coordinator_address HOST:PORT (of process 0), --num_processes N and --process_id 0 to N - 1."
-        )
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise _lost(error) from error
+    finally:
+        late.cancel()
     # JAX takes SIGTERM for its own protocol and would lose a signal before the first step.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _lost(reason) -> SystemExit:
+    return SystemExit(
+        f"error: the processes cannot find each other: {reason} If this is no SLURM, Open MPI, GKE or TPU VM, give "
+        "each --coordinator_address HOST:PORT (of process 0), --num_processes N and --process_id 0 to N - 1."
+    )
 
 
 @functools.cache
@@ -123,13 +139,13 @@ def _watch(over: threading.Event) -> None:
             _barrier()(key="flaxkd alive", timeout_ms=PATIENCE * 1000)
         except Exception as error:
             if not over.is_set():
-                _leave(error)
+                leave(error)
 
 
-def _leave(error: BaseException) -> None:
+def leave(error: BaseException) -> None:
     """Reports the error and ends this process at once. In an orderly end, processes wait for each other."""
     code = error.code if isinstance(error, SystemExit) else None
-    text = str(error)
+    text = "" if isinstance(code, int) else str(error)
     if any(word in text for word in GONE):
         text = (
             f"error: process {jax.process_index()} of {jax.process_count()} ends, since another one is gone; the log "

@@ -3,12 +3,16 @@
 The teacher is never saved. Neither is a random state: random numbers derive from seed and step.
 """
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from flaxkd.machine import checkpoints, files, hosts
+from flaxkd.machine import checkpoints, files, hosts, owners
 from flaxkd.training.step import State
 
 # Keys of a config that may differ when a run resumes: they change what it shows, not what it computes. bad_steps
@@ -32,6 +36,23 @@ CLAIM = {
 }
 
 
+@contextlib.contextmanager
+def claimed(workdir: Path, config: dict) -> Iterator[None]:
+    """In this context, `workdir` is this run's alone, and able to hold its checkpoints. The first process holds it.
+
+    Raises owners.Held if another process trains there, OSError if it cannot hold a checkpoint, and as `claim` does."""
+    with contextlib.ExitStack() as held:
+        if hosts.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(owners.alone(workdir, "a training"))
+            for folder in (workdir, workdir / "samples"):
+                files.clear(folder)
+            if not (workdir / "checkpoints").is_dir():
+                probe(workdir)
+        claim(workdir, config)
+        yield
+
+
 def claim(workdir: Path, config: dict) -> None:
     """Claims `workdir` for this run: writes config.json, or checks that the one there belongs to the same run.
 
@@ -49,52 +70,99 @@ def claim(workdir: Path, config: dict) -> None:
     files.compare(path, config, **CLAIM)
 
 
-def manager(workdir: Path, keep: int, keep_every: int | None = None) -> ocp.CheckpointManager:
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager of the checkpoints in `folder`, which it may know under a plainer name."""
+
+    def __init__(self, folder: Path, **options):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        super().__init__(files.plain(folder), options=ocp.CheckpointManagerOptions(**options))
+
+
+def manager(workdir: Path, keep: int, keep_every: int | None = None) -> Manager:
     """Keeps the newest `keep` checkpoints, and that of every `keep_every`-th step for good."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True)
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    return Manager(workdir / "checkpoints", max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True)
 
 
-def save(manager: ocp.CheckpointManager, state: State, data_position: dict) -> None:
+def probe(workdir: Path) -> None:
+    """Raises OSError, with the reason, if a folder cannot hold a checkpoint: it saves a small one, and reads it."""
+    folder = workdir / owners.unfinished("probe")
+    processes = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="probe"
+    )
+    try:
+        with Manager(folder, multiprocessing_options=processes, create=False) as made:
+            made.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave({"step": np.zeros((), np.int32)})))
+            made.wait_until_finished()
+            _check(made)
+    except Exception as error:
+        raise OSError(
+            f"{workdir} cannot hold a checkpoint: {checkpoints.in_a_line(error)}; {files.free(workdir)} are free. Give "
+            "a --workdir on another disk or by another name"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(manager: Manager, state: State, data_position: dict) -> None:
     """Starts a save; training may continue meanwhile. data_position: of the next batch, any JSON.
 
     Raises OSError, as `wait` does, if this checkpoint or the one before cannot be written."""
+    wait(manager)
     step = int(state.step)
     if step not in manager.all_steps():
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data_position))
-        with _written(manager):
+        with _written(manager, sum(x.nbytes for x in jax.tree.leaves(state))):
             manager.save(step, args=args)
 
 
-def wait(manager: ocp.CheckpointManager) -> None:
-    """Waits until all is saved. Raises OSError that says what is left if a save fails: a disk may be full."""
+def is_good(state: State) -> bool:
+    """Whether a checkpoint of this state is worth to be kept: its last step was taken. It waits for the device.
+
+    A run that diverges would otherwise replace its good checkpoints by those of skipped steps."""
+    return int(state.health.in_a_row) == 0
+
+
+def wait(manager: Manager) -> None:
+    """Waits until all is saved and known to be readable.
+
+    Raises OSError that says what is left if a save fails: a disk may be full."""
     with _written(manager):
         manager.wait_until_finished()
+        if hosts.is_first():
+            _check(manager)
 
 
-def _written(manager: ocp.CheckpointManager):
-    folder = Path(manager.directory)
-    return checkpoints.written(folder, lambda: [s for s in manager.all_steps() if (folder / str(s)).is_dir()])
+def _check(manager: Manager) -> None:
+    """Reads the number of the newest checkpoint's step. What Orbax calls finished may still lack its arrays."""
+    if (step := manager.latest_step()) is not None:
+        found = checkpoints.read(manager.folder / str(step) / "state", ["step"])["step"]
+        if int(found) != step:
+            raise ValueError(f"what was written for step {step} cannot be read")
 
 
-def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tuple[State, dict] | None:
+def _written(manager: Manager, needed: int | None = None):
+    whole = lambda: [s for s in manager.all_steps() if (manager.folder / str(s)).is_dir()]
+    return checkpoints.written(manager.folder, whole, needed)
+
+
+def restore(manager: Manager, like: State, shardings: State) -> tuple[State, dict] | None:
     """(state, data position) of the newest readable checkpoint, on `shardings`; None if there are no checkpoints.
 
-    A broken one is removed, and the one before is used. Raises ValueError if there are checkpoints but none can be
-    read, or if processes can read different ones."""
+    A broken one, or one with NaN, is removed, and the one before is used. Raises ValueError if there are checkpoints
+    but none can be read, or if processes can read different ones."""
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like._asdict(), shardings._asdict()
     )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
     failure, found = None, None
     try:
-        read = lambda step: manager.restore(step, args=args)
-        found = checkpoints.newest(Path(manager.directory), manager.all_steps(), read)
+        found = checkpoints.newest(manager.folder, manager.all_steps(), lambda step: _read(manager, step, args))
     except ValueError as error:  # raised below, once all processes have compared: they wait for this one
         failure = error
     if not hosts.same(-1 if found is None else found[0]):
         raise ValueError(
-            f"process {jax.process_index()} and the others can read different checkpoints of {manager.directory}; it "
+            f"process {jax.process_index()} and the others can read different checkpoints of {manager.folder}; it "
             f"can read {'none' if found is None else found[0]}. Move the newest one away: it is broken for some. "
             f"{failure or ''}"
         )
@@ -106,3 +174,11 @@ def restore(manager: ocp.CheckpointManager, like: State, shardings: State) -> tu
     for broken in [s for s in manager.all_steps() if s > step]:
         manager.delete(broken)  # else the run could not save this step again
     return State(**restored.state), restored.data
+
+
+def _read(manager: Manager, step: int, args):
+    """The content of a checkpoint. Raises ValueError for NaN: a run that starts with it never comes back."""
+    restored = manager.restore(step, args=args)
+    checkpoints.check_finite({name: restored.state[name] for name in ("params", "ema")})
+    checkpoints.check_finite({"opt_state": restored.state["opt_state"]}, infinite=True)  # some start at infinity
+    return restored

@@ -1,7 +1,10 @@
-"""SIGTERM and Ctrl-C: a run saves before it stops."""
+"""SIGTERM, Ctrl-C and a closed terminal (SIGHUP): a run saves before it stops."""
 
+import contextlib
+import os
 import signal
-import sys
+
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(Exception):
@@ -9,7 +12,9 @@ class Stopped(Exception):
 
 
 class stop_signals:
-    """In this context, SIGTERM and Ctrl-C set `asked`; the loop reads it between steps. A second Ctrl-C interrupts."""
+    """In this context, STOPPING set `asked`; the loop reads it between steps. A second Ctrl-C interrupts.
+
+    A signal that the run was started to ignore, as SIGHUP under nohup, stays ignored."""
 
     def __init__(self):
         self.asked = False
@@ -19,9 +24,11 @@ class stop_signals:
             if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.asked = True
-            print(f"\n{signal.Signals(number).name}: saving, then stopping", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone; print could be at work already
+                os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping\n".encode())
 
-        self.before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, ask) for number in heard}
         return self
 
     def __exit__(self, *_):

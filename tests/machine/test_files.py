@@ -4,8 +4,11 @@ import errno
 import json
 import os
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from flaxkd.data import loader, records
 from flaxkd.machine import files
 
 WORDS = {"differ": "holds something else", "remedy": "Choose another."}
@@ -73,3 +76,51 @@ def test_a_damaged_json_file_is_named(tmp_path):
         files.read_json(tmp_path / "export.json")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.json"):
         files.read_json(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_files_follow_the_umask_whoever_writes_them(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with files.whole(tmp_path / "a.safetensors") as path:
+            save_file({"x": np.zeros(3)}, path)
+        with files.whole_folder(tmp_path / "out") as new:
+            (new / "unet").mkdir()
+            save_file({"x": np.zeros(3)}, new / "unet" / "b.safetensors")
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "a.safetensors", tmp_path / "out" / "unet" / "b.safetensors"):
+        assert file.stat().st_mode & 0o777 == mode
+
+
+ODD = ["br[ab]x", "[0:3]", "back\\slash", "st*r", "wh?t", "per%cent", "{0}", "#", "a b", "new\nline", "\udcff", "ü"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_path_holds_records_and_folders(tmp_path, name):
+    """Checkpoints in such paths: tests/training/test_checkpoint.py."""
+    folder = tmp_path / name
+    with records.writer(folder / "moments-00000-of-00001.array_record") as write:
+        write(b"abc")
+    about = {"shards": 1, "size": 1}
+    assert loader.open_records(folder, about, "moments")[0] == b"abc"
+    for text in ("first", "second"):
+        with files.whole_folder(folder / "out") as new:
+            (new / "a").write_text(text)
+    files.write_json(folder / "a.json", [1])
+    assert files.read_json(folder / "a.json") == [1]
+    assert {path.name for path in folder.iterdir()} == {"out", "a.json", "moments-00000-of-00001.array_record"}
+
+
+def test_a_file_system_that_cannot_rename_over_a_file(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def only_to_new(source, target, **_):
+        if os.path.exists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", only_to_new)
+    for content in ([1], [2]):
+        files.write_json(tmp_path / "a.json", content)
+    assert files.read_json(tmp_path / "a.json") == [2] and len(list(tmp_path.iterdir())) == 1

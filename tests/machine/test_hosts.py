@@ -57,7 +57,7 @@ def test_a_run_stopped_killed_and_resumed_by_other_numbers_of_processes_is_that_
     outputs = [process.communicate(timeout=60)[1] for process in many[:-1]]
     assert time.time() - killed < 60
     assert all(process.returncode not in (0, 143) for process in many)
-    assert all("another one is gone" in err and "go on from the newest one" in err for err in outputs), outputs
+    assert all("another one is gone" in err and "resume at the newest one" in err for err in outputs), outputs
     assert stopped < last_step(workdir) < STEPS
 
     output = finish(start(workdir, 1)[0])

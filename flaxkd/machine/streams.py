@@ -1,0 +1,58 @@
+"""What long work prints goes on when nobody reads it any more: a closed pipe or terminal, a log on a full disk.
+
+Short commands end then (command.py)."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+class Lasting:
+    """A text stream that drops what cannot be written, and otherwise is the one given."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # the second if it is closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """In this context, what is printed never ends a command. Letters that the encoding lacks become \\uXXXX."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Lasting(_open(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _settle(stream)
+        sys.stdout, sys.stderr = before
+
+
+def _settle(stream) -> None:
+    """Writes what is left; if that fails, drops it: else Python tries again at its end, and changes the exit status."""
+    stream = getattr(stream, "stream", stream)
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open(stream):
+    if stream is None:  # closed by whoever started the command
+        return open(os.devnull, "w")
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
