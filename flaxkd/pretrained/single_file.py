@@ -168,7 +168,7 @@ def _prediction(path: Path, found: dict[str, np.ndarray], header: dict[str, str]
     if (said := header.get(f"{MODELSPEC}prediction_type")) in PREDICTIONS:
         return PREDICTIONS[said]
     if (settings := path.with_suffix(".yaml")).is_file():  # LDM's own configuration beside the file, as for A1111
-        says_v = re.search(r"parameterization:\s*[\"']?v", settings.read_text(errors="replace"))
+        says_v = re.search(r"parameterization:\s*[\"']?v", settings.read_text(encoding="utf-8", errors="replace"))
         return "v_prediction" if says_v else "epsilon"
     if "global_step" in found and tensors.read([path], "global_step")[""] == EPSILON_STEP:
         return "epsilon"
