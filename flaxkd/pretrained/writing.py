@@ -94,9 +94,10 @@ def _write_part(folder: Path, part: str, config: dict, tensors: dict[str, np.nda
     row = families.PARTS[part]
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     if row.library == "transformers":
-        config = {"architectures": [row.class_name], "model_type": "clip_text_model"} | config
+        own = {"architectures": [row.class_name], "model_type": "clip_text_model"}
         # transformers 5 loads in the dtype given here; diffusers loads the UNet in float32, whatever is stored.
-        config = {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": "float32"}
+        config = {key: value for key, value in config.items() if key not in ("dtype", "quantization_config")}
+        config = own | config | own | {"torch_dtype": "float32"}
     else:
         config = {"_class_name": row.class_name} | config
     folder.mkdir(parents=True)

@@ -143,6 +143,7 @@ def test_the_size_of_pictures_may_be_missing_or_oblong(copy):
 def test_the_configuration_of_a_whole_clip(copy, tmp_path):
     text = json.loads((copy / "text_encoder" / "config.json").read_text())
     whole = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 512, "text_config_dict": None}
+    text |= {"architectures": None, "quantization_config": {"quant_method": "fp8"}}
     whole |= {"text_config": text, "vision_config": {"hidden_size": 24, "num_hidden_layers": 1}}
     params = Folder.open(copy).params("text_encoder")
     (copy / "text_encoder" / "config.json").write_text(json.dumps(whole))
@@ -153,7 +154,8 @@ def test_the_configuration_of_a_whole_clip(copy, tmp_path):
     assert same_trees(folder.params("text_encoder"), params)
     out = pretrained.save(tmp_path / "out", source=folder, parts={})
     written = json.loads((out / "text_encoder" / "config.json").read_text())
-    assert written["hidden_size"] == text["hidden_size"] and "text_config" not in written
+    assert written["hidden_size"] == text["hidden_size"] and written["architectures"] == ["CLIPTextModel"]
+    assert not {"text_config", "quantization_config"} & {*written}
     assert not [key for key in load_file(weights(out, "text_encoder")) if not key.startswith("text_model.")]
 
 
