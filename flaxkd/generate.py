@@ -8,7 +8,6 @@ much of it changes. The settings are written into the PNG. Without --model, the 
 """
 
 import argparse
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +88,6 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "dtype", choices=["float32", "bfloat16"])
     command.add(parser, "out", default=Path("picture.png"))
     args = parser.parse_args(arguments)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     command.keep_compiled_programs()
     draw(args)
 

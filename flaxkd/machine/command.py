@@ -6,6 +6,7 @@ import difflib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -174,7 +175,8 @@ def reported(interrupted: str = "interrupted") -> Iterator[None]:
 
     These errors end the process with one message and status 1, FLAXKD_TRACEBACK lets them pass. Ctrl-C ends it with
     the message `interrupted` and status 130. A reader that has gone, such as `head`, ends it in silence, with 141. What
-    the output cannot encode is escaped."""
+    the output cannot encode is escaped. A warning is one line."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "flaxkd":  # that of the start
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):

@@ -54,7 +54,8 @@ def resolve_vae(vae: str | os.PathLike) -> Path:
     A whole pipeline stands for the autoencoder in it. Raises FileNotFoundError with the remedy."""
     path = _path(vae)
     if path.is_file():
-        return path
+        ours = path.name.startswith(PARTS["vae"].stem) and (path.parent / "config.json").is_file()
+        return path.parent if ours else path
     if not path.is_dir():
         if file := _hub_file(str(vae)):
             return _download(file[0], [file[1]]) / file[1]
@@ -83,7 +84,7 @@ def _hub_file(model: str) -> tuple[str, str] | None:
 
 
 def _is_weights(path: str | Path) -> bool:
-    return str(path).endswith((".safetensors", *tensors.PICKLES))
+    return str(path).lower().endswith((".safetensors", *tensors.PICKLES))
 
 
 def _path(model: str | os.PathLike) -> Path:

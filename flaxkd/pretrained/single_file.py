@@ -61,14 +61,17 @@ def read(path: Path, own_vae: bool = True) -> tuple[dict[str, dict], dict[str, C
     found, header = tensors.header(path)
     _check_kind(path, found, own_vae)
     parts = {part: _part(part, found) for part in ldm.PREFIXES}
-    made = json.loads(header[HEADER]) if HEADER in header else {}
+    made = _written(path, header)
     readers = {part: lambda part=part: _read(path, part, parts[part][0]) for part in ldm.PREFIXES if parts[part][1]}
     options = made.pop("tokenizer", None)
     configs = made or _configs(path, {part: named for part, (_, named) in parts.items()}, found, header)
     if options or configs["text_encoder"].get("vocab_size", clip_tokenizer.VOCAB_SIZE) == clip_tokenizer.VOCAB_SIZE:
-        options = options or clip_tokenizer.options(_is_open_clip(found))
+        options = options or clip_tokenizer.options(_is_sd2(parts["unet"][1]))
         readers["tokenizer"] = lambda: clip_tokenizer.make(**options)  # else it must lie beside the file
-    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", configs["scheduler"]["_class_name"]]}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", configs["scheduler"].get("_class_name", "PNDMScheduler")],
+    }
     return configs | {"model_index": index}, readers
 
 
@@ -81,17 +84,28 @@ def read_vae(path: Path) -> tuple[dict, Callable]:
         prefix, named = "", ldm.to_diffusers("vae", found)
     if "decoder.conv_in.weight" not in named:
         raise ValueError(f"{path} holds no autoencoder of Stable Diffusion")
-    made = json.loads(header[HEADER]) if HEADER in header else {}
-    config = made.get("vae") or _derived(path, lambda: _vae(named, ARCHITECTURES["sd15"]))
+    config = _written(path, header).get("vae") or _derived(path, lambda: _vae(named, ARCHITECTURES["sd15"]))
     return config, lambda: _read(path, "vae", prefix)
+
+
+def _written(path: Path, header: dict[str, str]) -> dict:
+    """What flaxkd wrote into the header of a file; {} for others' files. Raises ValueError if it is damaged."""
+    try:
+        content = json.loads(header.get(HEADER, "{}"))
+        whole = not content or all(isinstance(content[part], dict) for part in ("unet", "text_encoder", "scheduler"))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} has damaged configurations in its header (the entry {HEADER}): write it again")
+    return content
 
 
 def check_ending(path: Path) -> None:
     """Raises ValueError with the remedy unless a file's name ends as that of safetensors."""
-    if path.suffix in tensors.PICKLES:
+    if path.suffix.lower() in tensors.PICKLES:
         resave = RESAVE.format(file=path)
         raise ValueError(f"{path} is a pickle, not opened as it can run code. Save it as safetensors:\n{resave}")
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path} is no model: give a pipeline folder of diffusers, or a file *.safetensors. {NEEDED}")
 
 
@@ -127,8 +141,8 @@ def _read(path: Path, part: str, prefix: str) -> dict[str, np.ndarray]:
     return ldm.to_diffusers(part, tensors.read([path], prefix))
 
 
-def _is_open_clip(found: dict[str, np.ndarray]) -> bool:
-    return any("transformer.resblocks." in key for key in found)
+def _is_sd2(unet: dict[str, np.ndarray]) -> bool:
+    return any(x.ndim == 2 for key, x in unet.items() if key.endswith("proj_in.weight"))
 
 
 # -- Configurations, from the shapes of the tensors --------------------------------------------------------------------
@@ -136,14 +150,13 @@ def _is_open_clip(found: dict[str, np.ndarray]) -> bool:
 
 def _configs(path: Path, parts: dict, found: dict, header: dict[str, str]) -> dict[str, dict]:
     unet, vae, text_encoder = (parts[part] for part in ("unet", "vae", "text_encoder"))
-    if not any(x.ndim == 2 for key, x in unet.items() if key.endswith("proj_in.weight")):
-        row = ARCHITECTURES["sd15"]
-    else:
-        row = ARCHITECTURES["sd21" if _prediction(path, found, header) == "v_prediction" else "sd21_base"]
+    sd2 = _is_sd2(unet)
+    prediction = _prediction(path, found, header, sd2)
+    row = ARCHITECTURES[("sd21" if prediction == "v_prediction" else "sd21_base") if sd2 else "sd15"]
     made = {
         "unet": lambda: _unet(unet, row),
-        "text_encoder": lambda: _text_encoder(text_encoder, row, _is_open_clip(found)),
-        "scheduler": lambda: row.scheduler,
+        "text_encoder": lambda: _text_encoder(text_encoder, row),
+        "scheduler": lambda: row.scheduler | {"prediction_type": prediction},
     }
     made |= {"vae": lambda: _vae(vae, row)} if vae else {}
     return {part: _derived(path, make) for part, make in made.items()}
@@ -163,13 +176,15 @@ def _derived(path: Path, make: Callable[[], dict]) -> dict:
     )
 
 
-def _prediction(path: Path, found: dict[str, np.ndarray], header: dict[str, str]) -> str:
-    """What the UNet of an SD 2.x predicts. Its tensors do not tell: header, YAML beside the file, else as diffusers."""
+def _prediction(path: Path, found: dict[str, np.ndarray], header: dict[str, str], sd2: bool) -> str:
+    """What the UNet predicts. Its tensors do not tell: the header, a YAML beside the file, else as diffusers does."""
     if (said := header.get(f"{MODELSPEC}prediction_type")) in PREDICTIONS:
         return PREDICTIONS[said]
     if (settings := path.with_suffix(".yaml")).is_file():  # LDM's own configuration beside the file, as for A1111
         says_v = re.search(r"parameterization:\s*[\"']?v", settings.read_text(encoding="utf-8", errors="replace"))
         return "v_prediction" if says_v else "epsilon"
+    if not sd2:
+        return "epsilon"
     if "global_step" in found and tensors.read([path], "global_step")[""] == EPSILON_STEP:
         return "epsilon"
     warnings.warn(
@@ -225,7 +240,7 @@ def _in_groups(config: dict) -> dict:
     return config
 
 
-def _text_encoder(x: dict[str, np.ndarray], row: Architecture, open_clip: bool) -> dict:
+def _text_encoder(x: dict[str, np.ndarray], row: Architecture) -> dict:
     x = {key if key.startswith("text_model.") else f"text_model.{key}": w for key, w in x.items()}
     vocab_size, width = x["text_model.embeddings.token_embedding.weight"].shape
     layers = len(ldm.numbers(x, "text_model.encoder.layers."))
@@ -236,6 +251,6 @@ def _text_encoder(x: dict[str, np.ndarray], row: Architecture, open_clip: bool) 
         "max_position_embeddings": len(x["text_model.embeddings.position_embedding.weight"]),
         "num_attention_heads": width // 64,
         # SD 2.x takes the states before the last layer, which some files hold all the same.
-        "num_hidden_layers": min(layers, published) if open_clip else layers,
+        "num_hidden_layers": min(layers, published),
         "vocab_size": vocab_size,
     }

@@ -229,7 +229,14 @@ def test_another_autoencoder(file, tiny_pipeline, tmp_path):
     none = rewrite(file, tmp_path / "none.safetensors", without(VAE), lambda header: {
         "flaxkd": json.dumps({k: x for k, x in json.loads(header["flaxkd"]).items() if k != "vae"})})  # fmt: skip
     for model in (tiny_pipeline, file, none):
-        for vae in (pipeline, pipeline / "vae", tmp_path / "whole.safetensors", tmp_path / "alone.safetensors"):
+        weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+        for vae in (
+            pipeline,
+            pipeline / "vae",
+            weights,
+            tmp_path / "whole.safetensors",
+            tmp_path / "alone.safetensors",
+        ):
             folder = Folder.open(model, vae)
             assert folder.scaling_factor == 0.5 and same(folder, Folder(pipeline), ("vae",)) and folder.vae == str(vae)
             assert same(folder, Folder(tiny_pipeline), ("unet", "text_encoder"))
