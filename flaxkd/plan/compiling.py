@@ -6,6 +6,7 @@ TPU programs compile with libtpu, GPU programs with JAX's CUDA plugin, on any ma
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import pickle
@@ -82,11 +83,11 @@ def topology(target: devices.Target) -> list:
             platform="cuda", topology_name="", topology=target.topology, target_config=description
         ).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        extra = "plan" if target.platform == "tpu" else "plan-gpu"
-        raise ValueError(
-            f"cannot compile for {target.name}: {str(error).splitlines()[0]}\n"
-            f'Its compiler comes with: pip install "flaxkd[{extra}]"'
-        ) from error
+        reason, extra = str(error).splitlines()[0], "plan" if target.platform == "tpu" else "plan-gpu"
+        remedy = f'Its compiler comes with: pip install "flaxkd[{extra}]"'
+        if "INVALID_ARGUMENT" in reason:  # the compiler is there, and knows no such machine
+            remedy = "A host has 2x2 chips, so the first two sides are even: v5e:2x2, v5e:4x8, v5p:2x2x1, or v5e:1x1"
+        raise ValueError(f"cannot compile for {target.name}: {reason}\n{remedy}") from error
 
 
 def teacher(config, scratch: Path) -> Folder:
@@ -167,7 +168,7 @@ OPTIONS = {"tpu": {}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 def kept(make: Callable, config, lowered: Lowered, target: devices.Target) -> Compiled:
     """make(config, lowered, target), or its earlier result for the same program and the same devices."""
-    versions = [make.__name__, lowered.compiler, jax.__version__]
+    versions = [make.__name__, lowered.compiler, jax.__version__, TEMPORARY]
     text = json.dumps([lowered.program.as_text(), target.name, target.topology, *versions])
     file = files.cache_home() / "plan" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if file.is_file():
@@ -243,7 +244,8 @@ PROGRAM, BUFFERS, MEMORY, LAST = (
     for rest in ("", "-buffer-assignment", "-memory-usage-report", "_after_buffer_assignment")
 )
 TOTAL = r"\(color=0\)\s+Total bytes: (\d+)"  # color 0 is device memory; the others are on the chip
-TEMPORARY = r"^allocation \d+: size (\d+), preallocated-temp"
+# libtpu 0.0.42: "size N, preallocated-temp", and 0.0.52: "size N, page 0, preallocated-temp"
+TEMPORARY = r"^allocation \d+: size (\d+)(?:, (?!color [1-9])\w+ \d+)*, preallocated-temp"
 
 
 def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
@@ -274,19 +276,39 @@ def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
             process.kill()
             process.wait()
         if any(folder.glob(LAST)):
-            return read(folder, time.perf_counter() - begin)
+            return read(folder, target, time.perf_counter() - begin)
         if ended == 0:
             return pickle.loads((folder / "result").read_bytes())
         last = "\n".join((folder / "said").read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         raise RuntimeError(f"the compiler for {target.name} ended with status {ended}:\n{last}")
 
 
-def read(folder: Path, seconds: float) -> Compiled:
-    """The needs of one program according to XLA's dumps, in bytes on one device."""
-    text = lambda pattern: next(folder.glob(pattern)).read_text(encoding="utf-8")
-    needed = int(re.search(TOTAL, text(MEMORY))[1])
-    temporary = sum(map(int, re.findall(TEMPORARY, text(BUFFERS), re.MULTILINE)))
-    return Compiled(needed, temporary, None, collectives(text(PROGRAM)), seconds)
+def read(folder: Path, target: devices.Target, seconds: float) -> Compiled:
+    """The needs of one program according to XLA's dumps, in bytes on one device.
+
+    Raises ValueError if a dump lacks what every training step has: another libtpu may write it otherwise."""
+
+    def numbers(pattern: str, dump: str, what: str) -> list[int]:
+        file = next(folder.glob(dump), None)
+        found = re.findall(pattern, file.read_text(encoding="utf-8"), re.MULTILINE) if file else []
+        if not found:
+            raise unread(what, file.name if file else dump)
+        return [int(x) for x in found]
+
+    def unread(what: str, file: str) -> ValueError:
+        version = next((f"libtpu {d.version}" for d in importlib.metadata.distributions(name="libtpu")), "this libtpu")
+        return ValueError(
+            f"{version} writes {what} of a program for {target.name} in a form that is not known here ({file}): plan "
+            'with --whole, which needs no dump, or with the libtpu of pip install "flaxkd[plan]"'
+        )
+
+    needed = numbers(TOTAL, MEMORY, "the memory")[0]
+    temporary = sum(numbers(TEMPORARY, BUFFERS, "the temporaries"))
+    program = next(folder.glob(PROGRAM)).read_text(encoding="utf-8")
+    sent = collectives(program)
+    if target.count > 1 and not sent:  # gradients, at least
+        raise unread("the collectives", PROGRAM)
+    return Compiled(needed, temporary, None, sent, seconds)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ bytes of the machine code. Needs `pip install "flaxkd[plan]"`.
 """
 
 import math
-import threading
-
-from tqdm import tqdm
 
 from flaxkd import students
+from flaxkd.machine import progress
 from flaxkd.plan import compiling, devices
 
 GIB = 2**30
@@ -31,9 +29,10 @@ def row(config, target: devices.Target, whole: bool = False) -> dict:
     """Needs of the configuration's training step on one device of `target`, and its estimated speed: see COLUMNS.
 
     Raises ValueError for a configuration that cannot run there, or without a compiler for `target`."""
-    with progress_line(f"{target.name}, {config.batch_size // target.count} images per device: tracing"):
+    what = f"{target.name}, {config.batch_size // target.count} images per device"
+    with progress.Bar(None, what, first="tracing", leave=False):
         lowered = compiling.lower(config, target)
-    with progress_line(f"{target.name}, {config.batch_size // target.count} images per device: compiling"):
+    with progress.Bar(None, what, first=progress.COMPILING, leave=False):
         make = compiling.whole if whole or target.platform == "gpu" else compiling.assigned
         compiled = compiling.kept(make, config, lowered, target)
     fits = compiled.fits and compiled.needed <= room(target, make is compiling.whole)
@@ -187,24 +186,3 @@ def markdown(rows: list[dict]) -> str:
     lines += ["the published utilisation of the bfloat16 peak:", ""]
     sources = {r["device"].split(":")[0]: f"{r['utilisation']:.0%} ({r['source']})" for r in rows}
     return "\n".join(lines + [f"- {name}: {text}" for name, text in sources.items()]) + "\n"
-
-
-class progress_line:
-    """Within it, a line shows the current work and its elapsed time."""
-
-    def __init__(self, what: str):
-        self.bar = tqdm(desc=what, bar_format="{desc} ({elapsed})", leave=False)
-        self.over = threading.Event()
-
-    def __enter__(self):
-        def tick():
-            while not self.over.wait(1.0):
-                self.bar.refresh()
-
-        self.thread = threading.Thread(target=tick, daemon=True)
-        self.thread.start()
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.thread.join()
-        self.bar.close()

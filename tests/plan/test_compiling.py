@@ -113,7 +113,7 @@ def test_what_this_jaxlib_cannot_read_of_a_program_is_left_out(monkeypatch, tmp_
 
 # -- A compiler that is still at work: a shell script in its place ----------------------------------------------------
 
-# As libtpu 0.0.42 wrote them, with fewer buffers.
+# As libtpu 0.0.42 writes them, with fewer buffers.
 DUMPS = {
     "after_optimizations": """HloModule jit_train_step, is_scheduled=true
   %ar = (f32[8,128]{1,0:T(8,128)}, bf16[4]{0:T(128)(2,1)}) all-reduce(f32[8,128] %a, bf16[4] %b), replica_groups={}
@@ -161,6 +161,68 @@ def test_it_ends_the_compiler_as_soon_as_the_buffers_are_known(compiler, tmp_pat
     assert time.monotonic() - begin < 30
     assert found[:4] == (8119808000, 2243363328, None, {"all-reduce": (1, 8 * 128 * 4 + 8)}) and found.fits
     assert "--xla_dump_to=" in (tmp_path / "flags").read_text()
+
+
+# The same buffers, and the real ones of the miniature's step, as libtpu 0.0.52 writes them.
+PAGES = """allocation 0: size 512, page 0, thread-local:
+allocation 1: size 1179648, page 0, parameter 0, shape |f32[3,3,256,128]| at ShapeIndex {186}, maybe-live-out:
+allocation 7287: size 7168, color 6, page 0, preallocated-temp:
+allocation 7288: size 232, color 2, page 0, preallocated-temp:
+allocation 7289: size 63259136, page 0, preallocated-temp:
+allocation 7290: size 71516672, color 1, page 0, preallocated-temp:
+"""
+
+
+def dumped(folder, **changes):
+    """Dumps in a folder. changes: {end of the name with underscores: its text}; None for no such dump."""
+    for name, text in DUMPS.items():
+        text = changes.get(name.replace("-", "_"), text)
+        if text is not None:
+            (folder / f"module_0003.jit_train_step.cl_1.{name}.txt").write_text(text)
+    return compiling.read(folder, devices.target("v5e:2x2"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("buffers", "temporary"),
+    [
+        (PAGES, 63259136),
+        (PAGES.replace(", page 0", ""), 63259136),
+        (PAGES.replace("7289: size 63259136,", "7289: size 63259136, color 0,"), 63259136),
+        (PAGES + "allocation 7291: size 1000, page 1, preallocated-temp:\n", 63260136),
+    ],
+)
+def test_temporaries_are_those_in_the_memory_of_the_device(tmp_path, buffers, temporary):
+    assert dumped(tmp_path, after_optimizations_buffer_assignment=buffers).temporary == temporary
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("after_optimizations_buffer_assignment", PAGES.replace("preallocated-temp", "temporary"), "the temporaries"),
+        ("after_optimizations_buffer_assignment", None, "the temporaries"),
+        ("after_optimizations_memory_usage_report", "Memory Space: hbm\nTotal: 7 GiB\n", "the memory"),
+        ("after_optimizations", "HloModule jit_train_step\n", "the collectives"),
+    ],
+)
+def test_what_is_not_found_in_a_dump_is_an_error_and_no_zero(tmp_path, name, text, what):
+    with pytest.raises(ValueError, match=f"writes {what} of a program for v5e:2x2 .*--whole"):
+        dumped(tmp_path, **{name: text})
+
+
+def test_a_topology_that_does_not_exist_is_told_from_a_missing_compiler(monkeypatch):
+    def refuse(reason):
+        def get(**_):
+            raise RuntimeError(reason)
+
+        monkeypatch.setattr(compiling.topologies, "get_topology_desc", get)
+        with pytest.raises(ValueError) as caught:
+            compiling.topology(devices.target("v5e:3x3"))
+        return str(caught.value)
+
+    there = refuse('INVALID_ARGUMENT: Topology layout "v5e:3x3" is not divisible by "2x2x1"\n more')
+    assert "sides are even" in there and "pip install" not in there and "more" not in there
+    missing = refuse("JAX TPU support not installed; cannot generate TPU topology")
+    assert 'pip install "flaxkd[plan]"' in missing and "even" not in missing
 
 
 def test_a_compiler_that_ends_by_itself_has_told_all(compiler, tmp_path):
