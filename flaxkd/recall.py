@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not 1 <= args.captions <= args.originals:
+        raise ValueError(f"--captions {args.captions} of --originals {args.originals}: 1 is the least, all the most")
     source = sources.open_source("openmoji", "train")
     chosen = np.random.default_rng(args.seed).permutation(len(source))[: args.originals]
     examples = [source[int(i)] for i in chosen]

@@ -27,6 +27,7 @@ from flaxkd.training import metrics
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 FRAMES = 12  # of the drawings over time
 WIDEST = 1400  # pixels: a sheet of 512-pixel drawings is wider than any page
+SCROLLS = 'class="wide" tabindex="0"'  # of what may be wider than the page; by keyboard too
 
 
 def write(workdir: Path, out: Path | None = None) -> Path:
@@ -68,9 +69,9 @@ def page(workdir: Path) -> str:
 
 
 def markdown(text: str) -> str:
-    """Markdown with tables as HTML. Tables scroll within the page: it may be open on a phone."""
+    """Markdown with tables as HTML. Tables scroll within the page, and say so: it may be open on a phone."""
     rendered = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    rendered = rendered.replace("<table>", '<div class="wide"><table>')
+    rendered = rendered.replace("<table>", f"<div {SCROLLS}><table>")
     return rendered.replace("</table>", "</table></div>")
 
 
@@ -103,7 +104,8 @@ def blocks_of(run: dict, source: Folder, teacher: str) -> str:
     drawn = io.StringIO()
     student, config = students.get(run["student"]), source.config("unet")
     picture.draw(drawn, (student,), config, teacher, format="svg")
-    return f"<figure>{drawn.getvalue()[drawn.getvalue().index('<svg') :]}</figure>"
+    svg = drawn.getvalue()[drawn.getvalue().index("<svg") :]
+    return f'<figure {SCROLLS} role="img" aria-label="blocks of the teacher and of the student">{svg}</figure>'
 
 
 def frames(workdir: Path) -> str:
@@ -136,16 +138,17 @@ def figure(path: Path, alternative: str, attributes: str = "") -> str:
         image.convert("RGB").save(data, "WEBP", quality=88)
         size = f'width="{image.width}" height="{image.height}"'
     url = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return f'<figure{attributes}><img src="{url}" {size} alt="{html.escape(alternative)}"></figure>'
+    return f'<figure {SCROLLS}{attributes}><img src="{url}" {size} alt="{html.escape(alternative)}"></figure>'
 
 
 def measured(workdir: Path, name: str, alternative: str) -> str:
-    """Picture and tables of `flaxkd.evaluate` or `flaxkd.bench`: NAME.png and NAME.md in WORKDIR/NAME."""
+    """Pictures and tables of `flaxkd.evaluate` or `flaxkd.bench`: samples.png, NAME.png and NAME.md in WORKDIR/NAME."""
     path = workdir / name / f"{name}.md"
     if not path.is_file():
         return ""
     tables = markdown(path.read_text(encoding="utf-8").partition("\n")[2]).replace("h2>", "h3>")
-    return figure(path.with_suffix(".png"), alternative) + tables
+    drawn = figure(path.with_name("samples.png"), f"{alternative}: pictures of held-out captions, a column per model")
+    return drawn + figure(path.with_suffix(".png"), alternative) + tables
 
 
 def commands(workdir: Path) -> str:

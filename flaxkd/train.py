@@ -23,7 +23,7 @@ from PIL import Image
 from flaxkd import export, tasks
 from flaxkd.data import encoding, sources
 from flaxkd.drawing import grids
-from flaxkd.machine import checkpoints, command, configuration, cpu, hosts, sharding, streams
+from flaxkd.machine import checkpoints, command, configuration, cpu, hosts, progress, sharding, streams
 from flaxkd.pretrained import Folder, fresh
 from flaxkd.tasks.samples import Sheet
 from flaxkd.training import checkpoint, curves, metrics
@@ -170,7 +170,8 @@ def compile_step(train_step, *arguments) -> Future:
     """The step. It compiles, or loads a stored program, while the first pictures are drawn: training starts sooner."""
     if jax.process_count() > 1:  # processes must compile in the same order
         done: Future = Future()
-        done.set_result(train_step)
+        with progress.Bar(None, first=progress.COMPILING, leave=False, disable=not hosts.is_first()):
+            done.set_result(train_step.lower(*arguments).compile())
         return done
     pool = ThreadPoolExecutor(1)
     compiled = pool.submit(lambda: train_step.lower(*arguments).compile())
@@ -188,7 +189,9 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
         if start == 0:
             figures = validate(s, state)
             draw_samples(s, state)
-        train_step, stopping, owed = s.train_step.result(), False, False
+        stopping, owed = False, False
+        with s.writer.pause(progress.COMPILING):
+            train_step = s.train_step.result()
         for step in range(start + 1, config.steps + 1):
             batch = sharding.put_rows(next(s.batches), s.mesh, config.batch_size)
             state, values = train_step(state, s.frozen, batch, s.key)
@@ -206,7 +209,8 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
             if owed or stopping:
                 log(s, state)
                 if checkpoint.is_good(state):  # else after the next step that is taken
-                    checkpoint.save(s.manager, state, s.batches.get_state())
+                    with s.writer.pause("saving"):
+                        checkpoint.save(s.manager, state, s.batches.get_state())
                     owed = False
             if stopping:
                 stop_here(s, step)
@@ -257,24 +261,24 @@ def shown(state: State) -> dict:
 
 def validate(s: Setup, state: State) -> dict[str, float]:
     """The loss on held-out examples, written and returned: {"validation/loss": float, ...}."""
-    values = s.evaluate(shown(state), s.frozen, state.ema, s.held_out)
-    values = {f"validation/{name}": float(value) for name, value in values.items()}
+    with s.writer.pause("validating"):
+        values = s.evaluate(shown(state), s.frozen, state.ema, s.held_out)
+        values = {f"validation/{name}": float(value) for name, value in values.items()}
     s.writer.write(int(state.step), values)
-    s.writer.restart()
     return values
 
 
 def draw_samples(s: Setup, state: State) -> None:
     """Draws the sheet of this step, kept for the report, and renews samples.png and curves.png."""
     path = s.workdir / "samples" / f"{int(state.step):08}.png"
-    with metrics.watching("the sheet of samples"):
-        s.sheet.draw(shown(state), s.frozen, path)
-        if hosts.is_first() and path.exists():
-            grids.save(Image.open(path), s.workdir / "samples.png")
-    if hosts.is_first():
-        with metrics.watching("curves.png"):
-            curves.draw(s.workdir)
-    s.writer.restart()
+    with s.writer.pause("drawing"):
+        with metrics.watching("the sheet of samples"):
+            s.sheet.draw(shown(state), s.frozen, path)
+            if hosts.is_first() and path.exists():
+                grids.save(Image.open(path), s.workdir / "samples.png")
+        if hosts.is_first():
+            with metrics.watching("curves.png"):
+                curves.draw(s.workdir)
 
 
 # -- End -------------------------------------------------------------------------------------------------------------

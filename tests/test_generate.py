@@ -68,7 +68,7 @@ def test_devices_share_the_pictures_and_send_each_other_nothing(pipeline, drawn,
     assert pipeline.mesh.size == jax.device_count() > 1
     assert all(levels(a, b) <= 1 for a, b in zip(drawn, one(BOTH, seed=3, **FEW), strict=True))
 
-    program = jax.jit(sampling.text_to_image.__wrapped__, static_argnames=("modules", "condition"))
+    program = jax.jit(sampling.text_to_image, static_argnames=("modules", "condition"))
 
     def sent(**arguments):
         found.append(compiling.collectives(program.lower(**arguments).compile().as_text()))

@@ -76,6 +76,7 @@ def test_everything_is_on_the_page_and_nothing_elsewhere(workdir):
     (workdir / "evaluation").mkdir()
     table = "| model | PSNR |\n|---|---:|\n| teacher | 100 |\n| mine | 21.5 |"
     (workdir / "evaluation" / "evaluation.md").write_text(f"# Evaluation\n\n{table}\n\n## Settings\n\nnone\n")
+    Image.fromarray(np.zeros((10, 20, 3), np.uint8)).save(workdir / "evaluation" / "samples.png")
     (workdir / "bench").mkdir()
     (workdir / "bench" / "bench.md").write_text("# Benchmark\n\n| model | s |\n|---|---:|\n| mine | 0.123 |\n")
     out = report.write(workdir)
@@ -102,6 +103,11 @@ def test_everything_is_on_the_page_and_nothing_elsewhere(workdir):
     ):
         assert told in page.text, told
     assert text.count("<svg") == 1
+    assert any("a column per model" in image["alt"] for image in page.images)
+    # On a phone: whatever is wide scrolls within the page, can be reached by keyboard, and says so.
+    for wide in ("<table>", "<svg", "<img"):
+        before = [text[: found.start()].rstrip() for found in re.finditer(wide, text)]
+        assert before and all(re.search(r'class="wide" tabindex="0"[^>]*>$', start) for start in before), wide
 
 
 def test_a_few_frames_stand_for_many_and_large_pictures_shrink(workdir):

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from flaxkd import students
 from flaxkd.ablation import table
 from flaxkd.evaluate import evaluation
-from flaxkd.machine import command, files
+from flaxkd.machine import command, files, progress
 from flaxkd.training import checkpoint, metrics
 
 # The keys in which the runs differ. A row sets all of them, so it does not change with the defaults.
@@ -64,12 +63,15 @@ def run(args: argparse.Namespace, typed: str) -> dict:
     for each in runs:
         checkpoint.claim(each.workdir, each.config.to_dict())  # or a skipped run may have other settings
     train_all(runs)  # all before the first evaluation: otherwise two processes would share an accelerator
-    rows, curves, teacher = {}, {}, {}
+    rows, curves, teacher, as_cut = {}, {}, {}, {}
     for student in dict.fromkeys(each.student for each in runs):
         own = [each for each in runs if each.student == student]
         measured = measure(args, own)["rows"]
         teacher = measured[0]
-        for each, row in zip(own, measured[1:], strict=True):
+        before = [row for row in measured if row.get("as_cut")]
+        as_cut |= {student: before[0]} if before else {}
+        trained = [row for row in measured[1:] if row not in before]
+        for each, row in zip(own, trained, strict=True):
             rows.setdefault(student, {}).setdefault(each.variant, []).append(row)
             records = metrics.read(each.workdir)
             curves.setdefault(student, {}).setdefault(each.variant, []).append(records)
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace, typed: str) -> dict:
     settings |= {"held-out captions": args.examples, "sampler": config.sample.sampler}
     settings |= {"sampler steps": config.sample.steps, "guidance": config.sample.guidance}
     variants = {name: dict(zip(KEYS, row, strict=True)) for name, row in VARIANTS.items()}
-    result = table.result(settings, variants, teacher, rows, curves)
+    result = table.result(settings, variants, teacher, rows, curves, as_cut)
     print("\n".join(f"wrote {path}" for path in table.write(args.out, result)))
     return result
 
@@ -124,17 +126,18 @@ def train_all(runs: list[Run]) -> None:
     """Trains the unfinished runs one by one, with a bar over the steps of all runs."""
     steps = [reached(run) for run in runs]
     total = sum(run.config.steps for run in runs)
-    with tqdm(total=total, initial=sum(steps), unit="step", dynamic_ncols=True) as bar:
+    with progress.Bar(total, initial=sum(steps)) as bar:
+        bar.begin()  # every run compiles: it belongs to the time left
         for i, run in enumerate(runs):
             if finished(run):
                 continue
 
             def tick(i=i, run=run) -> None:
                 steps[i] = reached(run)
-                bar.n = sum(steps)
+                bar.update(sum(steps) - bar.n)
                 bar.refresh()  # for its clock: the step stays the same while a run compiles
 
-            bar.set_description(f"run {i + 1} of {len(runs)}, {run.workdir.name}")
+            bar.describe(f"run {i + 1} of {len(runs)}, {run.workdir.name}")
             train(run, tick)
 
 
@@ -153,7 +156,7 @@ def train(run: Run, tick: Callable[[], None]) -> None:
                     process.wait(POLL)
                 tick()
         except BaseException:  # stopping this command stops the training, which saves first
-            tqdm.write(f"stopping; {run.workdir.name} saves after its current step")
+            progress.write(f"stopping; {run.workdir.name} saves after its current step")
             process.terminate()
             process.wait()
             raise

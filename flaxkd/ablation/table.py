@@ -52,16 +52,18 @@ def best(found: dict[str, dict], better: Callable) -> str | None:
     return first
 
 
-def result(settings: dict, variants: dict, teacher: dict, rows: dict, curves: dict) -> dict:
+def result(settings: dict, variants: dict, teacher: dict, rows: dict, curves: dict, as_cut: dict | None = None) -> dict:
     """The input of `write`, from rows of evaluations (see evaluate/table.py) and records of metrics.jsonl.
 
     settings: {name: value}. variants: {variant: {key of the configuration: value}}. teacher: its row. rows:
-    {student: {variant: [the row of each seed]}}. curves: {student: {variant: [the records of each seed]}}.
+    {student: {variant: [the row of each seed]}}. curves: {student: {variant: [the records of each seed]}}. as_cut:
+    {student: its row before training}.
     """
     return {
         "settings": settings,
         "variants": variants,
         "teacher": {key: teacher[key] for key in MEASURES if key in teacher},
+        "as_cut": {name: {key: row[key] for key in MEASURES if key in row} for name, row in (as_cut or {}).items()},
         "students": {
             student: {
                 variant: {key: of([row[key] for row in seeds]) for key in MEASURES} for variant, seeds in found.items()
@@ -96,14 +98,15 @@ def markdown(result: dict) -> str:
     titles = [title for title, _, _ in COLUMNS.values()]
     for student, found in result["students"].items():
         bold = {key: best({name: row[key] for name, row in found.items()}, better) for key, better in MEASURES.items()}
-        cells = [
-            titles,
-            [_number(result["teacher"].get(key), digits) for key, (_, digits, _) in COLUMNS.items()],
-        ]
+        fixed = {"teacher": result["teacher"]}
+        fixed |= {"as cut": result["as_cut"][student]} if student in result["as_cut"] else {}
+        cells = [titles]
+        for row in fixed.values():
+            cells.append([_number(row.get(key), digits) for key, (_, digits, _) in COLUMNS.items()])
         for variant, row in found.items():
             line = [_number(row[key]["mean"], digits, row[key]["sd"]) for key, (_, digits, _) in COLUMNS.items()]
             cells.append([f"**{x}**" if bold[key] == variant else x for key, x in zip(COLUMNS, line, strict=True)])
-        blocks += [f"## {student}", table.aligned(["variant", "teacher", *found], cells)]
+        blocks += [f"## {student}", table.aligned(["variant", *fixed, *found], cells)]
     arrows = {min: "less is better", max: "more is better"}
     blocks.append("\n".join(f"- {title}: {what}; {arrows[MEASURES[key]]}" for key, (title, _, what) in COLUMNS.items()))
     keys = list(next(iter(variants.values())))
@@ -122,34 +125,32 @@ def _number(value: float | None, digits: int, sd: float | None = None) -> str:
 def picture(result: dict, path: Path) -> None:
     """A panel per measure: a dot per seed, a line at the mean, dashes for the teacher. Then loss_output by step.
 
-    Colours are variants, groups are students."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-
+    Colours are variants, groups are students. A cross is the student as cut."""
     found, variants = result["students"], list(result["variants"])
     color = {name: figures.LINES[i % len(figures.LINES)] for i, name in enumerate(variants)}
-    places = {}  # from the top, with a gap between students
-    for i, student in enumerate(found):
-        places |= {(student, name): i * (len(variants) + 1) + j for j, name in enumerate(variants)}
-    panels = len(COLUMNS) + len(found)
-    figure, axes = plt.subplots(
-        -(-panels // 3), 3, figsize=(15, 3.6 * -(-panels // 3)), squeeze=False, layout="constrained"
-    )
-    figure.suptitle("dots are seeds, lines are means over seeds, dashes are the teacher", fontsize=9)
-    free = iter(axes.flat)
+    lines = [(student, name) for student in found for name in ("as cut", *variants)]
+    lines = [(student, name) for student, name in lines if name in variants or student in result["as_cut"]]
+    places = {line: y + 0.6 * list(found).index(line[0]) for y, line in enumerate(lines)}  # a gap between students
+    figure, axes = figures.panels(len(COLUMNS) + len(found), height=max(2.4, 1.4 + 0.16 * len(lines)))
+    words = "dots are seeds, lines are means over seeds, dashes are the teacher"
+    figure.suptitle(words + ", crosses are students as cut" * bool(result["as_cut"]), fontsize=9)
+    free = iter(axes)
     for key, (title, _, _) in COLUMNS.items():
-        axis = next(free)
+        axis, values = next(free), []
         if (of_teacher := result["teacher"].get(key)) is not None:
             axis.axvline(of_teacher, color=figures.INK, linewidth=1, linestyle="--")
+            values.append(of_teacher)
         for (student, name), y in places.items():
+            if name == "as cut":
+                before = [result["as_cut"][student][key]] if key in result["as_cut"][student] else []
+                values += before
+                axis.plot(before, [y] * len(before), "x", color=figures.INK)
+                continue
             spread = found[student][name][key]
+            values += spread["values"]
             axis.plot(spread["values"], [y] * len(spread["values"]), "o", color=color[name], alpha=0.6, ms=5)
             axis.plot([spread["mean"]] * 2, [y - 0.35, y + 0.35], color=color[name], linewidth=2)
-        if all(x > 0 for line in axis.lines for x in line.get_xdata()) and key not in ("psnr", "ssim"):
-            axis.set_xscale("log")
+        figures.readable(axis, "x", values, log=key not in ("psnr", "ssim"))
         axis.set_yticks(list(places.values()), [f"{student}  {name}" for student, name in places], fontsize=7)
         axis.invert_yaxis()
         axis.set_title(f"{title} ({'less' if MEASURES[key] is min else 'more'} is better)", fontsize=10)
@@ -158,20 +159,9 @@ def picture(result: dict, path: Path) -> None:
         for name, points in curves.items():
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", ms=3, color=color[name], label=name)
-        if all(y > 0 for line in axis.lines for y in line.get_ydata()):
-            axis.set_yscale("log")
+        figures.readable(axis, "y", [value for points in curves.values() for _, value in points])
         axis.set_title(f"{student}: loss_output on held-out captions", fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.legend(fontsize=7)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=7, which="both")
-        for scale in (axis.xaxis, axis.yaxis):
-            if scale.get_scale() == "log":  # numbers as in the tables, where there is room
-                scale.set_minor_locator(LogLocator(subs=(2, 5)))
-                scale.set_major_formatter("{x:g}")
-                scale.set_minor_formatter("{x:g}")
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-    for axis in free:
-        axis.remove()
+        figures.steps(axis)
+        if axis.lines:
+            axis.legend(fontsize=7)
     figures.save(figure, path)

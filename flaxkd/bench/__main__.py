@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     cpu.keep_memory()
     benchmark.run(
         config,
-        names=everyone if args.students is None else args.students,
+        names=everyone * bool(config.student) if args.students is None else args.students,
         against=RIVALS[args.against],
         unet=benchmark.changes(args.unet),
         rounds=args.rounds,

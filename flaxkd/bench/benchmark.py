@@ -21,14 +21,13 @@ import time
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from flaxkd import students
 from flaxkd.bench import torch_works, works
 from flaxkd.bench.works import Prepared, Subject
 from flaxkd.drawing import figures
 from flaxkd.evaluate import table
-from flaxkd.machine import files
+from flaxkd.machine import files, progress
 from flaxkd.plan import devices
 from flaxkd.pretrained import Folder, fresh, save, shapes
 
@@ -53,7 +52,7 @@ def run(config, *, names: list[str], against: list[str], unet: dict, rounds: int
         for name in names:
             students.config(students.get(name), teacher_config)
         rows = []
-        with tqdm(total=(1 + len(names)) * len(works.WORKS) * (1 + len(against)) * (1 + rounds), unit="run") as bar:
+        with progress.Bar((1 + len(names)) * len(works.WORKS) * (1 + len(against)) * rounds, unit=" runs") as bar:
             for name in ("teacher", *names):
                 subject = works.subject(name, config, folder, steps=steps)
                 rows += measure(subject, [OURS, *against], rounds, bar)
@@ -95,18 +94,18 @@ def other_architecture(folder: Folder, changes: dict, out: Path, seed: int) -> F
     return Folder(save(out, source=folder, parts=parts))
 
 
-def measure(subject: Subject, rivals: list[str], rounds: int, bar: tqdm) -> list[dict]:
+def measure(subject: Subject, rivals: list[str], rounds: int, bar: progress.Bar) -> list[dict]:
     """A row {"model", "by", "parameters", work: {"seconds", ...}} per rival, for every work of `works.WORKS`."""
     size = sum(x.size for x in jax.tree.leaves(subject.unet))
     rows = {by: {"model": subject.name, "by": by, "parameters": size} for by in rivals}
     for work in works.WORKS:
         ready: dict[str, Prepared] = {}
         for by in rivals:
-            bar.set_description(f"{subject.name}, {work}: compiling {by}")
-            ours = by == OURS
-            ready[by] = works.prepare(subject, work) if ours else torch_works.prepare(subject, work, by)
-            bar.update()
-        bar.set_description(f"{subject.name}, {work}")
+            bar.describe(f"{subject.name}, {work}" + f", {by}" * (len(rivals) > 1))
+            with bar.during(progress.COMPILING):
+                ours = by == OURS
+                ready[by] = works.prepare(subject, work) if ours else torch_works.prepare(subject, work, by)
+        bar.describe(f"{subject.name}, {work}")
         seconds = interleaved(ready, rounds, bar)
         for by, prepared in ready.items():
             rows[by][work] = {
@@ -246,34 +245,22 @@ def ratios(rows: list[dict]) -> str:
 
 def picture(result: dict, path: Path) -> None:
     """Bars of the three times, one colour per program."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = result["rows"]
     who = list(dict.fromkeys(row["by"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, 3, figsize=(13, 1.2 + 0.28 * len(rows)), layout="constrained", sharey=True)
+    figure, axes = figures.panels(len(TITLES), height=1.2 + 0.28 * len(rows))
     for axis, (work, title) in zip(axes, TITLES.items(), strict=True):
         for i, by in enumerate(who):
             own = [row for row in rows if row["by"] == by]
             places = [models.index(row["model"]) + 0.8 * (i + 0.5) / len(who) - 0.4 for row in own]
-            drawn = axis.barh(
-                places,
-                [row[work]["seconds"] for row in own],
-                0.8 / len(who),
-                color=figures.LINES[i],
-                label=by,
-            )
-            axis.bar_label(drawn, [table.number(row[work]["seconds"], 3) for row in own], fontsize=7, padding=2)
+            seconds = [row[work]["seconds"] for row in own]
+            drawn = axis.barh(places, seconds, 0.8 / len(who), color=figures.LINES[i], label=by)
+            axis.bar_label(drawn, [table.number(x, 3) for x in seconds], fontsize=7, padding=2)
         axis.set_title(f"seconds per {title}", fontsize=10)
         axis.set_yticks(range(len(models)), models)
-        axis.margins(x=0.18)
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="x", alpha=0.25)
-        axis.set_axisbelow(True)
-    axes[0].invert_yaxis()
+        axis.set_ylim(len(models) - 0.5, -0.5)
+        axis.margins(x=0.2)
+        figures.readable(axis, "x", [], log=False)
     if len(who) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(who), fontsize=8)
     figures.save(figure, path)

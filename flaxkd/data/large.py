@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from flaxkd.data import openmoji, records
 from flaxkd.data.chunks import Broken, Chunk
 from flaxkd.data.filters import Example, Left, Recipe, prepare
 from flaxkd.machine import files
+from flaxkd.machine.progress import COMPILING, Bar
 
 SPLITS = ("train", "validation")
 
@@ -68,8 +68,9 @@ def build(
     done = _done(out)
     mine = range(process_index, len(chunks), process_count)
     left = [i for i in mine if _numbered(i, len(chunks)) not in done]
-    bar = tqdm(total=len(mine), initial=len(mine) - len(left), unit=" chunks", disable=not progress)
-    bar.set_description("encoding" if process_count == 1 else f"process {process_index} of {process_count}")
+    words = "encoding" if process_count == 1 else f"process {process_index} of {process_count}"
+    done = len(mine) - len(left)
+    bar = Bar(len(mine), words, " chunks", first=COMPILING if left else "", initial=done, disable=not progress)
     count = _Counts(bar)
     with bar, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for i in left:
@@ -85,7 +86,7 @@ def build(
 class _Counts:
     """Called for every picture: counts each kind, and shows the counts and the speed in the bar."""
 
-    def __init__(self, bar: tqdm):
+    def __init__(self, bar: Bar):
         self.bar, self.of, self.start, self.shown = bar, collections.Counter(), None, 0.0
 
     def __call__(self, kind: str) -> None:
@@ -97,6 +98,7 @@ class _Counts:
         kept, self.shown = self.of["train"] + self.of["validation"], time.monotonic()
         if self.start is None and kept:  # the first batch includes compiling, so it does not count
             self.start = (kept, self.shown)
+            self.bar.begin()
         rate = (kept - self.start[0]) / max(self.shown - self.start[1], 1e-9) if self.start else 0.0
         left = ", ".join(f"{self.of[kind]:,} {kind}" for kind in ("filtered", "skipped"))
         self.bar.set_postfix_str(f"{rate:.1f} images/s, {kept:,} kept, {left}")

@@ -10,6 +10,8 @@ def read(path: Path, limit: int | None = None) -> list[str]:
     BK-SDM's metadata.csv fits. Blank lines of a .txt are skipped. Raises FileNotFoundError, or ValueError that names
     the faulty line, or the number of prompts if there are fewer than `limit`."""
     path = Path(path)
+    if limit is not None and limit < 1:
+        raise ValueError(f"the first {limit} prompts of {path}: 1 is the least")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path.absolute()} with prompts: give a .txt or a .csv")
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -30,6 +32,6 @@ def read(path: Path, limit: int | None = None) -> list[str]:
             found = [line.strip() for line in file if line.strip()]
         else:
             raise ValueError(f"{path} is neither .txt (one prompt per line) nor .csv (a text column)")
-    if len(found) < max(2, limit or 0):
-        raise ValueError(f"{path} has {len(found)} prompts, {max(2, limit or 0)} are needed")
+    if len(found) < (limit or 1):
+        raise ValueError(f"{path} has {len(found)} prompts, {limit or 1} are needed")
     return found[:limit]

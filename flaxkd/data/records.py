@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
-from tqdm import tqdm
 
 from flaxkd.data import pictures
 from flaxkd.machine import files
+from flaxkd.machine.progress import COMPILING, Bar
 
 FORMAT = 1  # increase it when the records change
 SHARD = 8192  # records per file; 64 KiB each at 512 pixels
@@ -79,11 +79,11 @@ def ensure(
 
     def make(shares: list[tuple[str, int]], desc: str) -> None:
         sizes = [min(shard_size, len(source) - shard * shard_size) for _, shard in shares]
-        with tqdm(total=sum(sizes), desc=desc, unit=" pictures", disable=not progress) as bar:
+        with Bar(sum(sizes), desc, " pictures", first=COMPILING, disable=not progress) as bar:
             for (kind, shard), size in zip(shares, sizes, strict=True):
                 file = cache / shard_name(kind, shard, shards)
                 if file.exists():  # from a killed build or a parallel process
-                    bar.update(size)
+                    bar.skip(size)
                     continue
                 indices = range(shard * shard_size, shard * shard_size + size)
                 faults: list[str] = []

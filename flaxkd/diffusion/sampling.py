@@ -1,7 +1,7 @@
-"""Drawing: text to image and image to image with classifier-free guidance, the whole loop one compiled program.
+"""Drawing: text to image and image to image with classifier-free guidance.
 
-The arrays of a schedule make the sampler (`samplers.schedule`): samplers with equal numbers of steps share one compiled
-program.
+The arrays of a schedule make the sampler (`samplers.schedule`): all samplers, with any number of steps, share one
+compiled program for a step. Whoever draws counts the steps: at full size one may take seconds.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,25 @@ from flaxkd.machine import sharding
 
 
 def solve(noise_pred_fn: Callable, latents: jax.Array, schedule: Schedule, noise: jax.Array | None = None) -> jax.Array:
-    """Follows `schedule` from noise to data: float32[...] -> float32[...]. One `lax.scan`, traceable.
+    """Follows `schedule` from noise to data: float32[...] -> float32[...]. Traceable; arguments as in `advance`.
+
+    latents: as `schedule.start` says."""
+    return advance(noise_pred_fn, begin(latents), schedule, noise)[0]
+
+
+def begin(latents: jax.Array) -> tuple:
+    """What a step reads and renews: the latents float32[...], then predictions of the steps before."""
+    latents = jnp.asarray(latents, jnp.float32)
+    nothing = 0 * latents  # on the devices of the latents
+    return latents, (nothing,) * PAST
+
+
+def advance(noise_pred_fn: Callable, carry: tuple, schedule: Schedule, noise: jax.Array | None) -> tuple:
+    """Takes the steps of `schedule`, all or some of them, from and to what `begin` returns. One `lax.scan`, traceable.
 
     noise_pred_fn: (latents float32[...], timestep float32[]) -> float[...], the UNet's output (noise or v).
-    latents: as `schedule.start` says. noise: float32[steps, ...], unit Gaussian, for a sampler that adds some between
-    its steps, else None. Raises ValueError if only one of the two has it.
+    noise: float32[steps, ...], unit Gaussian, for a sampler that adds some between its steps, else None. Raises
+    ValueError if only one of the two has it.
     """
     if (schedule.noise is None) != (noise is None):
         needs = "draws no noise" if schedule.noise is None else f"needs noise of shape [{len(schedule.noise)}, ...]"
@@ -38,14 +52,10 @@ def solve(noise_pred_fn: Callable, latents: jax.Array, schedule: Schedule, noise
             latents += now.noise * noise
         return (latents, predictions[:-1]), None
 
-    latents = jnp.asarray(latents, jnp.float32)
-    nothing = jnp.zeros_like(latents)
     steps = jax.tree.map(jnp.asarray, (schedule._replace(start=None), noise))  # all but the start is by step
-    (latents, *_), _ = jax.lax.scan(step, (latents, (nothing,) * PAST), steps)
-    return latents
+    return jax.lax.scan(step, carry, steps)[0]
 
 
-@sharding.jit(static_argnames=("modules", "condition"))
 def text_to_image(
     modules: FrozenDict[str, nn.Module],
     condition: Callable,
@@ -57,40 +67,71 @@ def text_to_image(
     guidance: jax.Array | float,
     image_latents: jax.Array | None = None,
     noise: jax.Array | None = None,
+    tick: Callable[[], None] | None = None,
 ) -> jax.Array:
     """Images float32[b, H, W, 3] in [0, 1] of prompts int32[b, l], by classifier-free guidance.
 
         noise_pred = negative + guidance * (positive - negative)        Ho & Salimans 2022, arXiv:2207.12598
 
-    One program, compiled once per modules, shapes, number of steps, and whether the last two arguments are given;
-    `schedule` and `guidance` are traced.
+    Three programs: the states of the prompts, a step, the decoder. Each is compiled once per modules and shapes, and
+    the step's also for whether the sampler adds noise; `schedule` and `guidance` are traced. Traceable as a whole
+    without `tick`.
 
     modules: the networks of a pipeline, static. condition: that of its family, static (see pretrained/families.py).
     params: {part: tree}, preferably on the device. negative_ids: int32[b, l], the token ids of what not to draw, or
     of "". latents: float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the
     equation too, where diffusers ignores `negative_ids`. image_latents: float32[b, h, w, 4] of `image_to_latents`,
     from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073). noise: float32[steps, b,
-    h, w, 4] as in `solve`.
+    h, w, 4] as in `solve`. tick: called when a step is done.
     """
-    # One call on a doubled batch, the two of a picture side by side: where the batch is split over devices, each then
-    # has its own, and nothing is sent.
-    pairs = lambda negative, positive: jnp.stack([negative, positive], 1).reshape(-1, *positive.shape[1:])
-    ids = pairs(negative_ids, input_ids)
-    states = condition(modules, params, ids)
+    states = _states(modules, condition, params, input_ids, negative_ids)
+    of_data, of_noise = schedule.start
+    latents = of_noise * latents if image_latents is None else of_data * image_latents + of_noise * latents
+    carry = begin(latents)
+    by_step = schedule._replace(start=None)
+    for i in range(len(schedule.timesteps)):
+        before, now = carry, jax.tree.map(lambda x, i=i: x[i : i + 1], by_step)
+        added = None if noise is None else noise[i : i + 1]
+        carry = _step(modules["unet"], params["unet"], states, guidance, carry, now, added)
+        if tick and i:  # one step late: the devices have the next one already
+            jax.block_until_ready(before)
+            tick()
+    images = _decode(modules["vae"], params["vae"], carry[0])
+    if tick:
+        jax.block_until_ready(images)
+        tick()
+    return images
+
+
+def _pairs(negative: jax.Array, positive: jax.Array) -> jax.Array:
+    """One doubled batch [2b, ...] of two, for one call. The two of a picture are side by side: where the batch is split
+    over devices, each then has its own, and nothing is sent."""
+    return jnp.stack([negative, positive], 1).reshape(-1, *positive.shape[1:])
+
+
+@sharding.jit(static_argnames=("modules", "condition"))
+def _states(modules, condition, params, input_ids, negative_ids) -> dict:
+    """The keyword arguments of the UNet, for the doubled batch."""
+    return condition(modules, params, _pairs(negative_ids, input_ids))
+
+
+@sharding.jit(static_argnames=("unet",))
+def _step(unet, params, states, guidance, carry, schedule, noise) -> tuple:
+    """A step of the guided sampler, for `schedule` and `noise` of one step."""
 
     def guided(latents, timestep):
-        both = pairs(latents, latents)
-        timesteps = jnp.full(len(both), timestep)
-        noise_pred = modules["unet"].apply({"params": params["unet"]}, both, timesteps, **states)
+        both = _pairs(latents, latents)
+        noise_pred = unet.apply({"params": params}, both, jnp.full(len(both), timestep), **states)
         noise_pred = noise_pred.astype(jnp.float32).reshape(-1, 2, *latents.shape[1:])
         negative, positive = noise_pred[:, 0], noise_pred[:, 1]
         return negative + guidance * (positive - negative)
 
-    of_data, of_noise = schedule.start
-    latents = of_noise * latents if image_latents is None else of_data * image_latents + of_noise * latents
-    latents = solve(guided, latents, schedule, noise)
-    vae = modules["vae"]
-    images = vae.apply({"params": params["vae"]}, latents / vae.config.scaling_factor, method="decode")
+    return advance(guided, carry, schedule, noise)
+
+
+@sharding.jit(static_argnames=("vae",))
+def _decode(vae, params, latents) -> jax.Array:
+    images = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from flaxkd.diffusion import sampling
 from flaxkd.diffusion.samplers import Schedule
-from flaxkd.machine import sharding
+from flaxkd.machine import progress, sharding
 
 Noise = Callable[[int], tuple[np.ndarray, np.ndarray | None]]
 
@@ -22,6 +22,8 @@ def draw(
     negatives: Sequence[str] | None = None,
     images: Sequence[np.ndarray] | None = None,
     finite: bool = True,
+    words: str | None = None,
+    leave: bool = True,
 ) -> Iterator[np.ndarray]:
     """The pictures uint8[H, W, 3] of all prompts, in order.
 
@@ -29,33 +31,42 @@ def draw(
     noise(i) -> (unit Gaussian latents float32[h, w, c] at the start of picture i; float32[steps, h, w, c] to add
     between steps, or None for a sampler that adds none). schedule: of the sampler. negatives: what not to draw, for
     each prompt; None: "". images: float32[H, W, 3] in [0, 1] to start from, for each prompt. batch_size: pictures at
-    a time, at least one on each device; the last batch is filled up, and one program is compiled. finite: raise
-    FloatingPointError for a picture that is not finite; otherwise it is black."""
+    a time, at least one on each device; the last batch is filled up: it compiles nothing of its own. finite: raise
+    FloatingPointError for a picture that is not finite; otherwise it is black. words: of a bar over the steps of all
+    batches, None for no bar; leave: whether the bar stays at the end."""
     modules, params, mesh = pipeline.modules, pipeline.params, pipeline.mesh
     n, batch_size = len(prompts), -(-batch_size // mesh.size) * mesh.size
     ids = pipeline.folder.tokenize(prompts)
     negative_ids = pipeline.folder.tokenize(negatives or [""] * n)
     put = lambda x: sharding.put(x, sharding.batch(mesh))
-    for start in range(0, n, batch_size):
-        rows = np.arange(start, start + batch_size).clip(max=n - 1)
-        first, between = zip(*map(noise, rows.tolist()), strict=True)
-        begin = None if images is None else put(np.stack([images[i] for i in rows]))
-        drawn = sampling.text_to_image(
-            modules=modules,
-            condition=pipeline.folder.family.condition,
-            params=params,
-            input_ids=put(ids[rows]),
-            negative_ids=put(negative_ids[rows]),
-            latents=put(np.stack(first)),
-            schedule=schedule,
-            guidance=float(guidance),  # an int would compile another program
-            image_latents=begin if begin is None else sampling.image_to_latents(modules["vae"], params["vae"], begin),
-            noise=None if schedule.noise is None else np.stack(between, axis=1),
-        )
-        drawn = sharding.whole(drawn, mesh)[: n - start]
-        if finite and not np.isfinite(drawn).all():
-            raise FloatingPointError(
-                f"{pipeline.name} draws values that are not finite: load it with dtype float32. If that does not "
-                "help, look for the step at which its training went wrong"
+    starts = range(0, n, batch_size)
+    steps = len(starts) * len(schedule.timesteps)
+    with progress.Bar(steps, words or "", first=progress.COMPILING, leave=leave, disable=words is None) as bar:
+        for start in starts:
+            rows = np.arange(start, start + batch_size).clip(max=n - 1)
+            first, between = zip(*map(noise, rows.tolist()), strict=True)
+            begin = None
+            if images is not None:
+                begin = sampling.image_to_latents(
+                    modules["vae"], params["vae"], put(np.stack([images[i] for i in rows]))
+                )
+            drawn = sampling.text_to_image(
+                modules=modules,
+                condition=pipeline.folder.family.condition,
+                params=params,
+                input_ids=put(ids[rows]),
+                negative_ids=put(negative_ids[rows]),
+                latents=put(np.stack(first)),
+                schedule=schedule,
+                guidance=float(guidance),  # an int would compile another program
+                image_latents=begin,
+                noise=None if schedule.noise is None else np.stack(between, axis=1),
+                tick=None if words is None else bar.update,
             )
-        yield from np.round(np.nan_to_num(drawn) * 255).astype(np.uint8)
+            drawn = sharding.whole(drawn, mesh)[: n - start]
+            if finite and not np.isfinite(drawn).all():
+                raise FloatingPointError(
+                    f"{pipeline.name} draws values that are not finite: load it with dtype float32. If that does not "
+                    "help, look for the step at which its training went wrong"
+                )
+            yield from np.round(np.nan_to_num(drawn) * 255).astype(np.uint8)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from flax.core import FrozenDict
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from flaxkd import export
 from flaxkd.diffusion import samplers
@@ -92,8 +91,8 @@ class Pipeline:
     ) -> list[Image.Image]:
         """A picture of `width` x `height` pixels for each prompt, with its settings in its `info`.
 
-        Picture i has seed + i: it depends neither on its neighbours nor on the batch. One program is compiled per
-        model, size, batch and number of steps (and one more for a sampler that adds noise, or for an image).
+        Picture i has seed + i: it depends neither on its neighbours nor on the batch. Programs are compiled once per
+        model, size and batch (and once more for a sampler that adds noise, or for an image).
 
         prompt: captions; a warning names the words cut off by the text encoder. negative_prompt: what not to draw,
         one for all or one each. num_inference_steps, sampler: see `samplers.schedule`. guidance_scale: how far from
@@ -101,7 +100,7 @@ class Pipeline:
         path to start from, one for all or one each, scaled and cropped to the size. strength: how much the image
         changes, in (0, 1]; None: 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise.
         clip_skip: layers left out at the end of the text encoder, see `Folder.skip_layers`.
-        batch_size: pictures at a time, at least one on each device. progress: a bar on stderr.
+        batch_size: pictures at a time, at least one on each device. progress: a bar over the steps, on stderr.
 
         Raises ValueError or FileNotFoundError before any compute, with the numbers and the remedy, and
         FloatingPointError if the pictures are not finite in the model's dtype."""
@@ -147,9 +146,9 @@ class Pipeline:
             batch_size=min(batch_size, n),
             negatives=negatives,
             images=image,
+            words=(f"drawing {n} pictures" if n > 1 else "drawing") if progress else None,
         )
-        bar = tqdm(drawn, desc="drawing", total=n, unit=" pictures", disable=not progress)
-        pictures = [Image.fromarray(x) for x in bar]
+        pictures = [Image.fromarray(x) for x in drawn]
         settings |= {"clip_skip": clip_skip} if clip_skip else {}
         settings |= {
             "num_inference_steps": num_inference_steps,

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
-from tqdm import tqdm
 
 from flaxkd.machine import files
 
@@ -31,7 +30,6 @@ def draw(
     suffix: str = ".png",
     process_index: int = 0,
     process_count: int = 1,
-    desc: str = "drawing",
 ) -> list[Path]:
     """Draws the missing pictures of this process's share, and returns the paths of all pictures, in order.
 
@@ -51,11 +49,8 @@ def draw(
     paths = [folder / f"{i:06d}{suffix}" for i in range(len(prompts))]
     mine = range(process_index, len(prompts), process_count)
     missing = [i for i in mine if not paths[i].is_file()]
-    done = len(mine) - len(missing)
-    with tqdm(total=len(mine), initial=done, desc=desc, unit=" pictures", mininterval=1) as bar:
-        for i, image in zip(missing, pictures_of(missing) if missing else (), strict=True):
-            save(image, paths[i], size)
-            bar.update()
+    for i, image in zip(missing, pictures_of(missing) if missing else (), strict=True):
+        save(image, paths[i], size)
     return paths
 
 

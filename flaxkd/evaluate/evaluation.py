@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxkd import diffusion, export
+from flaxkd import diffusion, export, students
 from flaxkd.data import encoding, sources
 from flaxkd.data import prompts as prompts_file
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches, grids, resumable
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.evaluate import fidelity, scores, table
-from flaxkd.machine import command, hosts, sharding
+from flaxkd.machine import command, hosts, progress, sharding
 from flaxkd.models.vae import sample_latents
-from flaxkd.pretrained import Folder
+from flaxkd.pretrained import Folder, shapes
 
 SHOWN = 8  # prompts in samples.png
 
@@ -39,6 +39,7 @@ class Candidate(NamedTuple):
     folder: Folder
     pipeline: Pipeline | None = None  # None until `load`
     fingerprint: str = ""
+    as_cut: bool = False  # a student before its training, added to the requested models
 
 
 class Setup(NamedTuple):
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> dict:
     for model in args.models:
         models.append(find(model, tuple(m.name for m in models), args.vae))
     setup, settings = prepare(args, models)
+    models = anchored(models) if args.as_cut else models
     notes: list[str] = []
     if args.fidelity:
         held = hold_out(setup, models, settings, notes)
@@ -75,9 +77,13 @@ def run(args: argparse.Namespace) -> dict:
             settings |= scorer.settings
         other = scores.departures(setup.samplers["protocol"], args.steps, args.guidance, setup.resolution, len(prompts))
         notes += [f"Not as published: {other}."] if other else []
+        few = scores.too_few(len(prompts))
+        notes += [f"{few[0].upper()}{few[1:]}."] if few else []
     args.out.mkdir(parents=True, exist_ok=True)
 
     rows = [{"model": model.name, "parameters": model.folder.count("unet")} for model in models]
+    for row, model in zip(rows, models, strict=True):
+        row |= {"as_cut": True} if model.as_cut else {}
     written = []
     if args.fidelity and jax.process_index() == 0:
         written.append(measure_fidelity(setup, models, held, rows))
@@ -135,6 +141,7 @@ def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **option
             schedule,
             args.guidance,
             batch_size=args.batch_size,
+            words=f"{what}: drawing {len(indices):,} of {len(prompts):,}, {model.name}",
         )
 
     return resumable.draw(
@@ -142,7 +149,6 @@ def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **option
         prompts,
         pictures_of,
         settings=settings | {"seed": args.seed},
-        desc=f"{what}: drawing, {model.name}",
         **options,
     )
 
@@ -159,7 +165,7 @@ class HeldOut(NamedTuple):
 def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[str]) -> HeldOut:
     """Opens the validation split, and finds the relation of each model to the teacher.
 
-    Raises ValueError for a model that cannot be compared, or fewer than 2 pictures."""
+    Raises ValueError for a model that cannot be compared, or without pictures."""
     args, teacher = setup.args, models[0]
     schedule = diffusion.NoiseSchedule.from_config(teacher.folder.config("scheduler"))
     edges = fidelity.timestep_bins(len(schedule.alphas_cumprod), args.bins)
@@ -174,8 +180,9 @@ def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[
     source = sources.open_source(args.data, "validation", resolution=setup.resolution)
     chosen = sources.readable(source, range(min(args.examples, len(source))))
     n = len(chosen)
-    if n < 2:
-        raise ValueError(f"{n} held-out pictures ({args.data}, --examples {args.examples}): 2 are needed")
+    if n < 1:
+        raise ValueError(f"{n} held-out pictures ({args.data}, --examples {args.examples}): 1 is needed")
+    notes += ["A Fréchet distance cannot be measured on 1 picture."] if n == 1 else []
     settings |= {"data": f"{n} held-out pictures of {args.data}", "pairing": args.pairing}
     settings["timesteps"] = edges.tolist()
     examples = [source[i] for i in chosen]
@@ -188,7 +195,7 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
     args, mesh = setup.args, setup.mesh
     teacher = load(models[0], setup.dtype, mesh)
     scaling_factor = teacher.folder.scaling_factor
-    moments = encode(teacher, held.images, args.batch_size, mesh)
+    moments = encode(teacher, held.images, args.batch_size, mesh, "held out")
     noise = np.random.default_rng(args.seed).standard_normal((len(moments), *setup.latents), np.float32)
     latents = np.asarray(sample_latents(noise, moments, scaling_factor))
     features = lambda moments: fidelity.latent_features(np.split(moments, 2, axis=-1)[0] * scaling_factor)
@@ -198,14 +205,15 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
         model = teacher if first else load(found, setup.dtype, mesh)
         paths = draw(setup, model, "fidelity", held.captions)
         drawn[model.name] = images = np.stack([resumable.read(path) for path in paths])
-        own = features(encode(teacher, images, args.batch_size, mesh))
-        row["frechet_latent_data"] = fidelity.frechet(own, features(moments))
+        own = features(encode(teacher, images, args.batch_size, mesh, model.name))
+        several = len(own) > 1  # a covariance needs them
+        row |= {"frechet_latent_data": fidelity.frechet(own, features(moments))} if several else {}
         if first:
             of_teacher, of_images = own, images
             continue
         row["psnr"] = float(fidelity.psnr(images, of_images).mean())
         row["ssim"] = float(fidelity.ssim(images, of_images).mean())
-        row["frechet_latent"] = fidelity.frechet(own, of_teacher)
+        row |= {"frechet_latent": fidelity.frechet(own, of_teacher)} if several else {}
         values = fidelity.errors(
             network(model, held.captions),
             reference,
@@ -260,6 +268,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add(parser, "seed")
     command.add(parser, "batch-size", default=16, help="pictures at a time, over the devices of a process")
     command.add(parser, "dtype")
+    anchor = "add each student as it was before training (default: it is added)"
+    add("--as-cut", action=argparse.BooleanOptionalAction, default=True, help=anchor)
     hosts.add_arguments(parser)
     group = parser.add_argument_group("fidelity to the teacher")
     group.add_argument(
@@ -288,6 +298,31 @@ def find(model: str | None, taken: tuple[str, ...] = (), vae: str | None = None,
     name = "/".join(words[-2:] if words[-1] == "diffusers" or not (path and path.is_dir()) else words[-1:])
     name = next(n for n in (name, *(f"{name} ({i})" for i in range(2, 1000))) if n not in taken)
     return Candidate(name, folder)
+
+
+def anchored(models: list[Candidate]) -> list[Candidate]:
+    """The models, teacher first, with every student as cut from the teacher before the first that began as it.
+
+    It is where training began: without it, no figure says what training was worth. A student that is among the models
+    as cut is not added."""
+    teacher = models[0].folder
+    kinds = [fidelity.student_of(model.folder.config("unet"), teacher.config("unet")) for model in models]
+    found: list[Candidate] = []
+    for at, (model, student) in enumerate(zip(models, kinds, strict=True)):
+        alike = [other for other, kind in zip(models, kinds, strict=True) if student and kind is student]
+        if student and student not in kinds[:at] and not any(begins_as(teacher, other.folder) for other in alike):
+            config = students.config(student, teacher.config("unet"))
+            take = lambda s=student, c=config: students.take(s, teacher.params("unet"), shapes("unet", c))
+            cut = teacher.replace({"unet": config}, {"unet": take})
+            found.append(Candidate(f"{student.names[0]} as cut", cut, as_cut=True))
+        found.append(model)
+    return found
+
+
+def begins_as(teacher: Folder, folder: Folder) -> bool:
+    """Whether a UNet's first layer is the teacher's, in the precision of an export: no step has trained it."""
+    own, of_teacher = (np.float16(each.params("unet")["conv_in"]["kernel"]) for each in (folder, teacher))
+    return own.shape == of_teacher.shape and bool((own == of_teacher).all())
 
 
 def check(model: Candidate, teacher: Candidate) -> None:
@@ -339,12 +374,14 @@ def network(model: Candidate, captions: list[str]) -> fidelity.Network:
     return fidelity.Network(modules, folder.family.condition, params, folder.tokenize(captions))
 
 
-def encode(model: Candidate, images: np.ndarray, batch_size: int, mesh) -> np.ndarray:
-    """Moments float32[n, h, w, 2c] of pictures uint8[n, H, W, 3], from the model's autoencoder."""
-    found, pipeline = [], model.pipeline
-    for start in range(0, len(images), batch_size):
-        here = np.arange(start, start + batch_size).clip(max=len(images) - 1)  # one shape: compiled once
-        batch = jax.device_put(images[here], sharding.batch(mesh))
-        moments = encoding.moments(pipeline.modules["vae"], pipeline.params["vae"], batch)
-        found.append(np.asarray(moments, np.float32))
-    return np.concatenate(found)[: len(images)]
+def encode(model: Candidate, images: np.ndarray, batch_size: int, mesh, what: str) -> np.ndarray:
+    """Moments float32[n, h, w, 2c] of pictures uint8[n, H, W, 3], from the model's autoencoder. what: whose."""
+    found, pipeline, n = [], model.pipeline, len(images)
+    with progress.Bar(n, f"fidelity: encoding, {what}", " pictures", first=progress.COMPILING, leave=False) as bar:
+        for start in range(0, n, batch_size):
+            here = np.arange(start, start + batch_size).clip(max=n - 1)  # one shape: compiled once
+            batch = jax.device_put(images[here], sharding.batch(mesh))
+            moments = encoding.moments(pipeline.modules["vae"], pipeline.params["vae"], batch)
+            found.append(np.asarray(moments, np.float32))
+            bar.update(min(batch_size, n - start))
+    return np.concatenate(found)[:n]

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict
-from tqdm import tqdm
 
 from flaxkd import diffusion, students
-from flaxkd.machine import sharding
+from flaxkd.machine import progress, sharding
 from flaxkd.models.unet import UNetConfig
 from flaxkd.tasks.losses import mse, predict
 
@@ -32,6 +31,21 @@ class Network(NamedTuple):
     input_ids: np.ndarray  # int32[n, l]
 
 
+def student_of(unet_config: dict, teacher_config: dict) -> students.Student | None:
+    """The row of the students' table by which a UNet was cut from the teacher; None if it was not."""
+    own = _stages(unet_config)
+    if own == _stages(teacher_config):
+        return None
+    for student in students.TABLE:
+        try:
+            cut = _stages(students.config(student, teacher_config))
+        except ValueError:  # this row cannot be cut from this teacher, so it is another row
+            continue
+        if own == cut:
+            return student
+    return None
+
+
 def relation(unet_config: dict, teacher_config: dict, pairing: str) -> tuple[str | None, tuple]:
     """(relation of a UNet to the teacher, its feature pairs), derived from the stages of the two `config.json`.
 
@@ -44,13 +58,8 @@ def relation(unet_config: dict, teacher_config: dict, pairing: str) -> tuple[str
         blocks = [f"down_blocks.{i}" for i in range(len(down))] + ["mid_block"] * (mid is not None)
         blocks += [f"up_blocks.{i}" for i in range(len(up))]
         return "same network", tuple((name, name) for name in blocks)
-    for student in students.TABLE:
-        try:
-            cut = _stages(students.config(student, teacher_config))
-        except ValueError:  # this row cannot be cut from this teacher, so it is another row
-            continue
-        if own == cut:
-            return " = ".join(student.names), students.feature_pairs(student, pairing)
+    if student := student_of(unet_config, teacher_config):
+        return " = ".join(student.names), students.feature_pairs(student, pairing)
     return None, ()
 
 
@@ -114,7 +123,7 @@ def errors(
     modules = tuple((FrozenDict(network.modules), network.condition) for network in (student, teacher))
     params = student.params, teacher.params
     found: dict[str, list] = {}
-    with tqdm(total=bins * n, desc=desc, unit=" predictions", mininterval=1) as bar:
+    with progress.Bar(bins * n, desc, " predictions", first=progress.COMPILING) as bar:
         for k in range(bins):
             rng = np.random.default_rng([seed, k])
             noise = rng.standard_normal(latents.shape, np.float32)

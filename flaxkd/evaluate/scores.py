@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from flaxkd.machine import files
+from flaxkd.machine import files, progress
 
 SAMPLER, STEPS, GUIDANCE, PIXELS, PROMPTS = "pndm", 25, 7.5, 512, 30_000
 SIZE, SUFFIX = 256, ".jpg"  # of the saved pictures
@@ -106,7 +105,7 @@ def inception_features(
     where = device()
     inception = inception.to(where)
     found: tuple[list, list] = ([], [])
-    with tqdm(total=len(paths), desc=desc, unit=" pictures", mininterval=1) as bar:
+    with progress.Bar(len(paths), desc, " pictures") as bar:
         for start in range(0, len(paths), batch_size):
             images = np.stack([read(path) for path in paths[start : start + batch_size]])
             with torch.inference_mode():
@@ -200,7 +199,7 @@ def clip_score(
     (model, processor), where = clip, device()
     model = model.to(where)
     cosines = []
-    with tqdm(total=len(paths), desc=desc, unit=" pictures", mininterval=1) as bar:
+    with progress.Bar(len(paths), desc, " pictures") as bar:
         for start in range(0, len(paths), batch_size):
             images = [read(path) for path in paths[start : start + batch_size]]
             inputs = processor(
@@ -259,6 +258,12 @@ def departures(sampler: str, steps: int, guidance: float, resolution: int, promp
     )
 
 
+def too_few(prompts: int) -> str:
+    """What `score` leaves out of so few pictures, in words; empty if nothing."""
+    left = [what for what, least in (("FID", 2), ("the inception score", 2 * SPLITS)) if prompts < least]
+    return f"{' and '.join(left)} cannot be measured on {prompts} picture{'s' * (prompts > 1)}" if left else ""
+
+
 def real_statistics(scorer: Scorer, read: Callable, batch_size: int, out: Path) -> Scorer:
     """The scorer with statistics in place of real pictures. Also writes them to `out`, a .npz for --real."""
     if not isinstance(scorer.real, list):
@@ -273,7 +278,8 @@ def real_statistics(scorer: Scorer, read: Callable, batch_size: int, out: Path) 
 def score(
     scorer: Scorer, paths: Sequence[Path], prompts: Sequence[str], read: Callable, batch_size: int, name: str
 ) -> dict[str, float]:
-    """{"fid", "inception_score", "inception_score_std", "clip_score"} of drawn pictures; "fid" only with real ones.
+    """{"fid", "inception_score", "inception_score_std", "clip_score"} of drawn pictures; "fid" only with real ones
+    and from 2 pictures on, the inception score from 2 per split on.
 
     read: path -> uint8[H, W, 3]. Raises FileNotFoundError for pictures drawn by other processes and not found here."""
     if missing := [path for path in paths if not path.is_file()]:
@@ -282,7 +288,8 @@ def score(
             "do not share a folder, copy their pictures into one and run again"
         )
     features, logits = inception_features(paths, read, scorer.inception, batch_size, f"Inception, {name}")
-    mean, deviation = inception_score(logits)
-    row = {} if scorer.real is None else {"fid": fid(features, scorer.real)}
+    row = {} if scorer.real is None or len(paths) < 2 else {"fid": fid(features, scorer.real)}
+    if len(paths) >= 2 * SPLITS:
+        row["inception_score"], row["inception_score_std"] = inception_score(logits)
     cosine = clip_score(paths, prompts, read, scorer.clip, batch_size, f"CLIP, {name}")
-    return row | {"inception_score": mean, "inception_score_std": deviation, "clip_score": cosine}
+    return row | {"clip_score": cosine}

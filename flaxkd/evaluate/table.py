@@ -96,70 +96,54 @@ def _ranges(edges: list[int]) -> list[str]:
 
 
 def picture(result: dict, path: Path) -> None:
-    """Error curves by timestep, and bars of the features and of every other figure. One colour per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Error curves by timestep, dots of the features, and bars of every other figure. One colour per model."""
     rows = result["rows"]
-    names = [row["model"] for row in rows]
-    color = {name: figures.LINES[i % len(figures.LINES)] for i, name in enumerate(names)}
-    curves, bars = _curves(rows), [c for c in COLUMNS[4:] if any(c[0] in row for row in rows)]
+    color = {row["model"]: figures.LINES[i % len(figures.LINES)] for i, row in enumerate(rows)}
+    curves, bars = _curves(rows), [c for c in COLUMNS[4:] if any(row.get(c[0]) is not None for row in rows)]
     features = any("features" in row for row in rows)
     panels = len(curves) + features + len(bars)
     if not panels:
         return
-    columns = min(3, panels)
-    figure, axes = plt.subplots(
-        -(-panels // columns),
-        columns,
-        figsize=(5 * columns, 3.4 * -(-panels // columns)),
-        squeeze=False,
-        layout="constrained",
-    )
-    free = iter(axes.flat)
+    figure, axes = figures.panels(panels, height=max(3.0, 1.0 + 0.28 * len(rows)))
+    free = iter(axes)
     for name in curves:
-        axis, edges = next(free), result["settings"]["timesteps"]
+        axis, edges, values = next(free), result["settings"]["timesteps"], []
         middles = [(a + b - 1) / 2 for a, b in itertools.pairwise(edges)]
         for row in rows:
             if name in row.get("by_timestep", {}):
-                values = row["by_timestep"][name]
-                axis.plot(middles, values, marker="o", markersize=3, color=color[row["model"]], label=row["model"])
-        if all(x > 0 for line in axis.lines for x in line.get_ydata()):
-            axis.set_yscale("log")
+                line = row["by_timestep"][name]
+                values += line
+                axis.plot(middles, line, marker="o", markersize=3, color=color[row["model"]])
+        figures.readable(axis, "y", values)
         axis.set_title(("features, relative error" if name == "feature" else name) + " by timestep", fontsize=10)
-        axis.set_xlabel("timestep", fontsize=8)
-        axis.legend(fontsize=7)
+        figures.steps(axis, "timestep")
     if features:
         axis, shown = next(free), [row for row in rows if "features" in row]
         modules = list(dict.fromkeys(module for row in shown for module in row["features"]))
-        for i, row in enumerate(shown):
-            places = [modules.index(m) + 0.8 * (i + 0.5) / len(shown) - 0.4 for m in row["features"]]
-            axis.bar(
-                places,
-                row["features"].values(),
-                0.8 / len(shown),
-                color=color[row["model"]],
-                label=row["model"],
-            )
-        axis.set_xticks(range(len(modules)), modules, rotation=40, ha="right")
+        for row in shown:
+            places = [modules.index(m) for m in row["features"]]
+            axis.plot(places, row["features"].values(), "o", color=color[row["model"]])
+        # The ends tell modules apart: down_blocks.2.attentions.1.proj_out
+        axis.set_xticks(range(len(modules)), [end_of(m, 22) for m in modules], rotation=40, ha="right", fontsize=7)
+        figures.readable(axis, "y", [value for row in shown for value in row["features"].values()])
         axis.set_title("features, relative error", fontsize=10)
-        axis.legend(fontsize=7)
     for key, title, digits, _ in bars:
         axis, shown = next(free), [row for row in rows if row.get(key) is not None]
         places = range(len(shown))
-        values = [row[key] for row in shown]
-        drawn = axis.barh(places, values, color=[color[row["model"]] for row in shown])
-        axis.bar_label(drawn, [number(x, digits) for x in values], fontsize=8, padding=2)
-        axis.set_yticks(places, [row["model"] for row in shown])
-        axis.invert_yaxis()
-        axis.margins(x=0.2)
+        finite = [row[key] if math.isfinite(row[key]) else 0.0 for row in shown]
+        drawn = axis.barh(places, finite, color=[color[row["model"]] for row in shown])
+        axis.bar_label(drawn, [number(row[key], digits) for row in shown], fontsize=8, padding=2)
+        axis.set_yticks(places, [end_of(row["model"], 28) for row in shown], fontsize=7)
+        axis.set_ylim(max(len(shown), 3) - 0.4, -0.6)  # one bar alone would fill the panel
+        axis.set_xlim(min(0, *finite), 1.2 * max(*finite, 0) or 1)
+        figures.readable(axis, "x", [], log=False)
         axis.set_title(title, fontsize=10)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=7, which="both")
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-    for axis in free:
-        axis.remove()
+    handles = [axes[0].plot([], [], color=color[row["model"]], linewidth=4)[0] for row in rows]
+    names = [end_of(row["model"], 40) for row in rows]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(rows)), fontsize=8)
     figures.save(figure, path)
+
+
+def end_of(text: str, length: int) -> str:
+    """As much of the end of a text as `length` letters hold: the end tells one path from another."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"

@@ -83,11 +83,11 @@ def topology(target: devices.Target) -> list:
             platform="cuda", topology_name="", topology=target.topology, target_config=description
         ).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason, extra = str(error).splitlines()[0], "plan" if target.platform == "tpu" else "plan-gpu"
-        remedy = f'Its compiler comes with: pip install "flaxkd[{extra}]"'
-        if "INVALID_ARGUMENT" in reason:  # the compiler is there, and knows no such machine
-            remedy = "A host has 2x2 chips, so the first two sides are even: v5e:2x2, v5e:4x8, v5p:2x2x1, or v5e:1x1"
-        raise ValueError(f"cannot compile for {target.name}: {reason}\n{remedy}") from error
+        extra = "plan" if target.platform == "tpu" else "plan-gpu"
+        raise ValueError(
+            f"cannot compile for {target.name}: {str(error).splitlines()[0]}\n"
+            f'Its compiler comes with: pip install "flaxkd[{extra}]"'
+        ) from error
 
 
 def teacher(config, scratch: Path) -> Folder:

@@ -43,7 +43,7 @@ def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weig
           + w_output  mean|noise_T - noise_S|^2
           + w_feature sum_l mean|f_T^l - f_S^l|^2
 
-    target: float32[b, h, w, 4], the noise or v. teacher: None for none; then L is loss_noise alone.
+    target: float32[b, h, w, 4], the noise or v. teacher: None for none; then L is the first term alone.
     pairs: ((student module, teacher module), ...). weight: has `.noise`, `.output`, `.feature`.
     noise_weights: float32[b] for the first term (Min-SNR), or None. normalize: divides each term of the sum by
     mean|f_T^l|^2: scale alone then gives no block more weight (LAPTOP-Diff, arXiv:2404.11098).
@@ -52,7 +52,7 @@ def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weig
     """
     loss_noise = mse(student.noise_pred, target, noise_weights)
     if teacher is None:
-        return loss_noise, {"loss": loss_noise, "loss_noise": loss_noise}
+        return weight.noise * loss_noise, {"loss": weight.noise * loss_noise, "loss_noise": loss_noise}
     terms = {s: mse(student.features[s], teacher.features[t]) for s, t in pairs}
     if normalize:
         terms = {s: terms[s] / mse(teacher.features[t], jnp.zeros_like(teacher.features[t])) for s, t in pairs}

@@ -48,9 +48,9 @@ class Sheet:
 
     def _pictures(self, networks: Mapping[str, Network]) -> dict[str, np.ndarray]:
         """{title: uint8[prompts, H, W, 3]}."""
-        return {title: self._draw(network) for title, network in networks.items()}
+        return {title: self._draw(title, network) for title, network in networks.items()}
 
-    def _draw(self, network: Network) -> np.ndarray:
+    def _draw(self, title: str, network: Network) -> np.ndarray:
         mesh, config = self.pipeline.mesh, self.config
         attend = DotProductAttention(mesh, config.attention)
         own = {"unet": self.pipeline.folder.config("unet")} | network.configs
@@ -69,6 +69,8 @@ class Sheet:
             config.sample.guidance,
             batch_size=each * mesh.size,
             finite=False,
+            words=f"drawing, {title}" if hosts.is_first() else None,
+            leave=False,
         )
         return np.stack(list(drawn))
 

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,9 +17,8 @@ import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tqdm import tqdm
 
-from flaxkd.machine import checkpoints, files
+from flaxkd.machine import checkpoints, files, progress
 
 FILE, STARTS = "metrics.jsonl", "starts.jsonl"
 SHOWN = ("loss", "loss_noise", "loss_output", "loss_feature", "images_per_second")  # in the bar
@@ -38,7 +36,7 @@ def watching(what: str) -> Iterator[None]:
         if what not in _warned:
             _warned.add(what)
             reason = checkpoints.in_a_line(error.__cause__ if isinstance(error, files.DiskFull) else error)
-            tqdm.write(f"warning: {what} cannot be written ({reason}); the training goes on", file=sys.stderr)
+            progress.write(f"warning: {what} cannot be written ({reason}); the training goes on")
 
 
 def note_start(workdir: Path, **facts) -> None:
@@ -143,15 +141,7 @@ class Writer:
     def __init__(
         self, workdir: Path | None, start: int, steps: int, also: tuple[str, ...] = (), config: Mapping | None = None
     ):
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            mininterval=1,
-            disable=workdir is None,
-        )
+        self.bar = progress.Bar(steps, initial=start, first=progress.COMPILING, disable=workdir is None)
         self.pending: list[tuple[int, dict]] = []  # measured on the device, not fetched yet
         self.since, self.logged = time.monotonic(), start
         self.writes, self.watchers = workdir is not None, {}
@@ -188,6 +178,13 @@ class Writer:
         """Restarts the measurement of the rate: the time until now was not spent on steps."""
         self.since = time.monotonic()
 
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """In this context the run does something other than steps. The bar says what, and no rate counts its time."""
+        with self.bar.during(what):
+            yield
+        self.restart()
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self.writes:
             return
@@ -204,7 +201,7 @@ class Writer:
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
         if self.writes:
-            tqdm.write(line, file=sys.stderr)
+            progress.write(line)
 
     def close(self) -> None:
         while self.watchers:

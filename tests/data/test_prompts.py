@@ -15,6 +15,12 @@ def test_prompts_come_from_lines_or_a_column(tmp_path):
     assert prompts.read(table) == ["a dog, barking", "a cat"]
     with pytest.raises(ValueError, match=r"prompts.txt has 3 prompts, 4 are needed"):
         prompts.read(text, 4)
+    assert prompts.read(text, 1) == ["a dog"]
+    for none in (0, -1):
+        with pytest.raises(ValueError, match=f"the first {none} prompts .*: 1 is the least"):
+            prompts.read(text, none)
+    table.write_text("file_name,text\n1.jpg,a dog\n")
+    assert prompts.read(table) == ["a dog"]
     table.write_text("file_name,text\n1.jpg,a dog\n2.jpg,\n")
     with pytest.raises(ValueError, match=r"metadata.csv, line 3: the column text is empty"):
         prompts.read(table)

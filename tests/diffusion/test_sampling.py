@@ -135,6 +135,16 @@ def test_one_program_for_all_samplers_and_guidances():
     assert TRACES[before:] == [(4, 4, 4, 4)]  # the UNet is traced once, in the scan, on the doubled batch
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_is_counted_and_counting_changes_nothing(kind):
+    schedule, ticks = samplers.schedule(kind, LEADING, 5), []
+    arguments = *STAND_INS, PARAMS, POSITIVE, NEGATIVE, LATENTS, schedule, 3.0
+    noise = None if schedule.noise is None else np.ones((len(schedule.noise), *LATENTS.shape), np.float32)
+    images = sampling.text_to_image(*arguments, noise=noise, tick=lambda: ticks.append(1))
+    assert len(ticks) == len(schedule.timesteps)
+    np.testing.assert_array_equal(images, sampling.text_to_image(*arguments, noise=noise))
+
+
 def test_text_to_image_takes_the_real_modules():
     widths = dict(norm_num_groups=4, attention_head_dim=2, cross_attention_dim=8)
     unet = UNet2DCondition(UNetConfig(block_out_channels=(8, 8, 8, 8), **widths))

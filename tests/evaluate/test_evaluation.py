@@ -9,7 +9,7 @@ from PIL import Image
 
 from flaxkd import export, pretrained, students
 from flaxkd.data import sources
-from flaxkd.evaluate import evaluation, fidelity
+from flaxkd.evaluate import evaluation, fidelity, table
 from flaxkd.evaluate.__main__ import main
 from flaxkd.pretrained import Folder
 from tests.tiny import CAPTIONS
@@ -108,6 +108,43 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
     folder = evaluation.load(evaluation.find(str(home / "student")), np.float32, mesh)
     assert loaded.name == "workdir" and loaded.fingerprint == folder.fingerprint
     assert loaded.folder.count("unet") == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_a_trained_student_stands_beside_itself_as_cut(home, tiny_pipeline):
+    """Once for each kind of student, before the first of them; not for the teacher's own network."""
+    teacher = evaluation.find(str(tiny_pipeline))
+    cut = evaluation.find(str(home / "student"))
+    params = jax.tree.map(lambda x: x + np.float32(0.01), cut.folder.params("unet"))
+    trained = evaluation.Candidate("trained", cut.folder.replace({}, {"unet": lambda: params}))
+    again = trained._replace(name="again")
+    names = lambda *models: [model.name for model in evaluation.anchored([teacher, *models])]
+    assert names(trained, again) == ["pipeline", "sd_tiny as cut", "trained", "again"]
+    assert names(teacher._replace(name="itself"), trained) == ["pipeline", "itself", "sd_tiny as cut", "trained"]
+    assert names(cut, trained) == ["pipeline", "student", "trained"]  # it is there already
+    added = evaluation.anchored([teacher, trained])[1]
+    assert added.as_cut and added.folder.config("unet") == cut.folder.config("unet")
+    jax.tree.map(np.testing.assert_array_equal, added.folder.params("unet"), cut.folder.params("unet"))
+
+
+def test_a_picture_of_any_result_can_be_read(tmp_path, monkeypatch):
+    """One bin, a figure that is not finite, zeros: no empty scale, and numbers without exponents."""
+    kept = []
+    monkeypatch.setattr(table.figures, "save", lambda figure, path: kept.append(figure))
+    student = {"model": "a/very/long/name/of/a/student/in/some/folder", "psnr": float("nan"), "frechet_latent": 0.0}
+    student |= {"by_timestep": {"loss_output": [6.0], "loss_noise": [0.0]}, "fid": 17.05}
+    student |= {"features": {"mid_block": 0.02, "up_blocks.0": 7.0}}
+    rows = [{"model": "teacher", "by_timestep": {"loss_noise": [0.2]}, "fid": 13.05, "psnr": None}, student]
+    table.picture({"rows": rows, "settings": {"timesteps": [0, 1000]}}, tmp_path / "picture.png")
+    figure = kept[0]
+    figure.canvas.draw()
+    axes = {axis.get_title(): axis for axis in figure.axes}
+    assert axes.keys() == {"loss_output by timestep", "loss_noise by timestep", "features, relative error", "PSNR",
+                           "Fréchet (latent)", "FID"}  # fmt: skip
+    for axis in figure.axes:
+        labels = [text.get_text() for of in (axis.xaxis, axis.yaxis) for text in of.get_ticklabels(which="both")]
+        assert len(labels) < 25 and not any("$" in label for label in labels), labels
+        assert all(len(label) <= 28 for label in labels)
+    assert axes["FID"].get_xlim()[0] == 0 and [text.get_text() for text in axes["PSNR"].texts] == ["nan"]
 
 
 @pytest.mark.parametrize(

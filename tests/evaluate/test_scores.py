@@ -24,3 +24,17 @@ def test_what_is_not_as_published_is_said():
     assert scores.departures("ddim", 25, 4.0, 512, 30_000) == (
         "sampler ddim instead of pndm, guidance 4.0 instead of 7.5"
     )
+
+
+def test_what_few_pictures_cannot_tell_is_said():
+    assert scores.too_few(20) == ""
+    assert scores.too_few(19) == "the inception score cannot be measured on 19 pictures"
+    assert scores.too_few(1) == "FID and the inception score cannot be measured on 1 picture"
+
+
+def test_one_picture_has_a_clip_score(monkeypatch, tmp_path):
+    monkeypatch.setattr(scores, "inception_features", lambda paths, *_: (np.zeros((len(paths), 4)),) * 2)
+    monkeypatch.setattr(scores, "clip_score", lambda *_: 0.3)
+    (tmp_path / "0.jpg").touch()
+    scorer = scores.Scorer(None, None, (np.zeros(4), np.eye(4)), {})
+    assert scores.score(scorer, [tmp_path / "0.jpg"], ["red apple"], None, 16, "student") == {"clip_score": 0.3}

@@ -209,22 +209,6 @@ def test_what_is_not_found_in_a_dump_is_an_error_and_no_zero(tmp_path, name, tex
         dumped(tmp_path, **{name: text})
 
 
-def test_a_topology_that_does_not_exist_is_told_from_a_missing_compiler(monkeypatch):
-    def refuse(reason):
-        def get(**_):
-            raise RuntimeError(reason)
-
-        monkeypatch.setattr(compiling.topologies, "get_topology_desc", get)
-        with pytest.raises(ValueError) as caught:
-            compiling.topology(devices.target("v5e:3x3"))
-        return str(caught.value)
-
-    there = refuse('INVALID_ARGUMENT: Topology layout "v5e:3x3" is not divisible by "2x2x1"\n more')
-    assert "sides are even" in there and "pip install" not in there and "more" not in there
-    missing = refuse("JAX TPU support not installed; cannot generate TPU topology")
-    assert 'pip install "flaxkd[plan]"' in missing and "even" not in missing
-
-
 def test_a_compiler_that_ends_by_itself_has_told_all(compiler, tmp_path):
     too_large = compiling.Compiled(2**40, None, None, {}, 1.0)
     (tmp_path / "result").write_bytes(pickle.dumps(too_large))

@@ -72,6 +72,9 @@ def test_noise_weights_weigh_examples(predictions):
     loss, metrics = kd_loss(student, None, target, (), WEIGHT, noise_weights=weights)
     np.testing.assert_allclose(loss, np.mean((student.noise_pred[0] - target[0]) ** 2), rtol=1e-6)
     assert metrics.keys() == {"loss", "loss_noise"}
+    weight = ConfigDict(dict(noise=0.5, output=0.0, feature=0.0))
+    half, metrics = kd_loss(student, None, target, (), weight, noise_weights=weights)
+    np.testing.assert_allclose((half, metrics["loss"], metrics["loss_noise"]), (loss / 2, loss / 2, loss), rtol=1e-6)
 
 
 def test_the_loss_is_float32_of_bfloat16_predictions():

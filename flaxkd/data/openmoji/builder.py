@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm import tqdm
 
 from flaxkd.data.openmoji.names import NAMES, REGIONS
+from flaxkd.machine.progress import Bar
 
 RESOLUTION = 64  # pixels
 VALIDATION_SHARE = 0.05  # of the captions
@@ -99,8 +99,10 @@ def pictures(limit: int | None = None, progress: bool = False) -> Iterator[tuple
     files, names = svg_files(), short_names()
     if limit is not None:
         files = [files[i * len(files) // limit] for i in range(limit)]
-    for svg in tqdm(files, "rendering OpenMoji", unit=" pictures", disable=not progress):
-        yield svg.stem, caption_of(svg.stem, names), render(svg)
+    with Bar(len(files), "rendering OpenMoji", " pictures", disable=not progress) as bar:
+        for svg in files:
+            yield svg.stem, caption_of(svg.stem, names), render(svg)
+            bar.update()
 
 
 class OpenMoji(tfds.core.GeneratorBasedBuilder):
