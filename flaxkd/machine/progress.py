@@ -90,7 +90,7 @@ class Bar(tqdm):
     def during(self, what: str) -> Iterator[None]:
         """In this context something other than a unit is at work. It is said, and its time is not the units'."""
         before, self.doing, self.since = self.doing, what, time.monotonic()
-        if what == COMPILING:
+        if what == COMPILING != before:
             self.shown = -EVERY
         self.refresh()
         try:
