@@ -22,8 +22,6 @@ from flaxkd.machine import files
 from flaxkd.pretrained import families, hub, keys, single_file, tensors
 
 CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
-
-
 NO_LIMIT = 10**9  # of tokens; a tokenizer of transformers without a configuration has 10**30
 
 

@@ -118,9 +118,10 @@ def _download(hub_id: str, wanted: list[str] = PIPELINE) -> Path:
     ignored = [f"*{variant}*" for variant in tensors.VARIANTS if not any(variant in name for name in wanted)]
     try:
         path = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=ignored, etag_timeout=5))
-        bare = [part for part in PARTS if (path / part).is_dir() and not any((path / part).glob("*.safetensors"))]
+        places = sorted({os.path.dirname(name) for name in wanted if name.endswith(".safetensors")})
+        bare = [x for x in places if (path / x / "config.json").is_file() and not any((path / x).glob("*.safetensors"))]
         names = HfApi().list_repo_files(hub_id) if bare else []
-        if variants := [name for part in bare for name in _variant(part, names)]:
+        if variants := [name for place in bare for name in _variant(place, names)]:
             snapshot_download(hub_id, allow_patterns=variants, etag_timeout=5)
     except Exception as error:  # from hub, network, proxy or disk: the remedy is the same
         raise FileNotFoundError(
@@ -129,18 +130,19 @@ def _download(hub_id: str, wanted: list[str] = PIPELINE) -> Path:
             f"Without network: run `hf download {hub_id} --local-dir DIR` on another machine, copy DIR here, "
             "and pass DIR. If the repository is private or gated, log in with `hf auth login` first."
         ) from error
-    bare = [part for part in bare if not _variant(part, names)]
-    pickles = [name for name in names if name.split("/")[0] in bare and name.endswith(tensors.PICKLES)]
+    bare = [place for place in bare if not _variant(place, names)]
+    pickles = [name for name in names if os.path.dirname(name) in bare and name.endswith(tensors.PICKLES)]
     if pickles:
+        what = " and ".join(place or "weights" for place in bare)
         raise ValueError(
-            f"{hub_id} has its {' and '.join(bare)} only as a pickle ({', '.join(pickles)}), not opened as it can run "
-            f"code. Save the model as safetensors:\n{tensors.RESAVE.format(model=hub_id)}"
+            f"{hub_id} has its {what} only as a pickle ({', '.join(pickles)}), not opened as it can run code. Save the "
+            f"model as safetensors:\n{tensors.RESAVE.format(model=hub_id)}"
         )
     return path
 
 
-def _variant(part: str, names: list[str]) -> list[str]:
-    """The files of the best variant of a part, among all names of a repository."""
-    names = [name for name in names if name.startswith(f"{part}/") and name.endswith((".safetensors", ".json"))]
-    of = {variant: [name for name in names if f".{variant}" in name] for variant in tensors.VARIANTS}
+def _variant(place: str, names: list[str]) -> list[str]:
+    """The files of the best variant of the network in a folder, among all names of a repository."""
+    here = [name for name in names if os.path.dirname(name) == place and name.endswith((".safetensors", ".json"))]
+    of = {variant: [name for name in here if f".{variant}" in name] for variant in tensors.VARIANTS}
     return next((some for some in of.values() if any(name.endswith(".safetensors") for name in some)), [])

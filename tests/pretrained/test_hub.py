@@ -158,3 +158,19 @@ def test_a_part_only_as_a_pickle_is_named(repository):
         ValueError, match=r"owner/name has its text_encoder only as a pickle \(text_encoder/pytorch_model"
     ):
         hub.resolve("owner/name")
+
+
+def test_an_autoencoder_of_the_hub_only_as_a_variant(repository):
+    names, here = repository
+    names += [
+        "config.json",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.bin",
+        "sd.safetensors",
+    ]
+    assert hub.resolve_vae("owner/vae") == here
+    assert {path.name for path in here.iterdir()} == {"config.json", "diffusion_pytorch_model.fp16.safetensors"}
+    names.remove("diffusion_pytorch_model.fp16.safetensors")
+    (here / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"its weights only as a pickle \(diffusion_pytorch_model\.bin\)"):
+        hub.resolve_vae("owner/vae")
