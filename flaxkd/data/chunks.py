@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from flaxkd.data import text
 
-# Damage, as any of the libraries reports it. A failing disk or network raises OSError, which is not among these.
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+# Damage, as any of the libraries reports it; a damaged length asks for too much memory. A failing disk or network
+# raises OSError, which is not among these.
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, MemoryError)
 
 
 class Item(NamedTuple):

@@ -6,9 +6,12 @@
 A metadata file counts for its folder and those below, up to the next one.
 """
 
+import collections
+import errno
 import functools
 import os
 import posixpath
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,9 +40,38 @@ def open_tree(path: epath.Path) -> Tree:
     if path.is_dir():
         read, stamp = lambda name: (path / name).read_bytes(), lambda name: _stamp(path / name)
         return Tree(str(path), sorted(_walk(path)), read, stamp)
-    archive = zipfile.ZipFile(path.open("rb"))
-    found = {about.filename: about for about in archive.infolist() if not about.is_dir()}
-    return Tree(str(path), sorted(found), archive.read, lambda name: f"{found[name].file_size}\0{found[name].CRC}")
+    try:
+        archive = zipfile.ZipFile(path.open("rb"))
+        found = [about for about in archive.infolist() if not about.is_dir()]
+        twice = {name for name, n in collections.Counter(about.filename for about in found).items() if n > 1}
+        _check_directory(
+            archive, [about for about in found if about.filename in twice or not is_picture(about.filename)]
+        )
+    except Exception as error:  # of many kinds, as the damaged field may be
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the latter: an offset below 0
+            raise
+        raise zipfile.BadZipFile(f"{type(error).__name__}: {error}") from error
+    by_name = {about.filename: about for about in found}
+
+    def read(name: str) -> bytes:
+        if name in twice:
+            raise ValueError(f"{name} is in {path.name} more than once")
+        return archive.read(name)
+
+    stamp = lambda name: f"{by_name[name].file_size}\0{by_name[name].CRC}" if name in by_name else "gone"
+    return Tree(str(path), sorted(by_name), read, stamp)
+
+
+def _check_directory(archive: zipfile.ZipFile, doubtful: list[zipfile.ZipInfo]) -> None:
+    """Raises BadZipFile if a zip's directory is damaged: it has no checksum, but every name is in the zip twice."""
+    archive.fp.seek(-min(archive.fp.seek(0, 2), 22 + 2**16), 2)
+    tail = archive.fp.read()
+    (entries,) = struct.unpack_from("<H", tail, tail.rindex(b"PK\5\6") + 10)
+    if entries not in (len(archive.infolist()), 2**16 - 1):  # the latter stands for more
+        raise zipfile.BadZipFile(f"it has {entries} files, its directory lists {len(archive.infolist())}")
+    for about in doubtful:
+        if not about.flag_bits & 1:  # encrypted
+            archive.open(about).close()
 
 
 def of_split(path: epath.Path, split: str) -> epath.Path:
@@ -74,7 +106,7 @@ def _walk(root: epath.Path) -> Iterator[str]:
             seen.add(real)
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
-                    if entry.is_dir():
+                    if os.path.isdir(entry.path):  # False for a link to itself, where entry.is_dir() raises
                         (linked if entry.is_symlink() else folders).append(entry.path)
                     else:
                         yield os.path.relpath(entry.path, root).replace(os.sep, "/")

@@ -105,10 +105,18 @@ class _Counts:
 
 
 def _claim(out: epath.Path, plan: dict) -> None:
+    claim = out / records.PLAN
+    try:
+        of_cache = not claim.is_file() or isinstance(files.read_json(claim), dict)
+    except ValueError as error:
+        remedy = "if the settings are the same, delete this file and run the same command again, else the folder"
+        raise ValueError(f"{error} Or, {remedy}") from error
+    if not of_cache:
+        raise ValueError(f"{claim} is not of a cache: give another --out")
     for folder in (*SPLITS, "done"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     remedy = "Resume with the same settings, or give another --out."
-    files.claim(out / records.PLAN, plan, differ="was begun with other settings", remedy=remedy)
+    files.claim(claim, plan, differ="was begun with other settings", remedy=remedy)
 
 
 def _numbered(i: int, n: int) -> str:

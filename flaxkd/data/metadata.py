@@ -149,6 +149,8 @@ def _is_number(value: str) -> bool:
 
 def _mended(fields: list[str], extra: int, delimiter: str, checks: list) -> list[str] | None:
     """A row with too many fields, where one text has unquoted delimiters. None if it may be more than one text."""
+    if sum(map(is_picture, fields)) > 1:  # two rows run together
+        return None
     found = []
     for i, check in enumerate(checks):
         if check is None:

@@ -106,13 +106,12 @@ def _eight_bits(values: np.ndarray, image: Image.Image) -> np.ndarray:
     if bits == 32 and not signed and values.dtype == np.int32:  # Pillow has no unsigned 32 bits
         values = values.view(np.uint32)
     if bits == 32 or image.mode == "F":
-        values = np.nan_to_num(values.astype(np.float32))
+        values = np.nan_to_num(values) if image.mode == "F" else values
         low, high = min(float(values.min()), 0), float(values.max())
         white = next((white for white in WHITE if white >= high), high)
         # Far below it, a picture was meant brighter: 1.3 of 255 is the highlight of one whose white is 1.
-        white = high if high > 1 and high < white / 64 else white
+        white = high if low < 0 or 1 < high < white / 64 else white
     else:
-        values = values.astype(np.float32)
         low, white = min(float(values.min()), 0), 2 ** (bits - signed) - 1
-    values = np.rint((values - low) * (255 / max(white - low, 1e-30))).clip(0, 255).astype(np.uint8)
+    values = np.rint((values.astype(np.float32) - low) * (255 / max(white - low, 1e-30))).clip(0, 255).astype(np.uint8)
     return 255 - values if tags.get(262) == 0 else values  # "white is zero"

@@ -18,6 +18,7 @@ from flaxkd.data.chunks import BROKEN, Chunk, Item, first
 from flaxkd.data.metadata import FILES
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "images", *FILES)  # usual names of the column
+END_OF_STREAM = b"\xff" * 4 + bytes(4)
 ROWS = 64  # per read; more would fill memory with pictures
 
 
@@ -69,14 +70,24 @@ def _batches_of_parquet(file: epath.Path, groups: list[int] | None) -> Iterator[
 
 
 def _batches_of_arrow(file: epath.Path) -> Iterator[pa.RecordBatch]:
+    """The batches of a stream, or of a file (as Feather), which is a stream between a mark and a footer.
+
+    pyarrow takes a stream that is cut off, or zeros within, for its end: such a file raises ArrowInvalid."""
     with file.open("rb") as opened:
-        whole = opened.read(6) == b"ARROW1"  # of a file, with a footer, as Feather; else it is a stream
+        opened.seek(-min(8, opened.seek(0, 2)), 2)
+        tail, expected, count = opened.read(), None, 0
         opened.seek(0)
-        with (pa.ipc.open_file if whole else pa.ipc.open_stream)(opened) as batches:
-            found = map(batches.get_batch, range(batches.num_record_batches)) if whole else batches
-            for batch in found:
-                batch.validate(full=True)
-                yield from (batch.slice(at, ROWS) for at in range(0, batch.num_rows, ROWS))
+        if b"ARROW1" in (opened.read(6), tail[-6:]):
+            expected = pa.ipc.open_file(opened).num_record_batches
+            opened.seek(8)
+        else:
+            opened.seek(0)
+        for batch in pa.ipc.open_stream(opened):
+            count += 1
+            batch.validate(full=True)
+            yield from (batch.slice(at, ROWS) for at in range(0, batch.num_rows, ROWS))
+        if count != expected and (expected is not None or opened.read(1) or tail != END_OF_STREAM):
+            raise pa.ArrowInvalid(f"its stream ends after {count} batches, before the file does")
 
 
 def _items(file: epath.Path, batches: Iterator, start: int, column: str | None) -> Iterator[Item]:

@@ -12,8 +12,8 @@ BOMS = {  # the longer ones first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# What no line of Windows-1252 has: control characters, and eight letters outside ASCII in a row (Cyrillic, Chinese).
-_FOREIGN = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]|[\x80-\xff]{8}")
+# What no line of Windows-1252 has: control characters, and six letters outside ASCII in a row (Cyrillic, Chinese).
+_FOREIGN = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]|[\x80-\xff]{6}")
 
 
 def decode(content: bytes) -> str:
@@ -29,7 +29,8 @@ def decode(content: bytes) -> str:
         if encoding:
             raise ValueError(f"it begins as {encoding} and is not: save it as UTF-8") from None
         found = "\n".join(map(_line, content.split(b"\n")))
-    if "\0" in found:
+    guessed = encoding and not content.startswith(tuple(BOMS))
+    if "\0" in found or (guessed and not found.replace("\n", "").replace("\r", "").replace("\t", "").isprintable()):
         raise ValueError("it is not text")
     return found
 
@@ -48,8 +49,15 @@ def _line(line: bytes) -> str:
 
 
 def parse(text: str) -> Any:
-    """The content of a JSON text. Raises ValueError, for text nested too deeply too."""
+    """The content of a JSON text. Raises ValueError, also if it is nested too deeply or an object has a key twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # two lines run together: the second would give the first its caption
+        raise ValueError("a key is there twice")
+    return found

@@ -1,5 +1,6 @@
 """Caches of large image sets: every kind of source, what is left out, and that nothing is lost when a run dies."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -7,10 +8,13 @@ import tarfile
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from flaxkd.data import loader, records, sources
+from flaxkd.data import loader, readers, records, sources
+from flaxkd.data.chunks import Broken
 from flaxkd.data.filters import Recipe
 from flaxkd.machine.files import DiskFull
 from tests.data.image_sets import (
@@ -223,3 +227,74 @@ def test_source_and_cache_in_a_bucket(tmp_path):
     shards = lambda folder: {name: content for name, content in files(folder).items() if not name.startswith("done")}
     assert len(shards(tmp_path / "out")) == 10 and shards(tmp_path / "back") == shards(tmp_path / "out")
     assert sources.open_source("gs://b/out", "train").size == 20
+
+
+def test_when_nothing_is_left_it_says_why(tmp_path):
+    table = pa.table({"image": [picture(i) for i in range(6)], "en_text": [f"thing {i}" for i in range(6)]})
+    pq.write_table(table, tmp_path / "0.parquet")
+    message = r"'no caption': 6.*\n  no caption, such as 0.parquet, row 5, it has en_text: name one by --caption-column"
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "0.parquet", tmp_path / "out")
+    recipe = Recipe(resolution=8, validation=0.3, caption_column="en_text", background="black")
+    made = make(tmp_path / "0.parquet", tmp_path / "again", recipe)
+    assert made["train"] + made["validation"] == 6
+    about = json.loads((tmp_path / "again" / "train" / "cache.json").read_text())
+    assert (about["background"], about["caption_column"]) == ("black", "en_text")
+    with pytest.raises(ValueError, match="background: 'black' there, 'white' here"):
+        make(tmp_path / "0.parquet", tmp_path / "again", dataclasses.replace(recipe, background="white"))
+
+
+@pytest.mark.parametrize("values", ["path", "bytes", "struct", "list", "list of structs", "numbers", "large"])
+def test_picture_columns_of_tables(tmp_path, values):
+    contents = [picture(i) for i in range(N)]
+    column = {
+        "path": [f"{i}.png" for i in range(N)],
+        "bytes": contents,
+        "struct": [{"bytes": None, "path": f"{i}.png"} for i in range(N)],
+        "list": [[content] for content in contents],
+        "list of structs": [[{"bytes": content, "path": None}] for content in contents],
+        "numbers": pa.array([list(content) for content in contents], pa.list_(pa.uint8())),
+        "large": pa.array(contents, pa.large_binary()),
+    }[values]
+    for i in range(N):
+        (tmp_path / f"{i}.png").write_bytes(contents[i])
+    table = pa.table({"image": column, "text": pa.array([f"picture {i}" for i in range(N)]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "0.parquet")
+    with pa.ipc.new_file(str(tmp_path / "0.feather"), table.schema) as out:
+        out.write_table(table, max_chunksize=5)
+    for source in ("0.parquet", "0.feather"):
+        assert make(tmp_path / source, tmp_path / f"out{source}")["skipped"] == {}
+        check_complete(tmp_path / f"out{source}")
+
+
+def test_a_damaged_arrow_file_does_not_end_the_process(tmp_path):
+    """Bytes that are there twice shift all offsets: pyarrow itself reads beyond its memory then."""
+    folder = saved_to_disk(tmp_path / "set")
+    file = folder / "train" / "data-00000-of-00002.arrow"
+    whole = file.read_bytes()
+    for at in (*range(200, 240, 4), 600, 1000):
+        file.write_bytes(whole[:at] + whole[at : at + 200] + whole[at:])
+        first, second = readers.open_chunks(str(folder))
+        with pytest.raises(Broken):
+            list(first)
+        assert len(list(second)) == 12
+    for end in (len(whole) - 8, len(whole) - 2000):  # cut off where a batch ends, and within one
+        file.write_bytes(whole[:end])
+        with pytest.raises(Broken):
+            list(readers.open_chunks(str(folder))[0])
+
+
+def test_a_damaged_record_of_a_finished_part_is_named(tmp_path):
+    source, out = tars(tmp_path / "source"), tmp_path / "out"
+    make(source, out)
+    (out / "done" / "00001-of-00003.json").write_text("")
+    with pytest.raises(ValueError, match=r"00001-of-00003.json is damaged .* run the same command again"):
+        make(source, out)
+    (out / "plan.json").write_text("")
+    with pytest.raises(ValueError, match=r"plan.json is not JSON.*delete this file"):
+        make(source, out)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "plan.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not of a cache: give another --out"):
+        make(source, tmp_path / "other")
+    assert len(list((tmp_path / "other").iterdir())) == 1

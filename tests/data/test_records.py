@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from flaxkd.data import loader, records, sources
+from flaxkd.data import loader, pictures, records, sources
 
 
 def encode(images):
@@ -231,3 +231,46 @@ def test_a_damaged_cache_is_refused(tmp_path):
     (folder / records.shard_name("moments", 0, 1)).unlink()
     with pytest.raises(FileNotFoundError, match="the cache lacks"):
         loader.Records(folder).examples(1)
+
+
+def test_unreadable_pictures_are_left_out_and_named_at_once(tmp_path, caplog):
+    def damaged(size, bad):
+        good = numbered(size)
+
+        def load(i):
+            if i in bad:
+                raise pictures.Unreadable(f"{i}.png cannot be read")
+            return good.load(i)
+
+        return sources.Source(size, load, f"{bad}")
+
+    source = damaged(20, {0, 5, 6, 7, 8, 19})
+    folder = ensure(source, tmp_path, shard_size=4, flip=True, progress=True)
+    assert loader.Records(folder).captions(99) == [f"picture {i}" for i in range(20) if i not in {0, 5, 6, 7, 8, 19}]
+    assert len(next(loader.Records(folder).batches(14, seed=0))["moments"]) == 14
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "6 of 20 pictures are left out" in said and all(f"{i}.png cannot" in said for i in (0, 5, 6, 7, 8, 19))
+    assert ensure(source, tmp_path, shard_size=4, flip=True, progress=True) == folder and len(caplog.records) == 2
+    with pytest.raises(ValueError, match=r"no picture is left, all 3 are unreadable:\n0.png"):
+        ensure(damaged(3, {0, 1, 2}), tmp_path)
+    batches = loader.Pictures(source).batches(14, seed=0)
+    assert sorted(next(batches)["images"][:, 0, 0, 0].tolist()) == [*range(1, 5), *range(9, 19)]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"size": 5}', '{"size": "x', '{"format": 9, "size": 5, "shards": 1}']
+)
+def test_a_cut_off_cache_json_is_named(tmp_path, content):
+    folder = ensure(numbered(5), tmp_path)
+    (folder / "cache.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cache.json.*: delete .* and build the cache again"):
+        loader.Records(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[:70_000], lambda x: x[:100], lambda x: x[:300] + bytes(400) + x[700:]])
+def test_a_damaged_shard_is_named(tmp_path, damage):
+    folder = ensure(numbered(20), tmp_path)
+    (shard,) = folder.glob("moments*")
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(ValueError, match=rf"the shard {shard} is damaged .*delete"):
+        loader.Records(folder).examples(20)
