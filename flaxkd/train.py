@@ -8,7 +8,6 @@ Several processes, on one host or many, all run this; --distributed announces th
 
 import contextlib
 import logging
-import os
 import shlex
 import sys
 import time
@@ -365,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every file, and every error that is reported here
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        command.keep_compiled_programs(config.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     status = 0
     with checkpoints.ending_at_once(), hosts.together(args), command.reported(command.RESUMES), streams.lasting():

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from flaxkd.machine import files, hosts
 
@@ -78,6 +79,13 @@ def read(item: Path, names: Iterable[str]) -> dict:
     tree = {name: jax.tree.map(lambda _: 0, saved[name]) for name in names}
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     return handler.restore(item, args=ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True))
+
+
+def read_scalar(item: Path, name: str) -> int:
+    """A saved scalar, read without the metadata of all the others: cheap enough for every save."""
+    base = {"driver": "file", "path": f"{files.plain(item)}/"}
+    spec = {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    return int(tensorstore.open(spec, read=True).result().read().result())
 
 
 def check_finite(tree: Any, infinite: bool = False) -> None:

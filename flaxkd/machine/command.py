@@ -155,12 +155,22 @@ def parse(parser: Parser, arguments: Sequence[str] | None) -> tuple[argparse.Nam
     return args, configuration(args.config, overrides)
 
 
-def keep_compiled_programs() -> None:
-    """Stores them in JAX_COMPILATION_CACHE_DIR or flaxkd's own folder: the same command then starts at once."""
+def keep_compiled_programs(folder: str | None = None) -> None:
+    """Stores them in `folder`, by default JAX_COMPILATION_CACHE_DIR or flaxkd's own: the same command then starts at
+    once. If nothing can be written there, a warning says so; JAX would warn at every program."""
     import jax
 
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or files.cache_home() / "jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        cache = str(folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or files.cache_home() / "jax")
+        if "://" not in cache:
+            cache = os.path.expanduser(cache)
+            os.makedirs(cache, exist_ok=True)
+            if not os.access(cache, os.W_OK):
+                raise PermissionError(f"{cache} is not writable")
+    except OSError as error:
+        print(f"warning: compiled programs are not kept, the next start compiles again: {error}", file=sys.stderr)
+    else:
+        jax.config.update("jax_compilation_cache_dir", cache)
 
 
 RESUMES = "stopped; the same command resumes"

@@ -29,8 +29,15 @@ PLAIN = re.compile(r"[A-Za-z0-9_ ./+=,@%~#(){}-]{1,1000}")
 
 
 def cache_home() -> Path:
-    """The folder for what flaxkd can make again: $FLAXKD_CACHE, else ~/.cache/flaxkd."""
-    return Path(os.environ.get("FLAXKD_CACHE") or "~/.cache/flaxkd").expanduser()
+    """The folder for what flaxkd can make again: $FLAXKD_CACHE, else ~/.cache/flaxkd.
+
+    Raises OSError if there is none and it cannot be made."""
+    try:
+        folder = Path(os.environ.get("FLAXKD_CACHE") or "~/.cache/flaxkd").expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the second if there is no home
+        raise OSError(f"{error}: let the environment variable FLAXKD_CACHE name a folder that can be written") from None
+    return folder
 
 
 def is_full(error: BaseException) -> bool:

@@ -35,14 +35,13 @@ def lasting() -> Iterator[None]:
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            _settle(stream)
+        for outlasted in (sys.stdout, sys.stderr):
+            _settle(outlasted.stream)
         sys.stdout, sys.stderr = before
 
 
 def _settle(stream) -> None:
     """Writes what is left; if that fails, drops it: else Python tries again at its end, and changes the exit status."""
-    stream = getattr(stream, "stream", stream)
     try:
         stream.flush()
     except (OSError, ValueError):

@@ -136,8 +136,7 @@ def wait(manager: Manager) -> None:
 def _check(manager: Manager) -> None:
     """Reads the number of the newest checkpoint's step. What Orbax calls finished may still lack its arrays."""
     if (step := manager.latest_step()) is not None:
-        found = checkpoints.read(manager.folder / str(step) / "state", ["step"])["step"]
-        if int(found) != step:
+        if checkpoints.read_scalar(manager.folder / str(step) / "state", "step") != step:
             raise ValueError(f"what was written for step {step} cannot be read")
 
 

@@ -80,7 +80,6 @@ def killed(place: Place, moment: str, student: bool) -> None:
 
 for moment in MOMENTS:
     fault(f"killed {moment}", SAME, moment, False)(killed)
-    fault(f"killed {moment}, a student", SAME, moment, True)(killed)
 
 
 def signalled(place: Place, number: signal.Signals) -> None:
@@ -615,3 +614,8 @@ def missing(place: Place, number: int, message: str) -> None:
 
 for number, message in ((0, "process 1 of 2 did not come"), (1, "process 0 cannot be reached")):
     fault(f"process {1 - number} of 2 never comes", LINE, number, message, quick=True)(missing)
+
+# -- A student: the longest, last ------------------------------------------------------------------------------------
+
+for moment in MOMENTS:
+    fault(f"a student killed {moment}", SAME, moment, True)(killed)

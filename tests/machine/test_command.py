@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
-from flaxkd.machine import command
+from flaxkd.machine import command, files
 
 
 @pytest.fixture
@@ -97,3 +98,17 @@ def test_a_mistake_on_the_command_line_is_one_line(typed, message, capsys):
         command.parse(made, typed)
     said = capsys.readouterr().err if ended.value.code == 2 else f"{ended.value.code}\n"
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_a_home_that_cannot_be_written_costs_a_warning(monkeypatch, capsys):
+    """For compiled programs; pictures and latents need a folder."""
+    for name in ("FLAXKD_CACHE", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    before = jax.config.jax_compilation_cache_dir
+    command.keep_compiled_programs()
+    command.keep_compiled_programs("~/jax")
+    assert capsys.readouterr().err.count("warning: compiled programs are not kept") == 2
+    assert jax.config.jax_compilation_cache_dir == before
+    with pytest.raises(OSError, match=r"/dev/null/\.cache.*FLAXKD_CACHE"):
+        files.cache_home()
