@@ -21,7 +21,8 @@ from PIL import Image
 
 from flaxkd.data import filters, folders, openmoji, pictures, records
 from flaxkd.data.pictures import Unreadable, square
-from flaxkd.machine import files
+from flaxkd.machine import files, hosts
+from flaxkd.machine.progress import Bar
 
 METADATA = "metadata.jsonl"
 
@@ -61,8 +62,14 @@ def readable(source: Source, indices: Iterable[int]) -> list[int]:
         return None
 
     indices = list(indices)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = list(pool.map(fault, indices))
+    faults = []
+    with (
+        Bar(len(indices), "checking", " pictures", leave=False, disable=not hosts.is_first()) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for found in pool.map(fault, indices):
+            faults.append(found)
+            bar.update()
     pictures.report_unreadable([fault for fault in faults if fault], len(indices))
     return [index for index, fault in zip(indices, faults, strict=True) if not fault]
 
