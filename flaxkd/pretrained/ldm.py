@@ -216,7 +216,8 @@ def _convolved(tensors: Tensors) -> Tensors:
 
 
 def _linear(tensors: Tensors) -> Tensors:
-    return {key: x.reshape(x.shape[:2]) if "attentions" in key else x for key, x in tensors.items()}
+    square = lambda key, x: "attentions" in key and x.ndim > 2 and set(x.shape[2:]) == {1}
+    return {key: x.reshape(x.shape[:2]) if square(key, x) else x for key, x in tensors.items()}
 
 
 def _fused(tensors: Mapping[str, np.ndarray]) -> Tensors:
@@ -231,7 +232,7 @@ def _fused(tensors: Mapping[str, np.ndarray]) -> Tensors:
 def _split(tensors: Mapping[str, np.ndarray]) -> Tensors:
     split = {}
     for key, x in tensors.items():
-        if ".in_proj." in key:
+        if ".in_proj." in key and x.ndim:
             rows = len(x) // len(QKV)
             split |= {key.replace("in_proj", name): x[i * rows : (i + 1) * rows] for i, name in enumerate(QKV)}
         else:

@@ -118,8 +118,8 @@ def _check_kind(path: Path, found: dict[str, np.ndarray], own_vae: bool) -> None
         what = first(ALONE) or f"no checkpoint by LDM's names (its first tensors: {names})"
     if what is None and not (present["unet"] and present["text_encoder"]):
         what = f"without a {'text encoder' if present['unet'] else 'UNet'}"
-    channels = found.get("model.diffusion_model.input_blocks.0.0.weight", np.empty((1, 4))).shape[1]
-    if what is None and channels != 4:
+    shape = found.get("model.diffusion_model.input_blocks.0.0.weight", np.empty(0)).shape
+    if what is None and len(shape) == 4 and (channels := shape[1]) != 4:
         kind = f" ({CHANNELS[channels]})" if channels in CHANNELS else ""
         what = f"a model whose UNet takes {channels} channels{kind}, not the 4 of text to image"
     if what:
@@ -166,9 +166,9 @@ def _derived(path: Path, make: Callable[[], dict]) -> dict:
     """Raises ValueError if tensors are missing that tell the configuration, or their sizes are unusual."""
     try:
         return make()
-    except (KeyError, IndexError, StopIteration) as error:
+    except KeyError as error:
         reason = f"the tensor {error} is missing"
-    except ValueError as error:
+    except (IndexError, TypeError, ValueError) as error:  # of tensors with other axes
         reason = str(error)
     raise ValueError(
         f"the configuration of {path} does not follow from its tensors: {reason}. {NEEDED}. diffusers may know "
@@ -185,7 +185,7 @@ def _prediction(path: Path, found: dict[str, np.ndarray], header: dict[str, str]
         return "v_prediction" if says_v else "epsilon"
     if not sd2:
         return "epsilon"
-    if "global_step" in found and tensors.read([path], "global_step")[""] == EPSILON_STEP:
+    if "global_step" in found and np.all(tensors.read([path], "global_step")[""] == EPSILON_STEP):
         return "epsilon"
     warnings.warn(
         f"{path} does not say what its UNet predicts: v_prediction at 768 pixels is assumed, as diffusers does. For a "
@@ -207,7 +207,7 @@ def _unet(x: dict[str, np.ndarray], row: Architecture) -> dict:
     }  # fmt: skip
     config = row.unet | {
         "block_out_channels": channels,
-        "cross_attention_dim": next(w.shape[1] for key, w in x.items() if key.endswith("attn2.to_k.weight")),
+        "cross_attention_dim": x[f"{_first_attention(x)}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "down_block_types": kinds["down"],
         "in_channels": x["conv_in.weight"].shape[1],
         "layers_per_block": down[0] if len({*down}) == 1 else list(down),
@@ -219,6 +219,10 @@ def _unet(x: dict[str, np.ndarray], row: Architecture) -> dict:
     if "mid_block.attentions.0.norm.weight" not in x:
         config["mid_block_type"] = "UNetMidBlock2D" if "mid_block.resnets.0.conv1.weight" in x else None
     return _in_groups(config)
+
+
+def _first_attention(x: dict[str, np.ndarray]) -> str:
+    return next((key.removesuffix(".proj_in.weight") for key in x if key.endswith(".proj_in.weight")), "attentions.0")
 
 
 def _vae(x: dict[str, np.ndarray], row: Architecture) -> dict:

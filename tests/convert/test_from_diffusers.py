@@ -5,8 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from convert import from_diffusers
+from convert import from_diffusers, to_diffusers
 from flaxkd import export
+from flaxkd.pretrained import Folder
 from tests.export.trainings import same, tensors
 
 
@@ -39,3 +40,23 @@ def test_from_diffusers_refuses_a_pickle_without_a_trace(tiny_pipeline, tmp_path
     with pytest.raises(SystemExit, match=r"^error: .*pickle"):
         from_diffusers.main(["--model", str(model), "--out", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_single_file_of_a_workdir_goes_back_to_the_same_folder(tiny_pipeline, tmp_path, capsys):
+    workdir, file = tmp_path / "converted", tmp_path / "model.safetensors"
+    from_diffusers.convert(str(tiny_pipeline), workdir)
+    to_diffusers.main(["--workdir", str(workdir), "--single-file", str(file)])
+    assert f"wrote {file}, 1." in capsys.readouterr().out
+    to_diffusers.main(["--model", str(file), "--out", str(tmp_path / "back")])
+    assert same(tensors(tmp_path / "back"), tensors(tiny_pipeline))
+    to_diffusers.main(["--model", str(tiny_pipeline), "--single-file", str(file), "--dtype", "float16"])
+    assert {x.dtype for x in Folder.open(file).tensors("vae").values()} == {np.dtype("float16")}
+    for arguments, said in (
+        (["--model", str(file)], "give --out DIR or --single-file FILE"),
+        (["--single-file", str(file)], "--workdir --model is required"),
+        (["--model", str(tiny_pipeline), "--single-file", str(file), "--for", "sd.cpp"], "has no UNet like this one"),
+        (["--model", str(file), "--single-file", str(file)], "would replace its source"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            to_diffusers.main(arguments)
+        assert said in f"{ended.value}{capsys.readouterr().err}"

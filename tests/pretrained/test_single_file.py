@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flaxkd import pretrained, students
+from flaxkd import export, pretrained, students
+from flaxkd.data import encoding
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.export import single_file as writer
 from flaxkd.pretrained import ARCHITECTURES, FAMILIES, Folder, ldm, single_file, tensors
@@ -207,6 +208,23 @@ def test_pickles_are_refused_with_the_remedy(tmp_path, name):
         Folder.open(tmp_path / "renamed.safetensors")
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (4,), (3, 3, 3)])
+def test_tensors_of_odd_shapes_are_told(tmp_path, shape):
+    names = [f"{UNET}input_blocks.0.0.weight", f"{UNET}input_blocks.1.0.out_layers.3.weight"]
+    names += [f"{TEXT}model.token_embedding.weight", f"{TEXT}model.transformer.resblocks.0.attn.in_proj_weight"]
+    names += [
+        f"{VAE}decoder.conv_in.weight",
+        f"{VAE}encoder.mid.attn_1.q.weight",
+        f"{UNET}input_blocks.1.1.proj_in.weight",
+    ]
+    save_file({name: np.zeros(shape, np.float32) for name in names}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=r"configuration of .*odd\.safetensors does not follow from its tensors"):
+        Folder.open(tmp_path / "odd.safetensors")
+    save_file({name: np.zeros(1) for name in names}, tmp_path / "odd.safetensors", metadata={"flaxkd": "[1"})
+    with pytest.raises(ValueError, match=r"odd\.safetensors has damaged configurations in its header"):
+        Folder.open(tmp_path / "odd.safetensors")
+
+
 def test_files_that_are_no_models(file, tmp_path):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(file.read_bytes()[:-1000])
@@ -240,6 +258,12 @@ def test_another_autoencoder(file, tiny_pipeline, tmp_path):
             folder = Folder.open(model, vae)
             assert folder.scaling_factor == 0.5 and same(folder, Folder(pipeline), ("vae",)) and folder.vae == str(vae)
             assert same(folder, Folder(tiny_pipeline), ("unet", "text_encoder"))
+    prints = [encoding.fingerprint(Folder.open(m, v)) for m in (tiny_pipeline, file) for v in (None, pipeline)]
+    assert len({*prints}) == 4 and prints[3] == encoding.fingerprint(Folder.open(file, tmp_path / "whole.safetensors"))
+    export.write_record(tmp_path, Folder.open(none, tmp_path / "alone.safetensors"), {"unet": {}})
+    _, source = export.read_record(tmp_path)
+    assert (source.path, source.vae) == (none, str(tmp_path / "alone.safetensors")) and source.scaling_factor == 0.5
+    assert export.read_record(tmp_path, vae=tiny_pipeline)[1].scaling_factor == Folder(tiny_pipeline).scaling_factor
     with pytest.raises(FileNotFoundError, match=r"no config\.json and no vae/config\.json"):
         Folder.open(file, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
