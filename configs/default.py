@@ -1,7 +1,7 @@
 """Every key of a configuration, with its unit and the source of its value. Other configs change a few.
 
-`--config.key=value` overrides a key on the command line; an unknown key fails with a suggestion.
-`placeholder(type)` is None until it gets a value.
+`--config.key=value` overrides a key on the command line; an unknown key fails with a suggestion. `placeholder(type)` is
+None until it gets a value; `--config.key=None` gives None back. flaxkd/training/settings.py says what each may be.
 """
 
 from ml_collections import ConfigDict
@@ -50,10 +50,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.kl_weight = 2e-3  # for train = ("vae",) alone
 
     # The optimizer: names and arguments are those of optax.
-    config.steps = 1000  # optimizer steps
+    config.steps = 1000  # optimizer steps; a run in the same workdir may get more of them later
     config.batch_size = 32  # images per optimizer step, over all devices and accumulation steps
     config.accumulate = 1  # splits a batch into this many pieces, one after another, to save memory
-    # AdamW of both originals, and BK-SDM's learning rate.
+    # AdamW of both originals, and BK-SDM's learning rate. Another function of optax takes other arguments: give its
+    # group whole, --config.learning_rate="{'schedule': 'linear_schedule', 'init_value': 1e-4, ...}"
     config.optimizer = ConfigDict(dict(name="adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2))
     config.learning_rate = ConfigDict(dict(schedule="constant_schedule", value=5e-5))
     config.max_grad_norm = 1.0  # global norm, as in both originals; None: no clipping
@@ -64,7 +65,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.ema_decay = placeholder(float)
 
     # The machine.
-    config.dtype = placeholder(str)  # of the compute; None: "bfloat16" on accelerators, "float32" on CPU
+    config.dtype = placeholder(str)  # of the compute, "bfloat16" (on accelerators) or "float32" (on a CPU)
     config.remat = False  # recompute blocks in the backward pass: less memory, a third more compute for what is trained
     # of long self-attention: "plain", "blocked", "splash" (TPU) or "cudnn" (GPU); None: chosen for the device
     config.attention = placeholder(str)
@@ -87,13 +88,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.variants = placeholder(str)
     config.data.random_flip = False  # mirror half of the pictures; wrong for text and flags
 
-    # What is shown and saved, in optimizer steps. These keys may change when a run resumes.
+    # What is shown and saved, in optimizer steps: every so many and after the last one; 0 for never. These keys may
+    # change when a run resumes.
     config.log_every = 10
-    # held-out captions, fixed noise and timesteps
+    # held-out captions, fixed noise and timesteps; no examples, no validation
     config.validation = ConfigDict(dict(every=100, examples=64))
     config.sample = ConfigDict()
     config.sample.every = 500
-    config.sample.prompts = (
+    config.sample.prompts = (  # (): no pictures
         "red apple",
         "grinning face",
         "blue heart",
@@ -104,6 +106,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sample.sampler = "dpmsolver++"  # or "ddim", "pndm", "euler" or "euler_ancestral"
     config.sample.steps = 25
     config.sample.guidance = 4.0  # classifier-free guidance; 7.5 is usual for SD 1.x
-    config.checkpoint = ConfigDict(dict(every=500, keep=3))  # keeps the newest `keep`, and
-    config.checkpoint.keep_every = placeholder(int)  # those at multiples of this many steps, for good; None: none
+    # Keeps the newest `keep` (None: all). With 0 for `every`, the last step and a stopped run are still saved.
+    config.checkpoint = ConfigDict(dict(every=500, keep=3))
+    config.checkpoint.keep_every = placeholder(int)  # keeps those at multiples of this many steps for good; 0: none
     return config

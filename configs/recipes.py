@@ -12,18 +12,23 @@ def check(arg: str | None, file: str, *known: str) -> None:
         raise ValueError(f"configs/{Path(file).name}:{arg} is unknown: {instead}")
 
 
+def cosine(config: ConfigDict, *, peak_value: float, warmup_steps: int, end_value: float) -> dict:
+    """A cosine after a linear warm-up. It ends with the run, however many `steps` that has, unless given otherwise."""
+    return dict(
+        schedule="warmup_cosine_decay_schedule",
+        init_value=0.0,
+        peak_value=peak_value,
+        warmup_steps=warmup_steps,
+        decay_steps=config.get_ref("steps").identity(),
+        end_value=end_value,
+    )
+
+
 def embedded(config: ConfigDict) -> ConfigDict:
     """A student of the embedded miniature teacher, in minutes on two CPU cores."""
     config.steps = 300
     config.batch_size = 16
-    config.learning_rate = dict(
-        schedule="warmup_cosine_decay_schedule",
-        init_value=0.0,
-        peak_value=1e-3,
-        warmup_steps=20,
-        decay_steps=300,
-        end_value=1e-5,
-    )
+    config.learning_rate = cosine(config, peak_value=1e-3, warmup_steps=20, end_value=1e-5)
     config.sample.every = 100
     config.validation.every = 50
     config.checkpoint.every = 100
@@ -39,14 +44,7 @@ def segmind(config: ConfigDict, steps: int) -> ConfigDict:
     config.teacher = "SG161222/Realistic_Vision_V4.0"
     config.steps = steps
     config.batch_size = 128  # 32 x 4 accumulation steps on the card
-    config.learning_rate = dict(
-        schedule="warmup_cosine_decay_schedule",
-        init_value=0.0,
-        peak_value=1e-5,
-        warmup_steps=500,
-        decay_steps=steps,
-        end_value=0.0,
-    )
+    config.learning_rate = cosine(config, peak_value=1e-5, warmup_steps=500, end_value=0.0)
     config.weight.output = 0.5
     config.weight.feature = 0.5
     config.normalize_features = False

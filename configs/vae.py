@@ -66,14 +66,7 @@ def get_config(arg=None):
     config.train = ("vae",)
     config.steps = 3600
     config.batch_size = 8
-    config.learning_rate = dict(
-        schedule="warmup_cosine_decay_schedule",
-        init_value=0.0,
-        peak_value=1.2e-3,
-        warmup_steps=100,
-        decay_steps=3600,
-        end_value=1e-5,
-    )
+    config.learning_rate = recipes.cosine(config, peak_value=1.2e-3, warmup_steps=100, end_value=1e-5)
     config.optimizer = dict(name="adamw", b1=0.9, b2=0.99, weight_decay=1e-4)
     config.checkpoint.every = 600
     config.validation.every = 600

@@ -25,7 +25,7 @@ from flaxkd.drawing import grids
 from flaxkd.machine import checkpoints, command, configuration, cpu, hosts, progress, sharding, streams
 from flaxkd.pretrained import Folder, fresh
 from flaxkd.tasks.samples import Sheet
-from flaxkd.training import checkpoint, curves, metrics
+from flaxkd.training import checkpoint, curves, metrics, settings
 from flaxkd.training.signals import Stopped, stop_signals
 from flaxkd.training.step import State, init_state, make_step, optimizer, state_shapes
 from flaxkd.training.task import Task
@@ -60,8 +60,15 @@ def run(config, workdir: Path, typed: str | None = None, watchers: tuple[str, ..
     config.bad_steps.in_a_row skipped steps in a row, OSError if a checkpoint or the export cannot be written or another
     process trains in `workdir`, Stopped after SIGTERM, SIGHUP or Ctrl-C."""
     started = time.monotonic()
+    settings.check(config)
+    before = checkpoint.check_claim(workdir, config.to_dict())
+    if not hosts.any_of(export.exported_step(workdir) != config.steps):
+        figures = last_figures(workdir)
+        if hosts.is_first():
+            conclude(config, workdir, figures, f"all {config.steps:,} steps were done before")
+        return figures
     with contextlib.ExitStack() as held:
-        setup, state = set_up(config, workdir, typed, held, watchers)
+        setup, state = set_up(config, workdir, typed, before, held, watchers)
         state, figures = loop(setup, state)
         end(setup, state, figures, started)
     return figures
@@ -71,18 +78,21 @@ def run(config, workdir: Path, typed: str | None = None, watchers: tuple[str, ..
 
 
 def set_up(
-    config, workdir: Path, typed: str | None, held: contextlib.ExitStack, watchers: tuple[str, ...]
+    config, workdir: Path, typed: str | None, before: int | None, held: contextlib.ExitStack, watchers: tuple[str, ...]
 ) -> tuple[Setup, State]:
     """Everything before the first step, and the state: that of the newest checkpoint, or a new one.
 
+    before: the steps of the run in the workdir, as its last start had them; None without a run.
     held: gets what is released at the end: the lock of the workdir, and the progress bar.
-
     Cheap checks come first: a wrong setting or folder is reported before anything is computed or written."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     dtype, tx = sharding.compute_dtype(config.dtype), optimizer(config)
     pictures = {split: open_pictures(config, split) for split in ("train", "validation")}
+    if hosts.is_first():
+        checkpoint.clear(workdir, config.to_dict())
     folder = open_teacher(config, workdir, pictures["train"])
+    folder.check_resolution(config.data.resolution, "data.resolution")
     task = tasks.make(config, folder, dtype, mesh)
 
     held.enter_context(checkpoint.claimed(workdir, config.to_dict()))
@@ -90,7 +100,7 @@ def set_up(
     if hosts.is_first():
         export.write_record(workdir, folder, task.configs)
         metrics.note_start(workdir, command=typed, machine=machine)
-        introduce(config, folder, task, machine)
+        introduce(config, folder, task, machine, before)
 
     batches, held_out = open_examples(config, task, pictures, folder, dtype, mesh)
     like = state_shapes(task, config, tx)
@@ -101,7 +111,8 @@ def set_up(
 
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
-    compiled = compile_step(train_step, state, frozen, task.shapes(config.batch_size), key)
+    left = config.steps - int(state.step)  # 0: there is only an export to make
+    compiled = compile_step(left, train_step, state, frozen, task.shapes(config.batch_size), key)
     sheet = Sheet(config, folder, task, begun, frozen, dtype, mesh)
     first = workdir if hosts.is_first() else None
     writer = metrics.Writer(first, int(state.step), config.steps, watchers, config.to_dict())
@@ -137,16 +148,20 @@ def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
 
 
 def open_examples(config, task: Task, pictures: dict[str, sources.Source], folder: Folder, dtype, mesh) -> tuple:
-    """(endless batches of this process's rows, held-out examples on the devices): the fields of the task's batch."""
-    data = {name: encoding.open_data(task.batch, config, x, name, folder, dtype) for name, x in pictures.items()}
-    batches = data["train"].batches(
+    """(endless batches of this process's rows, held-out examples on the devices): the fields of the task's batch.
+
+    The second is {} for a run that does not validate: then those pictures need not be encoded."""
+    reader = lambda split: encoding.open_data(task.batch, config, pictures[split], split, folder, dtype)
+    batches = reader("train").batches(
         config.batch_size,
         config.seed,
         variants=config.data.variants,
         flip=config.data.random_flip,
         rows=sharding.rows(mesh, config.batch_size),  # a process reads the rows of its own devices
     )
-    held_out = data["validation"].examples(config.validation.examples)
+    if not settings.validates(config):
+        return batches, {}
+    held_out = reader("validation").examples(config.validation.examples)
     held_out = {name: sharding.fill(x, len(x) // mesh.size or 1, mesh) for name, x in held_out.items()}
     return batches, sharding.put(held_out, sharding.batch(mesh))
 
@@ -165,9 +180,9 @@ def begin_or_resume(config, task: Task, tx, mesh, like: State, manager, batches,
     return state, state.params
 
 
-def compile_step(train_step, *arguments) -> Future:
+def compile_step(steps: int, train_step, *arguments) -> Future:
     """The step. It compiles, or loads a stored program, while the first pictures are drawn: training starts sooner."""
-    if jax.process_count() > 1:  # processes must compile in the same order
+    if not steps or jax.process_count() > 1:  # processes must compile in the same order
         done: Future = Future()
         with progress.Bar(None, first=progress.COMPILING, leave=False, disable=not hosts.is_first()):
             done.set_result(train_step.lower(*arguments).compile())
@@ -181,9 +196,13 @@ def compile_step(train_step, *arguments) -> Future:
 # -- Loop ------------------------------------------------------------------------------------------------------------
 
 
+LOOK = 100  # steps between two looks at bad steps and at signals, at most: `log_every` may be larger, or 0
+
+
 def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
     """Runs all steps, and what is due between them. Returns the state and the last validation figures."""
-    config, start, figures = s.config, int(state.step), {}
+    config, start, figures = s.config, int(state.step), last_figures(s.workdir)
+    look = min(config.log_every or LOOK, LOOK)
     with stop_signals() as stop:
         if start == 0:
             figures = validate(s, state)
@@ -196,15 +215,17 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
             state, values = train_step(state, s.frozen, batch, s.key)
             s.writer.add(step, values)
 
+            if due(config, step, look):
+                watch(s, state)
             if due(config, step, config.log_every):
                 log(s, state)
             # Several processes stop where they wait for each other anyway.
-            if due(config, step, config.log_every) or jax.process_count() == 1:
+            if due(config, step, look) or jax.process_count() == 1:
                 stopping = hosts.any_of(stop.asked)
             if due(config, step, config.validation.every):
                 log(s, state)
                 figures = validate(s, state)
-            owed |= due(config, step, config.checkpoint.every)
+            owed |= due(config, step, config.checkpoint.every) or step == config.steps
             if owed or stopping:
                 log(s, state)
                 if checkpoint.is_good(state):  # else after the next step that is taken
@@ -227,15 +248,22 @@ def stop_here(s: Setup, step: int) -> None:
     raise Stopped(f"stopped at step {step}; the same command resumes {where}")
 
 
-def due(config, step: int, every: int) -> bool:
-    """Whether something done every `every` steps is due after this step. After the last step, everything is."""
-    return step % every == 0 or step == config.steps
+def due(config, step: int, every: int | None) -> bool:
+    """Whether something done every `every` steps, 0 for never, is due after this step. It is after the last one."""
+    return bool(every) and (step % every == 0 or step == config.steps)
 
 
 def log(s: Setup, state: State) -> None:
-    """Writes the measurements since the last call. Raises FloatingPointError if too many steps were skipped."""
-    fetched = s.writer.fetch()
-    for step, values in fetched:
+    """Writes the measurements since the last call, unless they are never written. Raises as `watch` does."""
+    watch(s, state)
+    if s.config.log_every:
+        s.writer.log(s.config.batch_size)
+    s.writer.fetched.clear()
+
+
+def watch(s: Setup, state: State) -> None:
+    """Says which steps were skipped since the last call. Raises FloatingPointError if they are too many in a row."""
+    for step, values in s.writer.fetch():
         if values["skipped_in_a_row"]:
             what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped"
             s.writer.say(f"{what}, {values['skipped']} so far")
@@ -249,8 +277,6 @@ def log(s: Setup, state: State) -> None:
                 f"{s.manager.folder / str(saved) if saved is not None else 'none yet'}. Lower the learning rate "
                 "or max_grad_norm, or use float32, in a new workdir; or raise bad_steps and resume."
             )
-    if fetched:
-        s.writer.log(fetched, s.config.batch_size)
 
 
 def shown(state: State) -> dict:
@@ -259,7 +285,9 @@ def shown(state: State) -> dict:
 
 
 def validate(s: Setup, state: State) -> dict[str, float]:
-    """The loss on held-out examples, written and returned: {"validation/loss": float, ...}."""
+    """The loss on held-out examples, written and returned: {"validation/loss": float, ...}; {} without examples."""
+    if not s.held_out:
+        return {}
     with s.writer.pause("validating"):
         values = s.evaluate(shown(state), s.frozen, state.ema, s.held_out)
         values = {f"validation/{name}": float(value) for name, value in values.items()}
@@ -290,7 +318,8 @@ def end(s: Setup, state: State, figures: dict[str, float], started: float) -> No
     s.writer.close()
     assembled = s.task.assemble(shown(state), s.frozen)
     params = sharding.whole({part: assembled[part] for part in s.task.configs}, s.mesh)
-    configs = {**s.task.configs, **s.task.finish(params, s.held_out)}
+    held_out = s.held_out or sharding.put_rows(next(s.batches), s.mesh, s.config.batch_size)
+    configs = {**s.task.configs, **s.task.finish(params, held_out)}
     s.manager.close()
     if not hosts.is_first():
         return
@@ -299,7 +328,8 @@ def end(s: Setup, state: State, figures: dict[str, float], started: float) -> No
     export.write(
         s.workdir, out, s.folder, configs, params, step=step, averaged=bool(state.ema), dtype=np.dtype("float16")
     )
-    conclude(s.config, s.workdir, figures, time.monotonic() - started)
+    export.write_record(s.workdir, s.folder, configs, step)
+    conclude(s.config, s.workdir, figures, f"done in {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 # -- What a person reads ---------------------------------------------------------------------------------------------
@@ -311,7 +341,7 @@ def describe_machine(mesh, dtype) -> str:
     return f"{mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}, {dtype.name}"
 
 
-def introduce(config, folder: Folder, task: Task, machine: str) -> None:
+def introduce(config, folder: Folder, task: Task, machine: str, before: int | None) -> None:
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     parts = ", ".join(f"{part} {count(tree):,}" for part, tree in task.trained.items())
     print(
@@ -319,14 +349,22 @@ def introduce(config, folder: Folder, task: Task, machine: str) -> None:
         + f"student   {config.student}\n" * bool(config.student)
         + f"trained   {parts} parameters\n"
         f"machine   {machine}\n"
-        f"batch     {config.batch_size} images, {config.steps:,} steps",
+        f"batch     {config.batch_size} images, {config.steps:,} steps"
+        + (f", {before:,} before\n" if before not in (None, config.steps) else "\n")
+        + f"rate      {settings.rates(config)}",
         flush=True,
     )
 
 
-def conclude(config, workdir: Path, figures: dict[str, float], seconds: float) -> None:
+def last_figures(workdir: Path) -> dict[str, float]:
+    """The last validation figures of a run; {} without any."""
+    records = [record for record in metrics.read(workdir) if "validation/loss" in record]
+    return {name: value for name, value in records[-1].items() if name != "step"} if records else {}
+
+
+def conclude(config, workdir: Path, figures: dict[str, float], said: str) -> None:
     start = next((r for r in metrics.read(workdir) if "validation/loss" in r), {})
-    print(f"\ndone in {seconds / 60:.1f} minutes. Validation, at the start and now:")
+    print(f"\n{said}." + " Validation, at the start and now:" * bool(figures))
     for name in (n for n in figures if "feature/" not in n):
         print(f"  {name.removeprefix('validation/'):14} {start.get(name, float('nan')):10.5f} {figures[name]:10.5f}")
     made = {"samples.png": "drawings of the validation prompts", "curves.png": "all figures over time"}
@@ -334,7 +372,8 @@ def conclude(config, workdir: Path, figures: dict[str, float], seconds: float) -
     for name, what in made.items():
         if (workdir / name).exists():
             print(f"  {workdir / name}  {what}")
-    here, prompt = shlex.quote(str(workdir)), shlex.quote(config.sample.prompts[0])
+    prompt, *_ = [*settings.listed(config.sample.prompts or ()), "red apple"]
+    here, prompt = shlex.quote(str(workdir)), shlex.quote(prompt)
     sheet = workdir / ("samples.png" if (workdir / "samples.png").exists() else "curves.png")
     print(
         f"\nnext: look at {sheet}, then\n"

@@ -1,7 +1,7 @@
 """Does each term of the loss earn its place? Trains students with and without it, and measures all alike.
 
     python -m flaxkd.ablation --config configs/small.py --students sd_small --seeds 3 --out runs/ablation
-    python -m flaxkd.ablation ... --config.steps=1000 --config.learning_rate.decay_steps=1000     for every run
+    python -m flaxkd.ablation ... --config.steps=1000     for every run
 
 A run is an ordinary training in OUT/STUDENT-VARIANT-SEED, and flaxkd.evaluate measures it on held-out captions.
 Finished runs are reused: the same command resumes, and it may ask for more seeds or students. The result is
@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from flaxkd import students
+from flaxkd import export, students
 from flaxkd.ablation import table
 from flaxkd.evaluate import evaluation
 from flaxkd.machine import command, files, progress
-from flaxkd.training import checkpoint, metrics
+from flaxkd.training import checkpoint, metrics, settings
 
 # The keys in which the runs differ. A row sets all of them, so it does not change with the defaults.
 KEYS = ("init", "weight.noise", "weight.output", "weight.feature", "normalize_features")
@@ -106,6 +106,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
                 options += args.overrides
                 options += [f"--config.{key}={value}" for key, value in own.items()]
                 config = command.configuration(args.config, options)
+                settings.check(config)
                 workdir = args.out / f"{student}-{variant}-{seed}"
                 arguments = [*TRAINER, f"--config={args.config}", f"--workdir={workdir}", *options]
                 runs.append(Run(student, variant, seed, workdir, arguments, config))
@@ -114,17 +115,13 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 def finished(run: Run) -> bool:
     """Whether a training has finished: its export comes last, and is renamed into place when complete."""
-    return (run.workdir / "diffusers" / "model_index.json").is_file()
-
-
-def reached(run: Run) -> int:
-    """The last optimizer step in the metrics of a training; 0 without any."""
-    return max((record["step"] for record in metrics.read(run.workdir)), default=0)
+    whole = (run.workdir / "diffusers" / "model_index.json").is_file()
+    return whole and export.exported_step(run.workdir) in (None, run.config.steps)
 
 
 def train_all(runs: list[Run]) -> None:
     """Trains the unfinished runs one by one, with a bar over the steps of all runs."""
-    steps = [reached(run) for run in runs]
+    steps = [checkpoint.reached(run.workdir) for run in runs]
     total = sum(run.config.steps for run in runs)
     with progress.Bar(total, initial=sum(steps)) as bar:
         bar.begin()  # every run compiles: it belongs to the time left
@@ -133,7 +130,7 @@ def train_all(runs: list[Run]) -> None:
                 continue
 
             def tick(i=i, run=run) -> None:
-                steps[i] = reached(run)
+                steps[i] = checkpoint.reached(run.workdir)
                 bar.update(sum(steps) - bar.n)
                 bar.refresh()  # for its clock: the step stays the same while a run compiles
 

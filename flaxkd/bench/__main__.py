@@ -7,6 +7,7 @@ import jax
 from flaxkd import students
 from flaxkd.bench import benchmark, torch_works
 from flaxkd.machine import command, cpu
+from flaxkd.training import settings
 
 RIVALS = {None: [], "eager": [torch_works.EAGER], "torch": [torch_works.EAGER, torch_works.COMPILED]}
 
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "steps", help="denoising steps per picture; default: %(default)s")
     command.add(parser, "out", default=Path("bench"), help="result folder; default: %(default)s")
     args, config = command.parse(parser, arguments)
+    settings.check(config)
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     command.keep_compiled_programs()
     cpu.keep_memory()

@@ -26,7 +26,7 @@ class Pictures:
     def batches(self, batch_size: int, seed: int, *, rows: Sequence[int] | None = None, **_) -> grain.DatasetIterator:
         """Endless iterator of batches, as `Records.batches` but without variants and mirrored pictures."""
         load = lambda indices: {"images": self._stack(_own(indices, rows))}
-        order = grain.MapDataset.range(len(self.readable)).seed(seed).shuffle().repeat()
+        order = _endless(len(self.readable), seed)
         return iter(order.batch(batch_size).map(load).to_iter_dataset(OPTIONS))
 
     def examples(self, n: int) -> dict[str, np.ndarray]:
@@ -79,7 +79,7 @@ class Records:
             return self._stack([stored[i] if i < size else mirrored[i - size] for i in mine])
 
         # Shuffles numbers, not pictures: each process sees those of the whole batch and reads only its own rows.
-        order = grain.MapDataset.range(size if families is None else len(families)).seed(seed).shuffle().repeat()
+        order = _endless(size if families is None else len(families), seed)
         if flip or families is not None:  # otherwise it would cost a fifth of the time for nothing
             order = order.random_map(choose)
         return iter(order.batch(batch_size).map(load).to_iter_dataset(OPTIONS))
@@ -102,6 +102,13 @@ class Records:
         for i, (moments, input_ids) in enumerate(views):
             batch["moments"][i], batch["input_ids"][i] = moments, input_ids
         return {name: batch[name] for name in self.wanted}
+
+
+def _endless(size: int, seed: int) -> grain.MapDataset:
+    """The numbers below `size`, in another order in each epoch.
+
+    Not without end: Grain's length of that, divided by a batch of one, is a number that Python's len() cannot hold."""
+    return grain.MapDataset.range(size).seed(seed).shuffle().repeat(2**62 // max(size, 1))
 
 
 def _own(indices: np.ndarray, rows: Sequence[int] | None) -> np.ndarray:

@@ -3,7 +3,8 @@
 A workdir, of a run or of `convert.from_diffusers`, holds
     export.json     its record: {"source": pipeline folder of the untrained parts, "parts": {"unet": its config.json},
                     "configs": those of text encoders that differ from the source's, as for clip_skip,
-                    "vae": where their autoencoder comes from, if it is not the source's own}
+                    "vae": where their autoencoder comes from, if it is not the source's own,
+                    "step": of the finished export, null before}
     checkpoints/    Orbax steps with the tree {"params": {"unet": ...}, "ema": {"unet": ...} or nothing, ...}
 The workdir of a run also holds config.json, metrics.jsonl and samples.png, for the model card.
 """
@@ -21,8 +22,10 @@ RECORD = "export.json"
 EXPORT = "diffusers"  # the folder a run exports to
 
 
-def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict]) -> None:
+def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict], step: int | None = None) -> None:
     """Writes the export record. parts: {part: its config.json} of the checkpoints; the other parts are `source`'s.
+
+    step: that of the finished export in the workdir.
 
     The embedded teacher and a folder in the workdir are not written as absolute paths: the workdir can be moved to
     another machine."""
@@ -30,13 +33,20 @@ def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict]) -> No
     written = None if path == hub.EMBEDDED.resolve() else source.path.absolute()
     if written is not None and path.is_relative_to(here):
         written = path.relative_to(here)
-    content = {"source": None if written is None else str(written), "parts": dict(parts)}
+    content = {"source": None if written is None else str(written), "parts": dict(parts), "step": step}
     if configs := {x: source.configs[x] for x in source.family.encoders if x in source.configs and x not in parts}:
         content["configs"] = configs
     if source.vae is not None:
         local = Path(os.path.expanduser(source.vae))
         content["vae"] = str(local.absolute()) if local.exists() else source.vae
     files.write_json(Path(workdir) / RECORD, content)
+
+
+def exported_step(workdir: Path) -> int | None:
+    """The step of a run's finished export; None without one, or if its record does not say."""
+    record, out = Path(workdir) / RECORD, Path(workdir) / EXPORT
+    whole = record.is_file() and (out / "model_index.json").is_file()
+    return files.read_json(record).get("step") if whole else None
 
 
 def read_record(workdir: Path, source: str | os.PathLike | None = None, vae=None) -> tuple[dict[str, dict], Folder]:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ml_collections import ConfigDict
 
-from flaxkd.machine import diffusers_flags, files
+from flaxkd.machine import diffusers_flags, dtypes, files
 from flaxkd.machine.configuration import configuration, keys, load, near, split_off, suggestion
 
 PIPELINE = "pipeline folder, single-file checkpoint or hub id (owner/name)"
@@ -69,7 +69,7 @@ FLAGS = {
         "help": "last layers of the text encoder to leave out, as in diffusers: "
         "1 is what other programs call clip skip 2; default: 0",
     },
-    "dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "default: bfloat16; float32 on a CPU"},
+    "dtype": {"type": dtypes.spelt, "choices": dtypes.NAMES, "help": "default: bfloat16; float32 on a CPU"},
 }
 
 

@@ -11,14 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flaxkd.machine import cpu
+from flaxkd.machine import cpu, dtypes
 
 FSDP_MIN_SIZE = 2**20  # elements; smaller tensors cost more to gather than to keep
 
 
-def compute_dtype(name: str | None = None) -> np.dtype:
-    """The dtype of that name; None: bfloat16 on an accelerator and float32 on a CPU."""
-    return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+def compute_dtype(dtype=None) -> np.dtype:
+    """A dtype, given as such or by its name; None: bfloat16 on an accelerator and float32 on a CPU.
+
+    Raises ValueError unless it is one of dtypes.NAMES."""
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    name = dtypes.spelt(dtype if isinstance(dtype, str) else jnp.dtype(dtype).name)
+    if name not in dtypes.NAMES:
+        raise ValueError(f"dtype = {name!r} is unknown (known: {', '.join((*dtypes.NAMES, *dtypes.SPELLINGS))})")
+    return jnp.dtype(name)
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str]:
@@ -47,18 +53,18 @@ def jit(**kwargs) -> Callable:
 
 
 def make_mesh(data: int, fsdp: int, on: list | None = None) -> Mesh:
-    """A mesh of all devices, or of those in `on`; -1 for `data` takes what `fsdp` leaves.
+    """A mesh of all devices, or of those in `on`; -1 for one axis takes what the other leaves.
 
     Raises ValueError unless the product is the number of devices."""
     devices = jax.device_count() if on is None else len(on)
-    rows = devices // fsdp if data == -1 else data
-    if rows < 1 or fsdp < 1 or rows * fsdp != devices:
+    shape = [devices // max(other, 1) if size == -1 else size for size, other in ((data, fsdp), (fsdp, data))]
+    if min(data, fsdp) == max(data, fsdp) == -1 or min(shape) < 1 or shape[0] * shape[1] != devices:
         raise ValueError(
             f"mesh data={data} x fsdp={fsdp} does not fit {devices} devices: their product must be {devices} "
-            "(data=-1 takes what fsdp leaves)"
+            "(-1 takes what the other one leaves)"
         )
     # jax.make_mesh would default to explicit axis types, under which Flax's Dense raises with fsdp.
-    return jax.make_mesh((rows, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=on)
+    return jax.make_mesh(tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=on)
 
 
 def local_mesh() -> Mesh:

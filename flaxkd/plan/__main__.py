@@ -8,6 +8,7 @@ import jax
 from flaxkd.machine import command, files
 from flaxkd.plan import devices, table
 from flaxkd.plan.table import largest, markdown, next_size, row
+from flaxkd.training import settings
 
 
 @command.reported()
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "out", default=Path("plan"), help="result folder; default: %(default)s")
     rows = []
     args, config = command.parse(parser, arguments)
+    settings.check(config)
     if args.largest and args.whole:
         raise ValueError("--largest compiles several steps, which takes hours with --whole: drop one")
     targets = [devices.target(name) for name in args.device]

@@ -96,12 +96,6 @@ def _check(config) -> None:
     """Raises ValueError for settings that do not fit together."""
     if "unet" not in config.train:
         raise ValueError(f"train = {tuple(config.train)}: a text encoder is trained together with the 'unet'")
-    if config.init not in ("teacher", "random"):
-        raise ValueError(f"init = {config.init!r} is unknown (known: 'teacher', 'random')")
-    if config.timestep_sampling not in ("uniform", "min_snr"):
-        raise ValueError(f"timestep_sampling = {config.timestep_sampling!r} is neither 'uniform' nor 'min_snr'")
-    if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
-        raise ValueError("timestep_sampling = 'min_snr' samples by the weights of snr_gamma: give it, 5.0 is usual")
 
 
 def _settings(config, folder: Folder) -> dict:

@@ -12,6 +12,7 @@ from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import hosts
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.pretrained import Folder, build
+from flaxkd.training import settings
 from flaxkd.training.task import Network, Task
 
 # Pixels per device at a time. On a TPU v5e: 0.8 GiB of temporaries at 512 pixels, 1.5 for an SD 2.1 picture at 768.
@@ -28,11 +29,12 @@ class Sheet:
         self.config, self.task, self.dtype = config, task, dtype
         self.drawn: dict[str, np.ndarray] = {}
         self.pipeline: Pipeline | None = None
-        # A task without columns has no sheet, and needs no autoencoder on the devices.
-        if not jax.eval_shape(lambda a, b: [n.params for n in task.columns(a, b).values()], trained, frozen):
+        # A run without samples, or a task without columns, has no sheet and needs no autoencoder on the devices.
+        columns = lambda a, b: [n.params for n in task.columns(a, b).values()]
+        if not settings.draws(config) or not jax.eval_shape(columns, trained, frozen):
             return
         self.pipeline = Pipeline.from_folder(folder, "the run", dtype, mesh, parts=["vae"])
-        self.prompts, sample = list(config.sample.prompts), config.sample
+        self.prompts, sample = settings.listed(config.sample.prompts), config.sample
         self.schedule = samplers.schedule(sample.sampler, folder.config("scheduler"), sample.steps)
         shape = (len(self.prompts), *folder.latent_shape(config.data.resolution))
         self.noise = np.random.default_rng(config.seed).standard_normal(shape, np.float32)

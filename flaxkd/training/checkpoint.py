@@ -4,20 +4,25 @@ The teacher is never saved. Neither is a random state: random numbers derive fro
 """
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flaxkd import export
 from flaxkd.machine import checkpoints, files, hosts, owners
+from flaxkd.training import metrics
 from flaxkd.training.step import State
 
-# Keys of a config that may differ when a run resumes: they change what it shows, not what it computes. bad_steps
-# is among them: a run stopped by its bad steps must be able to resume with other limits.
+# Keys of a config that may differ when a run resumes: they change what it shows, or its next steps alone. bad_steps is
+# among them: a run stopped by its bad steps must be able to resume with other limits.
 FREE = (
+    "steps",
     "checkpoint",
     "log_every",
     "sample",
@@ -29,11 +34,42 @@ FREE = (
 )
 
 
-CLAIM = {
-    "differ": "holds a run of another configuration",
-    "remedy": "Choose another --workdir, or delete that one to start over.",
-    "free": FREE,
-}
+CONFIG = "config.json"
+# What a run writes before its first step, beside its claim.
+BEGUN = (metrics.FILE, "tensorboard", "samples", "samples.png", "curves.png", "blank")
+
+
+def reached(workdir: Path) -> int:
+    """The last optimizer step in the checkpoints or figures of a workdir; 0 for none."""
+    recorded = (record["step"] for record in metrics.read(workdir))
+    return max(export.newest_step(workdir) or 0, *recorded, 0)
+
+
+def check_claim(workdir: Path, config: dict) -> int | None:
+    """The `steps` of the run in `workdir`, if it took one and may go on with this configuration; None without a run.
+
+    `steps` may change, though not below those taken, and the horizon of the schedule with it. A run that ended before
+    its first step claims nothing: another configuration may take its place. Raises ValueError that names the keys in
+    which the workdir's configuration differs."""
+    path, done = workdir / CONFIG, reached(workdir)
+    if not done or not path.is_file():
+        return None
+    before = files.read_json(path)
+    files.compare(
+        path,
+        config | {"learning_rate": _following(config, before)},
+        differ="holds a run of another configuration",
+        remedy="Choose another --workdir, or delete that one to start over.",
+        free=[key for key in FREE if key != "steps" or config["steps"] >= done],
+    )
+    return before["steps"]
+
+
+def _following(config: dict, before: dict) -> Any:
+    """config.learning_rate, with the horizon of `before` if both have as many steps as their schedules."""
+    now, then = config.get("learning_rate"), before.get("learning_rate")
+    ends = lambda of, rate: isinstance(rate, dict) and rate.get("decay_steps") == of["steps"]
+    return now | {"decay_steps": before["steps"]} if ends(config, now) and ends(before, then) else now
 
 
 @contextlib.contextmanager
@@ -54,20 +90,38 @@ def claimed(workdir: Path, config: dict) -> Iterator[None]:
 
 
 def claim(workdir: Path, config: dict) -> None:
-    """Claims `workdir` for this run: writes config.json, or checks that the one there belongs to the same run.
+    """Claims `workdir` for this run: writes config.json, unless it holds a run of another configuration.
 
-    The first process writes it, and all processes check. Raises ValueError if the workdir belongs to another
-    configuration (the message names the differing keys), or if the processes do not share the folder."""
-    path = workdir / "config.json"
-    if hosts.is_first():
-        files.claim(path, config, **CLAIM)
+    The first process writes it, and all processes check. Raises ValueError, as `check_claim` does, or if the processes
+    do not share the folder."""
+    path = workdir / CONFIG
+    check_claim(workdir, config)
+    if hosts.is_first() and not _holds(path, config):
+        files.write_json(path, config)
     hosts.wait("claimed")
     if not path.is_file():
         raise ValueError(
             f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: give all a --workdir on a "
             "file system shared by their hosts"
         )
-    files.compare(path, config, **CLAIM)
+
+
+def clear(workdir: Path, config: dict) -> None:
+    """Removes what a run of another configuration left that ended before its first step.
+
+    Raises owners.Held if it has not ended."""
+    path = workdir / CONFIG
+    if reached(workdir) or not path.is_file() or _holds(path, config):
+        return
+    with owners.alone(workdir, "a training"):
+        for left in (workdir / name for name in BEGUN):
+            if left.is_dir():
+                shutil.rmtree(left)
+            left.unlink(missing_ok=True)
+
+
+def _holds(path: Path, config: dict) -> bool:
+    return path.is_file() and files.read_json(path) == json.loads(json.dumps(config))  # JSON has no tuples
 
 
 class Manager(ocp.CheckpointManager):
@@ -79,9 +133,11 @@ class Manager(ocp.CheckpointManager):
         super().__init__(files.plain(folder), options=ocp.CheckpointManagerOptions(**options))
 
 
-def manager(workdir: Path, keep: int, keep_every: int | None = None) -> Manager:
-    """Keeps the newest `keep` checkpoints, and that of every `keep_every`-th step for good."""
-    return Manager(workdir / "checkpoints", max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True)
+def manager(workdir: Path, keep: int | None, keep_every: int | None = None) -> Manager:
+    """Keeps the newest `keep` checkpoints (None: all), and that of every `keep_every`-th step for good (0: none)."""
+    return Manager(
+        workdir / "checkpoints", max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
+    )
 
 
 def probe(workdir: Path) -> None:

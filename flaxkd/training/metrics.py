@@ -143,6 +143,7 @@ class Writer:
     ):
         self.bar = progress.Bar(steps, initial=start, first=progress.COMPILING, disable=workdir is None)
         self.pending: list[tuple[int, dict]] = []  # measured on the device, not fetched yet
+        self.fetched: list[tuple[int, dict]] = []  # not written yet
         self.since, self.logged = time.monotonic(), start
         self.writes, self.watchers = workdir is not None, {}
         for name in (*ALWAYS, *also) if self.writes else ():
@@ -159,13 +160,17 @@ class Writer:
         values = jax.device_get([values for _, values in self.pending])
         fetched = [(step, found) for (step, _), found in zip(self.pending, values, strict=True)]
         self.pending.clear()
+        self.fetched += fetched
         return fetched
 
-    def log(self, fetched: list[tuple[int, dict]], batch_size: int) -> None:
-        """Writes the means over the unskipped steps, and the rate since the last call."""
-        step, now = fetched[-1][0], time.monotonic()
+    def log(self, batch_size: int) -> None:
+        """Writes the means over the unskipped steps fetched since the last call, and the rate."""
+        if not self.fetched:
+            return
+        step, now = self.fetched[-1][0], time.monotonic()
         rate = (step - self.logged) * batch_size / max(now - self.since, 1e-9)
-        values = [found for _, found in fetched]
+        values = [found for _, found in self.fetched]
+        self.fetched.clear()
         taken = [found for found in values if not found["skipped_in_a_row"]] or values
         mean = {name: float(np.mean([m[name] for m in taken])) for name in values[0] if "skipped" not in name}
         if skipped := int(values[-1]["skipped"]):

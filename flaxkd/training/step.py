@@ -3,6 +3,7 @@
 What is trained is a `Task` (task.py). The step knows neither UNet nor loss.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,34 +40,49 @@ class State(NamedTuple):
 def learning_rate(config) -> Callable:
     """Any optax schedule by its name: `config.learning_rate` is {"schedule": name, **arguments}.
 
-    Raises ValueError for a name or arguments that optax does not have."""
+    As in diffusers, a run shorter than its warm-up only warms up. Raises ValueError for a name or arguments that optax
+    does not have."""
     arguments = dict(config.learning_rate)
-    name = arguments.pop("schedule")
+    name = arguments.pop("schedule", None)
     schedule = getattr(optax.schedules, str(name), None)
-    if schedule is None:
+    if not callable(schedule):
         raise ValueError(f"learning_rate.schedule = {name!r} is not in optax.schedules ({', '.join(_schedules())})")
-    try:
-        return schedule(**arguments)
-    except TypeError as error:
-        raise ValueError(f"learning_rate: optax.schedules.{error}") from error
+    if {"decay_steps", "warmup_steps"} <= {*arguments}:
+        arguments["decay_steps"] = max(arguments["decay_steps"], arguments["warmup_steps"] + 1)
+    return _made(schedule, "learning_rate", name, **arguments)
 
 
 def _schedules() -> list[str]:
     return [name for name in dir(optax.schedules) if name.endswith("schedule") and "inject" not in name]
 
 
-def optimizer(config) -> optax.GradientTransformation:
-    """Clipping by the global norm (None: none), then AdamW or another optimizer of optax by name."""
-    arguments = dict(config.optimizer)
-    name = arguments.pop("name")
-    make = getattr(optax, str(name), None)
-    if make is None:
-        raise ValueError(f"optimizer.name = {name!r} is not in optax")
-    clip = optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
+def _optimizers() -> list[str]:
+    functions = {name: value for name, value in vars(optax).items() if inspect.isfunction(value)}
+    takes = lambda name: "learning_rate" in inspect.signature(functions[name]).parameters
+    return [name for name in functions if takes(name) and not name.startswith(("_", "scale_by"))]
+
+
+def _made(function: Callable, group: str, name: str, *first, **arguments):
+    """function(*first, **arguments), of optax. Raises ValueError with the arguments it takes."""
     try:
-        return optax.chain(clip, make(learning_rate(config), **arguments))
-    except TypeError as error:
-        raise ValueError(f"optimizer: optax.{error}") from error
+        return function(*first, **arguments)
+    except (TypeError, ValueError, AttributeError) as error:
+        takes = [*inspect.signature(function).parameters][len(first) :]
+        raise ValueError(
+            f"{group}: optax.{name} takes {', '.join(takes)}, and cannot be made with {arguments}: {error}"
+        ) from error
+
+
+def optimizer(config) -> optax.GradientTransformation:
+    """Clipping by the global norm (None: none), then AdamW or another optimizer of optax by name.
+
+    Raises ValueError, as `learning_rate` does."""
+    arguments = dict(config.optimizer)
+    name = arguments.pop("name", None)
+    if name not in (known := _optimizers()):
+        raise ValueError(f"optimizer.name = {name!r} is not in optax ({', '.join(known)})")
+    clip = optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
+    return optax.chain(clip, _made(getattr(optax, name), "optimizer", name, learning_rate(config), **arguments))
 
 
 def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> State:

@@ -1,0 +1,273 @@
+"""THE TABLE of settings: what every key of a configuration may be. It is checked before anything else is done.
+
+What only the devices, the teacher's folder or the data can tell is checked where they are opened: whether a batch can
+be split, a resolution, the blocks that a student keeps.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from flaxkd import students
+from flaxkd.data import pictures
+from flaxkd.diffusion import samplers
+from flaxkd.machine import diffusers_flags, dtypes
+from flaxkd.models.attention import FORMS
+from flaxkd.pretrained import families
+from flaxkd.training import step
+
+
+class Rule(NamedTuple):
+    """What a value may be. words: complete "batch_size = 0 ..." if it may not. known: names, as suggestions."""
+
+    holds: Callable[[Any], bool]
+    words: str
+    known: tuple[str, ...] = ()
+
+    def fault(self, key: str, value: Any) -> str:
+        shown = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+        shown = shown if len(shown) < 100 else f"{shown[:100]}..."
+        return f"{key} = {shown} {self.words}{_meant(value, self.known)}"
+
+
+def _meant(value: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(value), known, cutoff=0.5)
+    return f", did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def whole(low: int, high: int | None = None) -> Rule:
+    """Whole numbers from `low` to `high`."""
+    of_kind = lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool)
+    words = f"must be a whole number of at least {low}" if high is None else f"must be a whole number, {low} to {high}"
+    return Rule(lambda x: of_kind(x) and low <= x <= (math.inf if high is None else high), words)
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
+    """Finite numbers from `low` to `high`. above, below: without the bounds themselves."""
+    of_kind = lambda x: isinstance(x, int | float | np.number) and not isinstance(x, bool) and math.isfinite(x)
+    holds = lambda x: of_kind(x) and low <= x <= high and not (above and x == low) and not (below and x == high)
+    bounds = [f"{'above' if above else 'of at least'} {low:g}"] * math.isfinite(low)
+    bounds += [f"{'below' if below else 'of at most'} {high:g}"] * math.isfinite(high)
+    return Rule(holds, f"must be a number {' and '.join(bounds)}".rstrip())
+
+
+def word(*known: str) -> Rule:
+    few = "is neither {!r} nor {!r}".format(*known) if len(known) == 2 else f"is unknown (known: {', '.join(known)})"
+    return Rule(lambda x: isinstance(x, str) and x in known, few, known)
+
+
+def texts(of: Rule, what: str, least: int = 0) -> Rule:
+    """Several texts, each as `of` says; one may stand alone."""
+    of_kind = lambda x: isinstance(x, tuple | list | str) and all(of.holds(text) for text in listed(x))
+    return Rule(lambda x: of_kind(x) and len(listed(x)) >= least, f"must be a tuple of {what}")
+
+
+def listed(setting: str | tuple | list) -> list[str]:
+    """The texts of a setting: one may stand alone."""
+    return [setting] if isinstance(setting, str) else list(setting)
+
+
+def or_none(rule: Rule, meaning: str, *others: Any) -> Rule:
+    """The values of a rule, None with this meaning, and `others`."""
+    allowed = lambda x: x is None or any(type(x) is type(other) and x == other for other in others)
+    return Rule(lambda x: allowed(x) or rule.holds(x), f"{rule.words}; None is {meaning}", rule.known)
+
+
+def _read_by(function: Callable, wrong: type[Exception]) -> Callable[[Any], bool]:
+    """Whether a value is a text that `function` reads without the error `wrong`."""
+
+    def holds(x: Any) -> bool:
+        try:
+            return isinstance(x, str) and (function(x), True)[1]
+        except wrong:
+            return False
+
+    return holds
+
+
+FLAG = Rule(lambda x: isinstance(x, bool | np.bool_), "must be True or False")
+TEXT = Rule(lambda x: isinstance(x, str) and bool(x.strip()), "must be a text that is not empty")
+PATTERN = Rule(_read_by(re.compile, re.error), "is no regular expression")
+COLOR = Rule(_read_by(pictures.color, ValueError), 'must be a color such as "white" or "#ffcc00"')
+DICT = Rule(lambda x: isinstance(x, dict | ConfigDict) and bool(x), "must be a dict")
+EVERY = or_none(whole(0), "never, as is 0")
+AXIS = Rule(
+    lambda x: type(x) is int and (x == -1 or x >= 1), "must be a whole number of at least 1, or -1 for the rest"
+)
+
+RULES = {
+    "teacher": or_none(TEXT, "the embedded miniature", ""),
+    "vae": or_none(TEXT, "the teacher's own", ""),
+    "clip_skip": whole(0),
+    "student": or_none(word(*students.STUDENTS), "the teacher itself", ""),
+    "task": or_none(TEXT, "the task that trains these parts", ""),
+    "train": texts(word(*families.PARTS), f"parts: {', '.join(families.PARTS)}", least=1),
+    "init": word("teacher", "random"),
+    "blank": or_none(DICT, "no new pipeline"),
+    "seed": whole(0, 2**32 - 1),
+    "weight.noise": number(0),
+    "weight.output": number(0),
+    "weight.feature": number(0),
+    "pairing": word(*students.PAIRINGS),
+    "normalize_features": FLAG,
+    "prediction_type": or_none(word("epsilon", "v_prediction"), "that of the teacher's scheduler", ""),
+    "snr_gamma": or_none(number(0, above=True), "off"),
+    "timestep_sampling": word("uniform", "min_snr"),
+    "noise_offset": number(0),
+    "caption_dropout": number(0, 1),
+    "kl_weight": number(0),
+    "steps": whole(1, 2**31 - 1),
+    "batch_size": whole(1),
+    "accumulate": whole(1),
+    "optimizer": DICT,
+    "learning_rate": DICT,
+    "max_grad_norm": or_none(number(0, above=True), "no clipping"),
+    "bad_steps.spike": or_none(number(1, above=True), "no limit"),
+    "bad_steps.in_a_row": whole(1),
+    "ema_decay": or_none(number(0, 1, below=True), "no average"),
+    "dtype": or_none(word(*dtypes.NAMES, *dtypes.SPELLINGS), "bfloat16, or float32 on a CPU", ""),
+    "remat": FLAG,
+    "attention": or_none(word(*FORMS), "the one that pays on the device", ""),
+    "mesh.data": AXIS,
+    "mesh.fsdp": AXIS,
+    "cpu_devices": whole(1, 1024),
+    "compilation_cache": or_none(TEXT, "that of the environment", ""),
+    "data.source": TEXT,
+    "data.caption_column": or_none(TEXT, "text, caption or prompt", ""),
+    "data.image_column": or_none(TEXT, "file_name, file or path", ""),
+    "data.background": COLOR,
+    "data.resolution": whole(1),
+    "data.variants": or_none(PATTERN, "none", ""),
+    "data.random_flip": FLAG,
+    "log_every": EVERY,
+    "validation.every": EVERY,
+    "validation.examples": whole(0),
+    "sample.every": EVERY,
+    "sample.prompts": or_none(texts(TEXT, "prompts, none of them empty"), "no pictures"),
+    "sample.sampler": word(*samplers.KINDS),
+    "sample.steps": whole(1, 1000),
+    "sample.guidance": number(0),
+    "checkpoint.every": EVERY,
+    "checkpoint.keep": or_none(whole(1), "all"),
+    "checkpoint.keep_every": EVERY,
+}
+
+# Keys whose groups are the arguments of functions of optax, as far as their names say what they may be.
+ARGUMENTS = {
+    "optimizer": {
+        "b1": number(0, 1, below=True),
+        "b2": number(0, 1, below=True),
+        "eps": number(0),
+        "weight_decay": number(0),
+        "momentum": or_none(number(0, 1, below=True), "none"),
+    },
+    "learning_rate": {
+        "init_value": number(0),
+        "peak_value": number(0),
+        "end_value": number(0),
+        "value": number(0),
+        "warmup_steps": whole(0),
+        "decay_steps": whole(1),
+        "transition_steps": whole(1),
+    },
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError that lists all settings of a configuration that cannot work, each with its remedy.
+
+    A key that flaxkd does not know is one, too, unless the task is not of this package."""
+    values = leaves(config)
+    faults = [f"{key} is missing: begin with configs/default.py" for key in RULES if key not in values]
+    if ":" not in str(values.get("task")):
+        faults += [_unknown(key) for key in values if key not in RULES]
+    faults += [rule.fault(key, value) for key, value, rule in _ruled(config) if not rule.holds(value)]
+    if faults := faults or list(_together(config)):
+        raise ValueError(faults[0] if len(faults) == 1 else "\n  ".join([f"{len(faults)} settings:", *faults]))
+
+
+def leaves(group: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"data.source": value, ...}; a group that has a rule of its own is a leaf."""
+    found = {}
+    for key, value in group.items():
+        inner = isinstance(value, ConfigDict) and prefix + key not in RULES
+        found |= leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found
+
+
+def _ruled(config: ConfigDict) -> Iterator[tuple[str, Any, Rule]]:
+    for key, value in leaves(config).items():
+        if key in RULES:
+            yield key, value, RULES[key]
+            for name, rule in ARGUMENTS.get(key, {}).items() if DICT.holds(value) else ():
+                if name in value and not (name == "decay_steps" and value[name] == config.steps):  # it follows steps
+                    yield f"{key}.{name}", value[name], rule
+
+
+def _unknown(key: str) -> str:
+    here = diffusers_flags.HERE.get(key)
+    return f"there is no key {key}" + (f"; here it is: {here}" if here else _meant(key, RULES))
+
+
+def _together(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with settings that are each in their range."""
+    if config.student and not any((config.weight.noise, config.weight.output, config.weight.feature)):
+        yield "weight.noise, weight.output and weight.feature are all 0: there is nothing to learn from"
+    if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
+        yield "timestep_sampling = 'min_snr' samples by the weights of snr_gamma: give it, 5.0 is usual"
+    if config.dtype and dtypes.spelt(config.dtype) == "float16":
+        yield (
+            f"dtype = {config.dtype!r}: small gradients are zero in float16 unless the loss is scaled, which flaxkd "
+            "does not do. bfloat16 takes the same memory and needs no scaling; float32 is exact"
+        )
+    if config.teacher and config.blank:
+        yield f"teacher = {config.teacher!r} and blank are both given: --config.blank=None trains the teacher"
+    if config.blank:
+        needed = {*families.PARTS, "scheduler", "vocab_size"}
+        if missing := sorted(needed - {*config.blank}):
+            yield f"blank lacks {', '.join(missing)}: configs/vae.py has an example"
+    yield from _of_optax(config)
+
+
+def _of_optax(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with the schedule and the optimizer: both are tried on a single weight."""
+    try:
+        if wrong := [rate for rate in _rates(config) if not (math.isfinite(rate) and rate >= 0)]:
+            yield f"learning_rate: it would be {wrong[0]:g} at some step, and must be a number of at least 0"
+            return
+        tx, weight = step.optimizer(config), {"weight": np.zeros((2, 2), np.float32)}
+        jax.eval_shape(lambda x: tx.update(x, tx.init(x), x), weight)
+    except Exception as error:  # of any function of optax, for arguments that are not its
+        said = isinstance(error, ValueError) and str(error).startswith(("learning_rate", "optimizer"))
+        yield str(error) if said else f"optimizer.name = {config.optimizer['name']!r} cannot train: {error}"
+
+
+def draws(config: ConfigDict) -> bool:
+    """Whether a run shows samples."""
+    return bool(config.sample.every and config.sample.prompts)
+
+
+def validates(config: ConfigDict) -> bool:
+    """Whether a run measures its loss on held-out examples."""
+    return bool(config.validation.every and config.validation.examples)
+
+
+def rates(config: ConfigDict) -> str:
+    """The learning rate over a run, in words. They say so if its schedule ends elsewhere than the run."""
+    first, *_, last = seen = _rates(config)
+    said = f"{first:.3g} at first, {max(seen):.3g} at most, {last:.3g} at last" if len({*seen}) > 1 else f"{first:.3g}"
+    horizon, steps = dict(config.learning_rate).get("decay_steps", config.steps), config.steps
+    return said + f" (learning_rate.decay_steps is {horizon:,}, steps is {steps:,})" * (horizon != steps)
+
+
+def _rates(config: ConfigDict) -> list[float]:
+    """The learning rate at the first step, at the end of the warm-up, here and there, and at the last step."""
+    schedule, last = step.learning_rate(config), config.steps - 1
+    peak = min(dict(config.learning_rate).get("warmup_steps", 0), last)
+    return [float(schedule(at)) for at in (0, peak, *np.linspace(0, last, 33).astype(int).tolist())]
