@@ -181,9 +181,14 @@ def begin_or_resume(config, task: Task, tx, mesh, like: State, manager, batches,
 
 
 def compile_step(steps: int, train_step, *arguments) -> Future:
-    """The step. It compiles, or loads a stored program, while the first pictures are drawn: training starts sooner."""
-    if not steps or jax.process_count() > 1:  # processes must compile in the same order
-        done: Future = Future()
+    """The step, None without `steps` to take.
+
+    It compiles, or loads a stored program, while the first pictures are drawn: training starts sooner."""
+    done: Future = Future()
+    if not steps:
+        done.set_result(None)
+        return done
+    if jax.process_count() > 1:  # processes must compile in the same order
         with progress.Bar(None, first=progress.COMPILING, leave=False, disable=not hosts.is_first()):
             done.set_result(train_step.lower(*arguments).compile())
         return done

@@ -48,21 +48,28 @@ def reached(workdir: Path) -> int:
 def check_claim(workdir: Path, config: dict) -> int | None:
     """The `steps` of the run in `workdir`, if it took one and may go on with this configuration; None without a run.
 
-    `steps` may change, though not below those taken, and the horizon of the schedule with it. A run that ended before
-    its first step claims nothing: another configuration may take its place. Raises ValueError that names the keys in
-    which the workdir's configuration differs."""
+    `steps` may change, though not below those taken, and the horizon of the schedule with it. A key younger than the
+    run does not count. A run that ended before its first step claims nothing: another configuration may take its place.
+    Raises ValueError that names the keys in which the workdir's configuration differs."""
     path, done = workdir / CONFIG, reached(workdir)
     if not done or not path.is_file():
         return None
     before = files.read_json(path)
     files.compare(
         path,
-        config | {"learning_rate": _following(config, before)},
+        _older(config, before) | {"learning_rate": _following(config, before)},
         differ="holds a run of another configuration",
         remedy="Choose another --workdir, or delete that one to start over.",
         free=[key for key in FREE if key != "steps" or config["steps"] >= done],
     )
     return before["steps"]
+
+
+def _older(config: dict, before: dict) -> dict:
+    """The keys of `config` that `before` has, too; its optimizer, whose keys are arguments, is whole."""
+    common = {key: value for key, value in config.items() if key in before}
+    groups = [key for key in common if isinstance(common[key], dict) and isinstance(before[key], dict)]
+    return common | {key: _older(common[key], before[key]) for key in groups if key not in ("optimizer", "blank")}
 
 
 def _following(config: dict, before: dict) -> Any:

@@ -100,6 +100,9 @@ EVERY = or_none(whole(0), "never, as is 0")
 AXIS = Rule(
     lambda x: type(x) is int and (x == -1 or x >= 1), "must be a whole number of at least 1, or -1 for the rest"
 )
+SAMPLER = Rule(
+    _read_by(samplers.name_of, ValueError), f"is unknown (known: {', '.join(samplers.KINDS)})", samplers.KINDS
+)
 
 RULES = {
     "teacher": or_none(TEXT, "the embedded miniature", ""),
@@ -150,7 +153,7 @@ RULES = {
     "validation.examples": whole(0),
     "sample.every": EVERY,
     "sample.prompts": or_none(texts(TEXT, "prompts, none of them empty"), "no pictures"),
-    "sample.sampler": word(*samplers.KINDS),
+    "sample.sampler": or_none(SAMPLER, "the model's own"),
     "sample.steps": whole(1, 1000),
     "sample.guidance": number(0),
     "checkpoint.every": EVERY,
