@@ -381,8 +381,9 @@ def conclude(config, workdir: Path, figures: dict[str, float], said: str) -> Non
     here, prompt = shlex.quote(str(workdir)), shlex.quote(prompt)
     sheet = workdir / ("samples.png" if (workdir / "samples.png").exists() else "curves.png")
     print(
-        f"\nnext: look at {sheet}, then\n"
-        f"  python -m flaxkd.generate --model {here} --guidance {config.sample.guidance} --prompt {prompt}\n"
+        "\nnext:"
+        + f" look at {sheet}, then" * sheet.exists()
+        + f"\n  python -m flaxkd.generate --model {here} --guidance {config.sample.guidance} --prompt {prompt}\n"
         f"  python -m flaxkd.report --workdir {here}"
     )
 
