@@ -103,9 +103,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "woman firefighter",
         "cat face",
     )
-    config.sample.sampler = "dpmsolver++"  # or "ddim", "pndm", "euler" or "euler_ancestral"
-    config.sample.steps = 25
-    config.sample.guidance = 4.0  # classifier-free guidance; 7.5 is usual for SD 1.x
+    # of `python -m flaxkd.generate --sampler`; None: the teacher's own
+    config.sample.sampler = placeholder(str)
+    config.sample.steps = placeholder(int)  # of the sampler; None: as in all commands
+    # of classifier-free guidance, kept in the export as the student's own; None: the teacher's own, 7.5 if it has none
+    config.sample.guidance = placeholder(float)
     # Keeps the newest `keep` (None: all). With 0 for `every`, the last step and a stopped run are still saved.
     config.checkpoint = ConfigDict(dict(every=500, keep=3))
     config.checkpoint.keep_every = placeholder(int)  # keeps those at multiples of this many steps for good; 0: none

@@ -72,7 +72,6 @@ def photographs(config: ConfigDict) -> ConfigDict:
     config.validation.every = 1000
     config.checkpoint.every = 1000
     config.sample.every = 5000
-    config.sample.guidance = 7.5
     config.sample.prompts = (
         "a golden vase with different flowers",
         "a photograph of a red bicycle leaning on a wall",

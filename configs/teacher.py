@@ -31,5 +31,6 @@ def get_config(arg=None):
     config.log_every = 50
     config.validation.every = 1000
     config.sample.every = 1000
+    config.sample.guidance = 4.0
     config.checkpoint.every = 500
     return config

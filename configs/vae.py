@@ -43,7 +43,7 @@ ARCHITECTURE = dict(
         projection_dim=128,
     ),
     scheduler=dict(
-        _class_name="PNDMScheduler",
+        _class_name="DPMSolverMultistepScheduler",
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",

@@ -35,7 +35,8 @@ def draw(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} must end in .png: the settings are written into it")
-    samplers.name_of(args.sampler)
+    if args.sampler is not None:
+        samplers.name_of(args.sampler)
     models = dict.fromkeys(args.model or [None])
     pipelines = [
         Pipeline.from_pretrained(model, args.dtype, vae=args.vae) for model in models
@@ -75,10 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--prompt", action="append", default=[], help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
     add("--negative-prompt", default="", help="what not to draw")
-    command.add(parser, "steps")
-    add("--guidance", type=float, default=7.5, help="1 is none; default: 7.5")
+    command.add(parser, "steps", default=samplers.STEPS)
+    command.add(parser, "guidance")
     command.add(parser, "clip-skip")
-    add("--sampler", default="dpmsolver++", help=f"{', '.join(samplers.KINDS)}; default: %(default)s")
+    spaced = "; dpmsolver++:karras and so on space the steps"
+    add("--sampler", help=f"{', '.join(samplers.KINDS)}{spaced}; default: the model's own")
     command.add(parser, "seed", help="of the first picture; the next one has seed + 1; default: 0")
     add("--width", type=int, help="pixels; default: as in training")
     add("--height", type=int, help="pixels; default: as in training")

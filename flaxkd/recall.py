@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxkd.data import sources
+from flaxkd.diffusion import samplers
 from flaxkd.drawing import grids
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import command
@@ -20,7 +21,9 @@ from flaxkd.machine import command
 BATCH = 32
 
 
-def draw(model: str | None, captions: list[str], *, steps: int, guidance: float, seed: int, vae=None) -> np.ndarray:
+def draw(
+    model: str | None, captions: list[str], *, steps: int, guidance: float | None, seed: int, vae=None
+) -> np.ndarray:
     """Pictures uint8[n, H, W, 3] of captions, with a progress bar."""
     pipeline = Pipeline.from_pretrained(model, vae=vae)
     shape = (len(captions), *pipeline.folder.latent_shape())
@@ -53,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "vae")
     parser.add_argument("--captions", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--originals", type=int, default=512, help="default: %(default)s")
-    command.add(parser, "steps")
-    parser.add_argument("--guidance", type=float, default=4.0, help="default: %(default)s")
+    command.add(parser, "steps", default=samplers.STEPS)
+    command.add(parser, "guidance")
     command.add(parser, "seed")
     command.add(parser, "out", default=Path("recall.png"))
     args = parser.parse_args(arguments)

@@ -7,6 +7,7 @@ Several processes, on one host or many, all run this; --distributed announces th
 """
 
 import contextlib
+import dataclasses
 import logging
 import shlex
 import sys
@@ -93,6 +94,8 @@ def set_up(
         checkpoint.clear(workdir, config.to_dict())
     folder = open_teacher(config, workdir, pictures["train"])
     folder.check_resolution(config.data.resolution, "data.resolution")
+    if config.sample.guidance is not None:
+        folder = dataclasses.replace(folder, drawn_with=config.sample.guidance)
     task = tasks.make(config, folder, dtype, mesh)
 
     held.enter_context(checkpoint.claimed(workdir, config.to_dict()))
@@ -383,7 +386,7 @@ def conclude(config, workdir: Path, figures: dict[str, float], said: str) -> Non
     print(
         "\nnext:"
         + f" look at {sheet}, then" * sheet.exists()
-        + f"\n  python -m flaxkd.generate --model {here} --guidance {config.sample.guidance} --prompt {prompt}\n"
+        + f"\n  python -m flaxkd.generate --model {here} --prompt {prompt}\n"
         f"  python -m flaxkd.report --workdir {here}"
     )
 

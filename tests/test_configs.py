@@ -163,6 +163,9 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "data.caption_column": "en_text",
         "vae": "stabilityai/sd-vae-ft-mse",
         "data.image_column": "file",
+        "sample.sampler": "unipc",
+        "sample.steps": 9,
+        "sample.guidance": 3.0,
     }
     nones = {key for key, value in leaves(load("default")).items() if value is None} - {"blank"}
     assert nones <= values.keys()

@@ -14,13 +14,14 @@ from PIL import Image
 
 from convert import from_diffusers
 from flaxkd import generate
-from flaxkd.diffusion import sampling
+from flaxkd.diffusion import samplers, sampling
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import sharding
 from flaxkd.plan import compiling
 from tests.running import ROOT
 
-FEW = dict(num_inference_steps=2, guidance_scale=3.0, progress=False)  # two compiled programs: of 1 and 2 pictures
+FEW = dict(num_inference_steps=2, guidance_scale=3.0, sampler="dpmsolver++", progress=False)
+# Two compiled programs: of 1 and 2 pictures.
 BOTH = ["red apple", "grinning face"]
 
 
@@ -38,7 +39,7 @@ def drawn(pipeline):
 def command(tiny_pipeline, monkeypatch):
     """(*arguments) -> runs flaxkd.generate in this process."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # puts it back
-    few = ["--model", str(tiny_pipeline), "--steps", "2", "--guidance", "3"]
+    few = ["--model", str(tiny_pipeline), "--steps", "2", "--guidance", "3", "--sampler", "dpmsolver++"]
     return lambda *arguments: generate.main([*few, *map(str, arguments)])
 
 
@@ -106,6 +107,35 @@ def test_it_matters(pipeline, drawn, other):
     assert other.get("negative_prompt") != ["green apple", ""] or levels(drawn[1], images[1]) == 0
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What the drawing program is asked for, without running it: a list of keyword arguments."""
+    found = []
+    blank = lambda **asked: found.append(asked) or np.zeros((*asked["input_ids"].shape[:1], 32, 32, 3))
+    monkeypatch.setattr("flaxkd.diffusion.sampling.text_to_image", blank)
+    return found
+
+
+def test_a_model_draws_with_its_own_sampler_and_guidance(pipeline, asked):
+    (picture,) = pipeline("red apple", progress=False)
+    assert picture.info["sampler"] == "pndm" and picture.info["guidance_scale"] == "7.5"
+    assert len(asked[0]["schedule"].timesteps) == 26 and asked[0]["guidance"] == 7.5
+    folder = dataclasses.replace(pipeline.folder, drawn_with=3.0)
+    config = pipeline.scheduler_config | {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}
+    own = dataclasses.replace(pipeline, folder=folder, scheduler_config=config)
+    (picture,) = own("red apple", progress=False)
+    expected = samplers.schedule("dpmsolver++:karras", pipeline.scheduler_config, 25)
+    jax.tree.map(np.testing.assert_array_equal, asked[1]["schedule"], expected)
+    assert asked[1]["guidance"] == 3.0 == float(picture.info["guidance_scale"])
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, -3.0])
+def test_guidance_below_1_is_none_and_said(pipeline, asked, guidance):
+    with pytest.warns(UserWarning, match=f"guidance = {guidance:g} is drawn as 1"):
+        pipeline("red apple", progress=False, guidance_scale=guidance)
+    assert asked[0]["guidance"] == 1.0
+
+
 def test_a_model_that_predicts_v_is_drawn_with_as_such(pipeline, drawn):
     config = pipeline.scheduler_config | {"prediction_type": "v_prediction"}
     images = dataclasses.replace(pipeline, scheduler_config=config)(BOTH, seed=3, **FEW)
@@ -119,7 +149,8 @@ def test_numbers_that_are_none_are_an_error(pipeline):
 
 
 def test_another_size_and_fresh_noise_in_each_step(pipeline):
-    draw = lambda seed: pipeline("red apple", seed=seed, width=36, height=32, sampler="euler_ancestral", **FEW)
+    options = FEW | dict(width=36, height=32, sampler="euler_ancestral")
+    draw = lambda seed: pipeline("red apple", seed=seed, **options)
     (first,), (again,), (other,) = draw(0), draw(0), draw(1)
     assert first.size == (36, 32)
     assert levels(first, again) == 0 and levels(first, other) > 10

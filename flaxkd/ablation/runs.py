@@ -78,8 +78,9 @@ def run(args: argparse.Namespace, typed: str) -> dict:
     config = runs[0].config
     settings = {"command": typed, "steps": config.steps, "batch size": config.batch_size, "seeds": args.seeds}
     settings |= {"teacher": config.teacher or "the embedded miniature", "data": config.data.source}
-    settings |= {"held-out captions": args.examples, "sampler": config.sample.sampler}
-    settings |= {"sampler steps": config.sample.steps, "guidance": config.sample.guidance}
+    settings |= {"held-out captions": args.examples}
+    own = {name: value or "the default" for name, value in drawn_with(config).items()}
+    settings |= {"sampler": own["sampler"], "sampler steps": own["steps"], "guidance": own["guidance"]}
     variants = {name: dict(zip(KEYS, row, strict=True)) for name, row in VARIANTS.items()}
     result = table.result(settings, variants, teacher, rows, curves, as_cut)
     print("\n".join(f"wrote {path}" for path in table.write(args.out, result)))
@@ -111,6 +112,11 @@ def plan(args: argparse.Namespace) -> list[Run]:
                 arguments = [*TRAINER, f"--config={args.config}", f"--workdir={workdir}", *options]
                 runs.append(Run(student, variant, seed, workdir, arguments, config))
     return runs
+
+
+def drawn_with(config) -> dict:
+    """The options of flaxkd.evaluate for drawing as the training's sheets do; None is the default of both."""
+    return {name: config.sample[name] for name in ("sampler", "steps", "guidance")}
 
 
 def finished(run: Run) -> bool:
@@ -167,8 +173,8 @@ def measure(args: argparse.Namespace, runs: list[Run]) -> dict:
     config = runs[0].config
     out = args.out / f"{runs[0].student}-evaluation"
     options = {"out": out, "data": config.data.source, "resolution": config.data.resolution}
-    options |= {"pairing": config.pairing, "examples": args.examples, "sampler": config.sample.sampler}
-    options |= {"steps": config.sample.steps, "guidance": config.sample.guidance}
+    options |= {"pairing": config.pairing, "examples": args.examples}
+    options |= {name: value for name, value in drawn_with(config).items() if value is not None}
     options |= {"teacher": config.teacher} if config.teacher else {}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     arguments += ["--model", *(str(run.workdir) for run in runs)]

@@ -6,6 +6,7 @@ import jax
 
 from flaxkd import students
 from flaxkd.bench import benchmark, torch_works
+from flaxkd.diffusion import samplers
 from flaxkd.machine import command, cpu
 from flaxkd.training import settings
 
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     changes = "replace a key of the teacher's unet/config.json, with random weights; repeat for several"
     add("--unet", action="append", default=[], metavar="KEY=JSON", help=changes)
     add("--rounds", type=int, default=7, help="repetitions of each measurement; default: %(default)s")
-    command.add(parser, "steps", help="denoising steps per picture; default: %(default)s")
+    command.add(parser, "steps", default=samplers.STEPS, help="denoising steps per picture; default: %(default)s")
     command.add(parser, "out", default=Path("bench"), help="result folder; default: %(default)s")
     args, config = command.parse(parser, arguments)
     settings.check(config)

@@ -25,6 +25,7 @@ import jax
 from flaxkd import students
 from flaxkd.bench import torch_works, works
 from flaxkd.bench.works import Prepared, Subject
+from flaxkd.diffusion import samplers
 from flaxkd.drawing import figures
 from flaxkd.evaluate import table
 from flaxkd.machine import files, progress
@@ -61,7 +62,7 @@ def run(config, *, names: list[str], against: list[str], unet: dict, rounds: int
         "unet": ", ".join(f"{key} {value}" for key, value in unet.items()) or "the teacher's",
         "latents": "{0} x {0} x {1}".format(teacher_config["sample_size"], teacher_config["in_channels"]),
         "batch": f"{config.batch_size} images, twice that in a denoising step",
-        "sampler": f"{steps} steps of DPM-Solver++, guidance 7.5",
+        "sampler": f"{steps} steps of {samplers.DEFAULT}, guidance {folder.guidance:g}",
         "timing": f"median of {rounds}" + ", in turns" * bool(against),
         "precision": str(subject.dtype),
         "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",

@@ -144,7 +144,9 @@ def _image(subject: Subject, networks: Networks, compiled: bool) -> Callable:
     if compiled:  # the parts that take the time, as in diffusers' documentation
         pipeline.unet = torch.compile(pipeline.unet)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode)
-    return lambda: pipeline(subject.prompts, num_inference_steps=subject.steps, guidance_scale=7.5).images
+    return lambda: (
+        pipeline(subject.prompts, num_inference_steps=subject.steps, guidance_scale=subject.folder.guidance).images
+    )
 
 
 def loss(subject: Subject, networks: Networks, compiled: bool = False) -> Callable:

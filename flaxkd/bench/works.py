@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxkd import tasks
+from flaxkd.diffusion import samplers
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder
@@ -125,7 +126,8 @@ def _denoise(subject: Subject) -> tuple:
 def _image(subject: Subject) -> tuple:
     """Pictures of the prompts, from text to pixels, as drawn by `Pipeline`."""
     pipeline, options = _pipeline(subject), {"batch_size": len(subject.prompts), "progress": False}
-    return lambda: pipeline(subject.prompts, num_inference_steps=subject.steps, **options), None
+    options |= {"sampler": samplers.DEFAULT, "num_inference_steps": subject.steps}
+    return lambda: pipeline(subject.prompts, **options), None
 
 
 def _train(subject: Subject) -> tuple:

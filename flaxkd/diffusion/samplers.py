@@ -16,11 +16,10 @@ from flaxkd import diffusion
 from flaxkd.diffusion import ddim, dpm_solver, karras, sigmas
 from flaxkd.diffusion.weights import PAST, Schedule
 
-__all__ = ["DEFAULT", "GUIDANCE", "KINDS", "PAST", "SAMPLERS", "STEPS", "Schedule", "name_of", "own", "schedule"]
+__all__ = ["DEFAULT", "KINDS", "PAST", "SAMPLERS", "STEPS", "Schedule", "name_of", "own", "schedule"]
 
 DEFAULT = "dpmsolver++"  # of a model whose own sampler is not in the table
 STEPS = 25  # of all commands
-GUIDANCE = 7.5  # of a model that does not bring its own, as in Stable Diffusion's
 
 
 class Sampler(NamedTuple):
@@ -116,6 +115,7 @@ def own(scheduler_config: dict) -> str:
 
     Raises ValueError for a class outside the table, with the samplers that can draw with its configuration."""
     written = scheduler_config.get("_class_name")
+    written = written[-1] if isinstance(written, list) and written else written
     if written is None:
         return DEFAULT
     found = next((kind for kind, row in SAMPLERS.items() if row.scheduler == written), None)

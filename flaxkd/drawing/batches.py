@@ -1,5 +1,6 @@
 """The only drawing loop: from prompts, in batches of one shape split over devices, to 8-bit pictures."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,13 @@ from flaxkd.diffusion.samplers import Schedule
 from flaxkd.machine import progress, sharding
 
 Noise = Callable[[int], tuple[np.ndarray, np.ndarray | None]]
+
+
+def noise_of(seed: int | Sequence[int], shape: tuple[int, ...], schedule: Schedule) -> tuple:
+    """What `draw` asks of `noise`, from a generator of the picture's own. seed: a number, or [seed, index]."""
+    rng, added = np.random.default_rng(seed), schedule.noise
+    first = rng.standard_normal(shape, np.float32)
+    return first, None if added is None else rng.standard_normal((len(added), *shape), np.float32)
 
 
 def draw(
@@ -33,7 +41,10 @@ def draw(
     each prompt; None: "". images: float32[H, W, 3] in [0, 1] to start from, for each prompt. batch_size: pictures at
     a time, at least one on each device; the last batch is filled up: it compiles nothing of its own. finite: raise
     FloatingPointError for a picture that is not finite; otherwise it is black. words: of a bar over the steps of all
-    batches, None for no bar; leave: whether the bar stays at the end."""
+    batches, None for no bar; leave: whether the bar stays at the end. guidance: below 1 it is 1, no
+    guidance, as in diffusers, and a warning says so."""
+    if guidance < 1:
+        warnings.warn(f"guidance = {guidance:g} is drawn as 1, as in diffusers: without guidance", stacklevel=2)
     modules, params, mesh = pipeline.modules, pipeline.params, pipeline.mesh
     n, batch_size = len(prompts), -(-batch_size // mesh.size) * mesh.size
     ids = pipeline.folder.tokenize(prompts)
@@ -58,7 +69,7 @@ def draw(
                 negative_ids=put(negative_ids[rows]),
                 latents=put(np.stack(first)),
                 schedule=schedule,
-                guidance=float(guidance),  # an int would compile another program
+                guidance=max(float(guidance), 1.0),  # an int would compile another program
                 image_latents=begin,
                 noise=None if schedule.noise is None else np.stack(between, axis=1),
                 tick=None if words is None else bar.update,

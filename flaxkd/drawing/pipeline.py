@@ -76,13 +76,13 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] = "",
-        num_inference_steps: int = 25,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int = samplers.STEPS,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         image: Picture | Sequence[Picture] | None = None,
         strength: float | None = None,
-        sampler: str = "dpmsolver++",
+        sampler: str | None = None,
         seed: int = 0,
         latents: np.ndarray | None = None,
         clip_skip: int | None = None,
@@ -95,10 +95,11 @@ class Pipeline:
         model, size and batch (and once more for a sampler that adds noise, or for an image).
 
         prompt: captions; a warning names the words cut off by the text encoder. negative_prompt: what not to draw,
-        one for all or one each. num_inference_steps, sampler: see `samplers.schedule`. guidance_scale: how far from
-        the negative prompt to the prompt, 1 is none. height, width: pixels; None: as in training. image: picture or
-        path to start from, one for all or one each, scaled and cropped to the size. strength: how much the image
-        changes, in (0, 1]; None: 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise.
+        one for all or one each. num_inference_steps, sampler: see `samplers.schedule`; without a sampler, the model's
+        own draws. guidance_scale: how far from the negative prompt to the prompt, 1 is none, and so is anything below,
+        with a warning; None: the model's own, `Folder.guidance`. height, width: pixels; None: as in training. image:
+        picture or path to start from, one for all or one each, scaled and cropped to the size. strength: how much the
+        image changes, in (0, 1]; None: 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise.
         clip_skip: layers left out at the end of the text encoder, see `Folder.skip_layers`.
         batch_size: pictures at a time, at least one on each device. progress: a bar over the steps, on stderr.
 
@@ -111,8 +112,11 @@ class Pipeline:
         negatives = _each("negative_prompt", negative_prompt, str, n)
         if seed < 0 or batch_size < 1:
             raise ValueError(f"seed = {seed} must be at least 0, and batch_size = {batch_size} at least 1")
+        guidance_scale = self.folder.guidance if guidance_scale is None else guidance_scale
         if not np.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale = {guidance_scale}: 1 is no guidance, 7.5 is usual")
+            raise ValueError(
+                f"guidance_scale = {guidance_scale}: 1 is no guidance, {self.folder.guidance:g} the model's"
+            )
         height, width = self._pixels("height", height), self._pixels("width", width)
         settings = {}
         if image is None and strength is not None:
@@ -123,6 +127,7 @@ class Pipeline:
             if isinstance(image, str | os.PathLike):
                 settings["image"] = image
             image = [_read(x, width, height) for x in _each("image", image, Picture, n)]
+        sampler = sampler or samplers.own(self.scheduler_config)
         schedule = samplers.schedule(sampler, self.scheduler_config, num_inference_steps, strength)
         factor, channels = self.folder.factor, self.modules["vae"].config.latent_channels
         shape = (height // factor, width // factor, channels)
@@ -131,10 +136,7 @@ class Pipeline:
         self._warn([*prompts, *negatives])
 
         def noise(i: int) -> tuple[np.ndarray, np.ndarray | None]:
-            rng = np.random.default_rng(seed + i)
-            first = rng.standard_normal(shape, np.float32)
-            added = schedule.noise
-            between = None if added is None else rng.standard_normal((len(added), *shape), np.float32)
+            first, between = batches.noise_of(seed + i, shape, schedule)
             return first if latents is None else np.asarray(latents[i], np.float32), between
 
         drawn = batches.draw(

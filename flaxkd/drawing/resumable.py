@@ -54,11 +54,6 @@ def draw(
     return paths
 
 
-def noise_of(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The unit Gaussian latents float32[shape] at the start of picture `index`."""
-    return np.random.default_rng([seed, index]).standard_normal(shape, np.float32)
-
-
 def save(image: np.ndarray, path: Path, size: int | None = None) -> None:
     """Writes a picture uint8[H, W, 3], whole or not at all. size: resized to that many pixels a side."""
     picture = Image.fromarray(image)

@@ -50,7 +50,7 @@ class Setup(NamedTuple):
     dtype: Any  # of the compute
     latents: tuple[int, int, int]  # h, w, c
     resolution: int  # pixels
-    samplers: dict[str, str]  # of "fidelity" and "protocol", if requested
+    drawn_with: dict[str, tuple[str, float]]  # sampler and guidance of "fidelity" and "protocol", if requested
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> dict:
         if jax.process_index() == 0:  # it alone scores: the others need no memory for the networks
             scorer = scores.open_scorer(args.inception, args.clip, args.real)
             settings |= scorer.settings
-        other = scores.departures(setup.samplers["protocol"], args.steps, args.guidance, setup.resolution, len(prompts))
+        sampler, guidance = setup.drawn_with["protocol"]
+        other = scores.departures(sampler, args.steps, guidance, setup.resolution, len(prompts))
         notes += [f"Not as published: {other}."] if other else []
         few = scores.too_few(len(prompts))
         notes += [f"{few[0].upper()}{few[1:]}."] if few else []
@@ -104,42 +105,47 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
     sharding.check_batch(mesh, args.batch_size, 1)
     dtype = sharding.compute_dtype(args.dtype)
     latents, resolution = sizes(models[0], args.resolution)
-    kinds = {"fidelity": args.sampler or "dpmsolver++"} if args.fidelity else {}
-    kinds |= {"protocol": args.sampler or scores.SAMPLER} if args.prompts is not None else {}
+    teacher, drawn_with = models[0].folder, {}
+    if args.fidelity:
+        drawn_with["fidelity"] = args.sampler or samplers.own(teacher.config("scheduler")), teacher.guidance
+    if args.prompts is not None:
+        drawn_with["protocol"] = args.sampler or scores.SAMPLER, scores.GUIDANCE
+    if args.guidance is not None:
+        drawn_with = {what: (kind, args.guidance) for what, (kind, _) in drawn_with.items()}
     for model in models:
-        for kind in kinds.values():
+        for kind, _ in drawn_with.values():
             samplers.schedule(kind, model.folder.config("scheduler"), args.steps)
     settings = {
         "teacher": str(args.teacher or "the embedded miniature"),
         **({"clip skip of the teacher": args.clip_skip} if args.clip_skip else {}),
         "models": ", ".join(args.models),
         "resolution": f"{resolution} pixels",
-        **{f"sampler ({what})": kind for what, kind in kinds.items()},
+        **{f"sampler ({what})": kind for what, (kind, _) in drawn_with.items()},
         "steps": args.steps,
-        "guidance": args.guidance,
+        **{f"guidance ({what})": guidance for what, (_, guidance) in drawn_with.items()},
         "seed": args.seed,
         "batch size": args.batch_size,
         "dtype": dtype.name,
         "machine": f"{jax.process_count()} x {mesh.size} x {jax.local_devices()[0].device_kind}",
         "jax": jax.__version__,
     }
-    return Setup(args, mesh, dtype, latents, resolution, kinds), settings
+    return Setup(args, mesh, dtype, latents, resolution, drawn_with), settings
 
 
 def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **options) -> list[Path]:
     """Draws the missing pictures of a loaded model for "fidelity" or "protocol". Returns the paths of all."""
-    args = setup.args
-    schedule = samplers.schedule(setup.samplers[what], model.folder.config("scheduler"), args.steps)
-    settings = {"weights": model.fingerprint, "sampler": setup.samplers[what], "steps": args.steps}
-    settings |= {"guidance": args.guidance, "resolution": setup.resolution, "dtype": setup.dtype.name}
+    args, (sampler, guidance) = setup.args, setup.drawn_with[what]
+    schedule = samplers.schedule(sampler, model.folder.config("scheduler"), args.steps)
+    settings = {"weights": model.fingerprint, "sampler": sampler, "steps": args.steps}
+    settings |= {"guidance": guidance, "resolution": setup.resolution, "dtype": setup.dtype.name}
 
     def pictures_of(indices: list[int]) -> Iterator[np.ndarray]:
         return batches.draw(
             model.pipeline,
             [prompts[i] for i in indices],
-            lambda k: (resumable.noise_of(args.seed, indices[k], setup.latents), None),
+            lambda k: batches.noise_of([args.seed, indices[k]], setup.latents, schedule),
             schedule,
-            args.guidance,
+            guidance,
             batch_size=args.batch_size,
             words=f"{what}: drawing {len(indices):,} of {len(prompts):,}, {model.name}",
         )
@@ -261,9 +267,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add(parser, "vae")
     command.add(parser, "clip-skip", help="last layers of the teacher's text encoder to leave out; default: 0")
     command.add(parser, "out", default=Path("evaluation"), help="result folder (default: %(default)s)")
-    command.add(parser, "steps", default=scores.STEPS, help="sampler steps (default: %(default)s)")
-    add("--guidance", type=float, default=scores.GUIDANCE, help="default: %(default)s")
-    add("--sampler", help="default: dpmsolver++ for fidelity, pndm for the protocol")
+    command.add(parser, "steps", default=samplers.STEPS)
+    published = f"{scores.GUIDANCE:g} and {scores.SAMPLER} for the published protocol"
+    add("--guidance", type=float, help=f"default, as for --sampler: the teacher's own; {published}")
+    add("--sampler", metavar="SAMPLER", help=f"{', '.join(samplers.KINDS)}")
     add("--resolution", type=int, help="pixels per side (default: the teacher's own)")
     command.add(parser, "seed")
     command.add(parser, "batch-size", default=16, help="pictures at a time, over the devices of a process")

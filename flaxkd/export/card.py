@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from flaxkd.diffusion import samplers
 from flaxkd.machine import files
 from flaxkd.pretrained import PARTS, Folder, count
 
@@ -122,11 +123,11 @@ def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
     return f"""\
 ## Use
 ```python
-from diffusers import DPMSolverMultistepScheduler, {pipeline}
+from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained("PATH OR HUB ID OF THIS FOLDER")
-pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-pipeline({prompt!r}, num_inference_steps=25).images[0].save("picture.png")  # {pixels}
+settings = dict(num_inference_steps={samplers.STEPS}, guidance_scale={source.guidance:g})
+pipeline({prompt!r}, **settings).images[0].save("picture.png")  # {pixels}
 ```
 There is no safety checker in this folder."""
 

@@ -2,6 +2,7 @@
 
 A workdir, of a run or of `convert.from_diffusers`, holds
     export.json     its record: {"source": pipeline folder of the untrained parts, "parts": {"unet": its config.json},
+                    "guidance": of its pictures,
                     "configs": those of text encoders that differ from the source's, as for clip_skip,
                     "vae": where their autoencoder comes from, if it is not the source's own,
                     "step": of the finished export, null before}
@@ -9,6 +10,7 @@ A workdir, of a run or of `convert.from_diffusers`, holds
 The workdir of a run also holds config.json, metrics.jsonl and samples.png, for the model card.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -34,6 +36,7 @@ def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict], step:
     if written is not None and path.is_relative_to(here):
         written = path.relative_to(here)
     content = {"source": None if written is None else str(written), "parts": dict(parts), "step": step}
+    content["guidance"] = source.guidance
     if configs := {x: source.configs[x] for x in source.family.encoders if x in source.configs and x not in parts}:
         content["configs"] = configs
     if source.vae is not None:
@@ -65,7 +68,8 @@ def read_record(workdir: Path, source: str | os.PathLike | None = None, vae=None
             source = workdir / source
     try:
         folder = Folder.open(source, vae or content.get("vae"))
-        return content["parts"], folder.replace(content.get("configs", {}), {})
+        folder = folder.replace(content.get("configs", {}), {})
+        return content["parts"], dataclasses.replace(folder, drawn_with=content.get("guidance"))
     except FileNotFoundError as error:
         hint = f"{path} names it as the source of the untrained parts; --source DIR gives another place."
         raise FileNotFoundError(f"{error}\n{hint}") from None

@@ -61,7 +61,8 @@ FLAGS = {
     },
     "out": {"type": Path, "help": "default: %(default)s"},
     "seed": {"type": int, "default": 0, "help": "default: %(default)s"},
-    "steps": {"type": int, "default": 25, "help": "UNet calls, plus one for pndm; default: %(default)s"},
+    "steps": {"type": int, "help": "of the sampler; default: %(default)s"},
+    "guidance": {"type": float, "help": "how far towards the prompt, 1 is none; default: the model's own"},
     "batch-size": {"type": int, "help": "pictures at a time; default: %(default)s"},
     "clip-skip": {
         "type": int,

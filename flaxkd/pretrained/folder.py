@@ -8,6 +8,7 @@ this file of flaxkd parses the `config.json` files of a pipeline. writing.py wri
 
 import dataclasses
 import functools
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from flaxkd.pretrained import families, hub, keys, single_file, tensors
 
 CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
 NO_LIMIT = 10**9  # of tokens; a tokenizer of transformers without a configuration has 10**30
+DRAWN_WITH = "_guidance_scale"  # in model_index.json
+GUIDANCE = 7.5  # Stable Diffusion's
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +36,8 @@ class Folder:
     parameters, a nested dict}, used in place of the files, such as those of a run's newest checkpoint, or shapes in
     place of numbers. step: () -> the step of that checkpoint; None if `weights` come from none.
     readers: {part: () -> its tensors {diffusers' key: array}} and {"tokenizer": () -> its CLIPTokenizer} of what is not
-    a folder of diffusers. vae: where another autoencoder than the model's own comes from; None: its own."""
+    a folder of diffusers. vae: where another autoencoder than the model's own comes from; None: its own.
+    drawn_with: the guidance its pictures are drawn with by default, in place of its own; see `guidance`."""
 
     path: Path
     configs: Mapping[str, dict] = dataclasses.field(default_factory=dict)
@@ -41,6 +45,7 @@ class Folder:
     step: Callable[[], int] | None = None
     readers: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     vae: str | None = None
+    drawn_with: float | None = None
 
     @classmethod
     def open(
@@ -116,6 +121,16 @@ class Folder:
         if found is None:
             raise error
         return found
+
+    @property
+    def guidance(self) -> float:
+        """The guidance its pictures are drawn with unless another one is asked for, from its model_index.json.
+
+        diffusers ignores names that begin with an underscore. A folder without one has Stable Diffusion's."""
+        own = self.index.get(DRAWN_WITH, GUIDANCE) if self.drawn_with is None else self.drawn_with
+        if isinstance(own, bool) or not isinstance(own, int | float) or not math.isfinite(own):
+            raise ValueError(f"{self.path}/model_index.json: {DRAWN_WITH} = {own!r} is no number")
+        return float(own)
 
     @property
     def parts(self) -> tuple[str, ...]:

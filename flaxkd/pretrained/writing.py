@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from flaxkd.machine import files
 from flaxkd.pretrained import families, keys
-from flaxkd.pretrained.folder import CONFIGS, NO_LIMIT, Folder
+from flaxkd.pretrained.folder import CONFIGS, DRAWN_WITH, NO_LIMIT, Folder
 
 
 def save(
@@ -107,7 +107,7 @@ def _write_part(folder: Path, part: str, config: dict, tensors: dict[str, np.nda
 
 def _model_index(source: Folder) -> dict:
     index = {key: value for key, value in source.index.items() if key == "_diffusers_version"}
-    index |= {"_class_name": source.family.pipeline, "requires_safety_checker": False}
+    index |= {"_class_name": source.family.pipeline, DRAWN_WITH: source.guidance, "requires_safety_checker": False}
     index |= {name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}
     rows = {part: families.PARTS[part] for part in source.parts}
     index |= {part: [row.library, row.class_name] for part, row in rows.items()}

@@ -1,5 +1,6 @@
 """The sheet of samples of a run: the validation prompts, drawn with the trained networks and with their references."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,22 @@ from flaxkd.training.task import Network, Task
 PIXELS = 512**2
 
 
+def schedule(sample, folder: Folder) -> samplers.Schedule | None:
+    """The schedule of `config.sample`; if it cannot be had, a warning and the default sampler, or None: no pictures.
+
+    A training does not end for the sake of its pictures, and a teacher's scheduler need not be one flaxkd knows.
+    Raises ValueError for a sampler's name that is no name."""
+    steps = sample.steps or samplers.STEPS
+    wanted = sample.sampler and samplers.name_of(sample.sampler)
+    for kind in dict.fromkeys((wanted, samplers.DEFAULT)):
+        try:
+            return samplers.schedule(kind, folder.config("scheduler"), steps)
+        except ValueError as error:
+            then = "without pictures" if kind == samplers.DEFAULT else f"its pictures are drawn with {samplers.DEFAULT}"
+            warnings.warn(f"{error}. The training goes on, {then}", stacklevel=2)
+    return None
+
+
 class Sheet:
     """Draws the sheet of a run. All processes compute, since the parameters may be spread over the devices of all.
 
@@ -33,9 +50,11 @@ class Sheet:
         columns = lambda a, b: [n.params for n in task.columns(a, b).values()]
         if not settings.draws(config) or not jax.eval_shape(columns, trained, frozen):
             return
+        self.schedule = schedule(config.sample, folder)
+        if self.schedule is None:
+            return
         self.pipeline = Pipeline.from_folder(folder, "the run", dtype, mesh, parts=["vae"])
-        self.prompts, sample = settings.listed(config.sample.prompts), config.sample
-        self.schedule = samplers.schedule(sample.sampler, folder.config("scheduler"), sample.steps)
+        self.prompts = settings.listed(config.sample.prompts)
         shape = (len(self.prompts), *folder.latent_shape(config.data.resolution))
         self.noise = np.random.default_rng(config.seed).standard_normal(shape, np.float32)
         self.drawn = self._pictures(task.before(trained, frozen))
@@ -68,7 +87,7 @@ class Sheet:
             self.prompts,
             self._noise,
             self.schedule,
-            config.sample.guidance,
+            pipeline.folder.guidance,
             batch_size=each * mesh.size,
             finite=False,
             words=f"drawing, {title}" if hosts.is_first() else None,

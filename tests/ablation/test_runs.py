@@ -96,7 +96,7 @@ def test_an_ablation_from_the_trainings_to_the_result(home, capsys):
     names = {f"{s}-{v}-{i}" for s in ("sd_small", "sd_tiny") for v in runs.VARIANTS for i in (0, 1)}
     trained, asked = lines(home / "trained"), lines(home / "asked")
     assert sorted(trained) == sorted(names) and all(name.endswith("-0") for name in trained[: len(names) // 2])
-    assert asked == ["sd_small-evaluation 8 3 4.0", "sd_tiny-evaluation 8 3 4.0"]
+    assert asked == ["sd_small-evaluation 8 3 None", "sd_tiny-evaluation 8 3 None"]
     result = json.loads((home / "ablation.json").read_text())
     assert result["students"]["sd_tiny"]["feature"]["psnr"] == {
         "mean": pytest.approx(3.05),

@@ -264,3 +264,22 @@ def test_the_export_record_keeps_the_skipped_layers(copy, tmp_path):
     assert parts.keys() == {"unet"} and source.module("text_encoder").config.num_hidden_layers == 1
     export.write_record(tmp_path, Folder.open(copy), {"unet": folder.config("unet")})
     assert export.read_record(tmp_path)[1].configs == {}
+
+
+@pytest.mark.parametrize(("written", "guidance"), [({}, 7.5), ({"_guidance_scale": 4}, 4.0)])
+def test_a_folder_has_a_guidance(tiny_pipeline, tmp_path, written, guidance):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    index = json.loads((folder / "model_index.json").read_text())
+    index.pop("_guidance_scale", None)
+    (folder / "model_index.json").write_text(json.dumps(index | written))
+    assert Folder(folder).guidance == guidance
+    assert Folder(folder, drawn_with=3.0).replace({}, {}).guidance == 3.0
+    export.write_record(tmp_path, Folder(folder, drawn_with=2.5), {})
+    assert export.open_model(tmp_path).guidance == 2.5
+
+
+def test_a_guidance_that_is_no_number_is_refused(tiny_pipeline, tmp_path):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    (folder / "model_index.json").write_text(json.dumps({"_guidance_scale": "high"}))
+    with pytest.raises(ValueError, match="_guidance_scale = 'high' is no number"):
+        _ = Folder(folder).guidance
