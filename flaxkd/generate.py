@@ -2,9 +2,10 @@
 
     python -m flaxkd.generate --prompt "red apple" [--model DIR|HUB_ID|WORKDIR] [--out picture.png]
 
-One prompt makes a picture. Several prompts (--prompt again, or --prompts FILE with one a line) or several models
-(--model again, all with the same seeds) make a labelled grid. --image starts from a picture, and --strength sets how
-much of it changes. The settings are written into the PNG. Without --model, the embedded teacher draws.
+One prompt makes a picture. Several prompts (--prompt again, or --prompts FILE with one a line), several models (--model
+again, all with the same seeds) or several pictures of each (--num-images) make a labelled grid. --image starts from a
+picture, and --strength sets how much of it changes. The settings are written into the PNG. Without --model, the
+embedded teacher draws.
 """
 
 import argparse
@@ -41,11 +42,13 @@ def draw(args: argparse.Namespace) -> None:
     pipelines = [
         Pipeline.from_pretrained(model, args.dtype, vae=args.vae) for model in models
     ]  # all are loaded before the first one draws
-    columns = {}
+    columns: dict[str, list] = {}
+    several = args.num_images > 1
     for pipeline in pipelines:
         drawn = pipeline(
             prompts,
             negative_prompt=args.negative_prompt,
+            num_images_per_prompt=args.num_images,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             height=args.height,
@@ -57,12 +60,15 @@ def draw(args: argparse.Namespace) -> None:
             clip_skip=args.clip_skip,
             batch_size=args.batch_size,
         )
-        columns[pipeline.name] = drawn
+        for i in range(args.num_images):  # a column each
+            columns[f"{pipeline.name}, {i + 1}" if several else pipeline.name] = drawn[i :: args.num_images]
     if len(prompts) == len(columns) == 1:
         grids.save(drawn[0], args.out)
     else:
-        info = drawn[0].info | {"prompt": "\n".join(prompts), "model": ", ".join(columns)}
-        columns = {name: np.stack([np.asarray(x) for x in drawn]) for name, drawn in columns.items()}
+        infos = [column[0].info for column in columns.values()]
+        info = {name: ", ".join(dict.fromkeys(info[name] for info in infos)) for name in infos[0]}
+        info |= {"prompt": "\n".join(prompts), "seed": infos[0]["seed"]}
+        columns = {name: np.stack([np.asarray(x) for x in column]) for name, column in columns.items()}
         grids.grid(columns, prompts, args.out, info=info)
     print(f"wrote {args.out}")
 
@@ -76,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--prompt", action="append", default=[], help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
     add("--negative-prompt", default="", help="what not to draw")
+    add("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt, a column each; default: 1")
     command.add(parser, "steps", default=samplers.STEPS)
     command.add(parser, "guidance")
     command.add(parser, "clip-skip")

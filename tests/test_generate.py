@@ -129,6 +129,21 @@ def test_a_model_draws_with_its_own_sampler_and_guidance(pipeline, asked):
     assert asked[1]["guidance"] == 3.0 == float(picture.info["guidance_scale"])
 
 
+def test_several_pictures_of_one_prompt(pipeline, asked):
+    drawn = pipeline(BOTH, num_images_per_prompt=2, negative_prompt=["", "tree"], seed=3, batch_size=4, progress=False)
+    assert [image.info["prompt"] for image in drawn] == [BOTH[0], BOTH[0], BOTH[1], BOTH[1]]
+    assert [image.info["seed"] for image in drawn] == ["3", "4", "5", "6"]
+    assert [image.info["negative_prompt"] for image in drawn] == ["", "", "tree", "tree"]
+    assert len(np.unique(asked[0]["latents"].reshape(4, -1), axis=0)) == 4
+
+
+def test_the_command_lays_several_pictures_of_a_prompt_in_a_grid(command, asked, tmp_path):
+    command("--prompt", "red apple", "--num-images", "3", "--out", tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.text["prompt"] == "red apple" and image.text["seed"] == "0"
+        assert image.width > 3 * 128 and image.height < 2 * 128
+
+
 @pytest.mark.parametrize("guidance", [0.0, 0.5, -3.0])
 def test_guidance_below_1_is_none_and_said(pipeline, asked, guidance):
     with pytest.warns(UserWarning, match=f"guidance = {guidance:g} is drawn as 1"):
@@ -172,6 +187,7 @@ REFUSED = [
     (dict(guidance_scale=float("nan")), "guidance_scale = nan"),
     (dict(seed=-1), "seed = -1"),
     (dict(batch_size=0), "batch_size = 0"),
+    (dict(num_images_per_prompt=0), "num_images_per_prompt = 0"),
     (dict(negative_prompt=["a", "b"]), "negative_prompt has 2 entries for 1 prompts"),
     (dict(latents=np.zeros((1, 4, 8, 8))), r"\(1, 4, 8, 8\), and must have \(1, 8, 8, 4\)"),
     (dict(strength=0.5), "give one, or no strength"),

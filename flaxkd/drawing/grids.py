@@ -1,5 +1,6 @@
 """Labelled grids of pictures, as PNG files."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from flaxkd.drawing.figures import INK
 from flaxkd.machine import files
 
-GAP, MARGIN = 6, 10  # pixels
+GAP, MARGIN, LINE = 6, 10, 17  # pixels
 PAPER = "#ffffff"
 
 
@@ -28,15 +29,15 @@ def grid(
     height, width = next(iter(columns.values())).shape[1:3]
     scale = scale or max(1, -(-128 // height))
     height, width = height * scale, width * scale
-    font, small = (ImageFont.load_default(size) for size in (15, 13))
+    title_font, small = font(15), font(13)
     label = 190
     size = (2 * MARGIN + label + len(columns) * (width + GAP), 2 * MARGIN + 24 + len(rows) * (height + GAP))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, (title, images) in enumerate(columns.items()):
         left = MARGIN + label + i * (width + GAP)
-        title = end_of(draw, title, width, font)
-        draw.text((left + width / 2, MARGIN + 8), title, INK, font, anchor="mm")
+        title = end_of(draw, printable(title), width, title_font)
+        draw.text((left + width / 2, MARGIN + 8), title, INK, title_font, anchor="mm")
         for j, image in enumerate(images):
             tile = Image.fromarray(image).resize((width, height), Image.NEAREST if scale > 1 else Image.LANCZOS)
             top = MARGIN + 24 + j * (height + GAP)
@@ -44,20 +45,46 @@ def grid(
             draw.rectangle((left - 1, top - 1, left + width, top + height), outline="#d0d7de")
     for j, prompt in enumerate(rows):
         top = MARGIN + 24 + j * (height + GAP)
-        text = wrap(draw, prompt, label - 12, small)
+        text = wrap(draw, printable(prompt), label - 12, small, most=max(1, height // LINE))
         draw.multiline_text((MARGIN, top + height / 2), text, INK, small, anchor="lm")
     sheet.info |= info or {}
     save(sheet, path)
 
 
-def wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font) -> str:
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic, Arabic and more. Other letters are boxes."""
+    import matplotlib  # slow, and only labels need it
+
+    try:
+        return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    except OSError:
+        return ImageFont.load_default(size)
+
+
+def printable(text: str) -> str:
+    """What a font can draw: without halves of surrogate pairs, as in names of files that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font, most: int | None = None) -> str:
+    """A text in lines of at most `width` pixels. A longer word is broken, and `most` lines end with "…"."""
+    fits = lambda line: draw.textlength(line, font) <= width
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font) <= width or not lines[-1]:
+        if fits(longer):
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        lines += [""] * bool(lines[-1])
+        for letter in word:  # also the end of a text without spaces, such as Chinese
+            lines += [""] * (not fits(lines[-1] + letter) and bool(lines[-1]))
+            lines[-1] += letter
+    if most is not None and len(lines) > most:
+        last = lines[most - 1]
+        while last and not fits(f"{last}…"):
+            last = last[:-1]
+        lines = [*lines[: most - 1], f"{last.rstrip()}…"]
     return "\n".join(lines)
 
 
@@ -74,6 +101,6 @@ def save(image: Image.Image, path: Path) -> None:
     texts = PngInfo()
     for name, value in image.info.items():
         if isinstance(value, str):
-            texts.add_text(name, value)
+            texts.add_text(name, printable(value))
     with files.whole(path) as scratch:
         image.save(scratch, "PNG", pnginfo=texts)

@@ -76,6 +76,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] = "",
+        num_images_per_prompt: int = 1,
         num_inference_steps: int = samplers.STEPS,
         guidance_scale: float | None = None,
         height: int | None = None,
@@ -89,27 +90,33 @@ class Pipeline:
         batch_size: int = 4,
         progress: bool = True,
     ) -> list[Image.Image]:
-        """A picture of `width` x `height` pixels for each prompt, with its settings in its `info`.
+        """Pictures of `width` x `height` pixels, one or more for each prompt, with their settings in their `info`.
 
         Picture i has seed + i: it depends neither on its neighbours nor on the batch. Programs are compiled once per
         model, size and batch (and once more for a sampler that adds noise, or for an image).
 
         prompt: captions; a warning names the words cut off by the text encoder. negative_prompt: what not to draw,
-        one for all or one each. num_inference_steps, sampler: see `samplers.schedule`; without a sampler, the model's
-        own draws. guidance_scale: how far from the negative prompt to the prompt, 1 is none, and so is anything below,
-        with a warning; None: the model's own, `Folder.guidance`. height, width: pixels; None: as in training. image:
-        picture or path to start from, one for all or one each, scaled and cropped to the size. strength: how much the
-        image changes, in (0, 1]; None: 0.8. latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise.
-        clip_skip: layers left out at the end of the text encoder, see `Folder.skip_layers`.
+        one for all or one each. num_images_per_prompt: those of the first prompt come first. num_inference_steps,
+        sampler: see `samplers.schedule`; without a sampler, the model's own draws. guidance_scale: how far from the
+        negative prompt to the prompt, 1 is none, and so is anything below, with a warning; None: the model's own,
+        `Folder.guidance`. height, width: pixels; None: as in training. image: picture or path to start from, one for
+        all or one each, scaled and cropped to the size. strength: how much the image changes, in (0, 1]; None: 0.8.
+        latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise. clip_skip: layers left out at the end
+        of the text encoder, see `Folder.skip_layers`.
         batch_size: pictures at a time, at least one on each device. progress: a bar over the steps, on stderr.
 
         Raises ValueError or FileNotFoundError before any compute, with the numbers and the remedy, and
         FloatingPointError if the pictures are not finite in the model's dtype."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        n = len(prompts)
-        if not n:
+        if not prompts:
             raise ValueError("there is no prompt: give at least one")
-        negatives = _each("negative_prompt", negative_prompt, str, n)
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt = {num_images_per_prompt}: 1 is the least")
+        several = lambda values: [value for value in values for _ in range(num_images_per_prompt)]
+        negatives = several(_each("negative_prompt", negative_prompt, str, len(prompts)))
+        starts = [] if image is None else _each("image", image, Picture, len(prompts))
+        prompts = several(prompts)
+        n = len(prompts)
         if seed < 0 or batch_size < 1:
             raise ValueError(f"seed = {seed} must be at least 0, and batch_size = {batch_size} at least 1")
         guidance_scale = self.folder.guidance if guidance_scale is None else guidance_scale
@@ -126,7 +133,7 @@ class Pipeline:
             settings = {"strength": strength}
             if isinstance(image, str | os.PathLike):
                 settings["image"] = image
-            image = [_read(x, width, height) for x in _each("image", image, Picture, n)]
+            image = several([_read(x, width, height) for x in starts])
         sampler = sampler or samplers.own(self.scheduler_config)
         schedule = samplers.schedule(sampler, self.scheduler_config, num_inference_steps, strength)
         factor, channels = self.folder.factor, self.modules["vae"].config.latent_channels

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from flaxkd.drawing import grids
 
 
 def test_a_title_that_is_too_long_keeps_its_end_within_its_column(tmp_path):
-    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(15)
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), grids.font(15)
     long = "/home/somebody/runs/small-sd15/diffusers"
     cut = grids.end_of(draw, long, 128, font)
     assert draw.textlength(cut, font) <= 128 < draw.textlength(f"/{cut}", font) + 8
@@ -25,6 +25,35 @@ def test_a_title_that_is_too_long_keeps_its_end_within_its_column(tmp_path):
 
 @pytest.mark.parametrize("text, lines", [("red apple", 1), ("person in motorized wheelchair", 2)])
 def test_a_prompt_is_wrapped(text, lines):
-    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), grids.font(13)
     wrapped = grids.wrap(draw, text, 150, font)
     assert wrapped.count("\n") == lines - 1 and wrapped.split() == text.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "lines"),
+    [
+        ("word " * 40, 4, 4),  # cut, and said so
+        ("Donaudampfschifffahrtsgesellschaftskapitänsmützenabzeichen", None, 3),
+        ("一只红色的苹果放在木桌上旁边还有一杯茶和一本书" * 3, 3, 3),
+        ("", 3, 1),
+    ],
+)
+def test_a_long_prompt_stays_within_its_row(text, most, lines):
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), grids.font(13)
+    wrapped = grids.wrap(draw, text, 150, font, most)
+    assert wrapped.count("\n") == lines - 1
+    assert all(draw.textlength(line, font) <= 150 for line in wrapped.split("\n"))
+    assert wrapped.endswith("…") == (len(wrapped) < len(text.strip()))
+
+
+def test_letters_of_any_script_are_drawn(tmp_path):
+    """Those of DejaVu Sans as they are, others as boxes, and halves of a pair as question marks."""
+    font = grids.font(13)
+    marks = {font.getmask(letter).getbbox() and bytes(font.getmask(letter)) for letter in "äřЯλ"}
+    assert len(marks) == 4  # not four equal boxes
+    columns = {"Яблоко \udcff": np.zeros((3, 64, 64, 3), np.uint8)}
+    rows = ["červené jablko", "红苹果 🍎", "nom\udce9 de fichier"]
+    grids.grid(columns, rows, tmp_path / "grid.png", info={"prompt": "\n".join(rows)})
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.text["prompt"] == "červené jablko\n红苹果 🍎\nnom? de fichier"
