@@ -58,6 +58,8 @@ def draw(args: argparse.Namespace) -> None:
             sampler=args.sampler,
             seed=args.seed,
             clip_skip=args.clip_skip,
+            emphasis=args.emphasis,
+            long_prompts=args.long_prompts,
             batch_size=args.batch_size,
         )
         for i in range(args.num_images):  # a column each
@@ -82,6 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--prompt", action="append", default=[], help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
     add("--negative-prompt", default="", help="what not to draw")
+    add("--emphasis", action="store_true", help="read (word:1.2), ((word)) and [word] as weights; default: as text")
+    add(
+        "--long-prompts",
+        action="store_true",
+        help="read prompts of any length, in chunks; default: the rest is cut off",
+    )
     add("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt, a column each; default: 1")
     command.add(parser, "steps", default=samplers.STEPS)
     command.add(parser, "guidance")

@@ -68,6 +68,8 @@ def text_to_image(
     image_latents: jax.Array | None = None,
     noise: jax.Array | None = None,
     tick: Callable[[], None] | None = None,
+    token_weights: tuple[jax.Array, jax.Array] | None = None,
+    empty_ids: jax.Array | None = None,
 ) -> jax.Array:
     """Images float32[b, H, W, 3] in [0, 1] of prompts int32[b, l], by classifier-free guidance.
 
@@ -82,9 +84,11 @@ def text_to_image(
     of "". latents: float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the
     equation too, where diffusers ignores `negative_ids`. image_latents: float32[b, h, w, 4] of `image_to_latents`,
     from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073). noise: float32[steps, b,
-    h, w, 4] as in `solve`. tick: called when a step is done.
+    h, w, 4] as in `solve`. tick: called when a step is done. token_weights: float32[b, k, l] of the negative prompts
+    and of the prompts, whose ids are then int32[b, k, l], k chunks that the UNet sees together; a state is moved away
+    from that of `empty_ids` int32[l].
     """
-    states = _states(modules, condition, params, input_ids, negative_ids)
+    states = _states(modules, condition, params, input_ids, negative_ids, token_weights, empty_ids)
     of_data, of_noise = schedule.start
     latents = of_noise * latents if image_latents is None else of_data * image_latents + of_noise * latents
     carry = begin(latents)
@@ -110,9 +114,15 @@ def _pairs(negative: jax.Array, positive: jax.Array) -> jax.Array:
 
 
 @sharding.jit(static_argnames=("modules", "condition"))
-def _states(modules, condition, params, input_ids, negative_ids) -> dict:
+def _states(modules, condition, params, input_ids, negative_ids, token_weights, empty_ids) -> dict:
     """The keyword arguments of the UNet, for the doubled batch."""
-    return condition(modules, params, _pairs(negative_ids, input_ids))
+    ids = _pairs(negative_ids, input_ids)
+    if token_weights is None:
+        return condition(modules, params, ids)
+    weights, empty = _pairs(*token_weights), condition(modules, params, empty_ids[None])
+    weigh = lambda x, nothing: (x - nothing) * weights.reshape(*x.shape[:2], 1).astype(x.dtype) + nothing
+    states = jax.tree.map(weigh, condition(modules, params, ids.reshape(-1, ids.shape[-1])), empty)
+    return jax.tree.map(lambda x: x.reshape(len(ids), -1, x.shape[-1]), states)
 
 
 @sharding.jit(static_argnames=("unet",))

@@ -7,6 +7,7 @@ import numpy as np
 
 from flaxkd.diffusion import sampling
 from flaxkd.diffusion.samplers import Schedule
+from flaxkd.drawing.emphasis import encode
 from flaxkd.machine import progress, sharding
 
 Noise = Callable[[int], tuple[np.ndarray, np.ndarray | None]]
@@ -32,6 +33,8 @@ def draw(
     finite: bool = True,
     words: str | None = None,
     leave: bool = True,
+    emphasis: bool = False,
+    long_prompts: bool = False,
 ) -> Iterator[np.ndarray]:
     """The pictures uint8[H, W, 3] of all prompts, in order.
 
@@ -42,13 +45,17 @@ def draw(
     a time, at least one on each device; the last batch is filled up: it compiles nothing of its own. finite: raise
     FloatingPointError for a picture that is not finite; otherwise it is black. words: of a bar over the steps of all
     batches, None for no bar; leave: whether the bar stays at the end. guidance: below 1 it is 1, no
-    guidance, as in diffusers, and a warning says so."""
+    guidance, as in diffusers, and a warning says so. emphasis, long_prompts: see emphasis.py."""
     if guidance < 1:
         warnings.warn(f"guidance = {guidance:g} is drawn as 1, as in diffusers: without guidance", stacklevel=2)
     modules, params, mesh = pipeline.modules, pipeline.params, pipeline.mesh
     n, batch_size = len(prompts), -(-batch_size // mesh.size) * mesh.size
-    ids = pipeline.folder.tokenize(prompts)
-    negative_ids = pipeline.folder.tokenize(negatives or [""] * n)
+    negatives, folder, weights, empty = negatives or [""] * n, pipeline.folder, None, None
+    if emphasis or long_prompts:
+        both = encode(folder, [*prompts, *negatives], emphasis=emphasis, long_prompts=long_prompts)
+        (ids, negative_ids), weights, empty = (np.split(both[0], 2), np.split(both[1], 2), folder.tokenize([""])[0])
+    else:
+        ids, negative_ids = folder.tokenize(prompts), folder.tokenize(negatives)
     put = lambda x: sharding.put(x, sharding.batch(mesh))
     starts = range(0, n, batch_size)
     steps = len(starts) * len(schedule.timesteps)
@@ -72,6 +79,8 @@ def draw(
                 guidance=max(float(guidance), 1.0),  # an int would compile another program
                 image_latents=begin,
                 noise=None if schedule.noise is None else np.stack(between, axis=1),
+                token_weights=None if weights is None else (put(weights[1][rows]), put(weights[0][rows])),
+                empty_ids=empty,
                 tick=None if words is None else bar.update,
             )
             drawn = sharding.whole(drawn, mesh)[: n - start]

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from flaxkd import export
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches
+from flaxkd.drawing.emphasis import parse
 from flaxkd.machine import sharding
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.pretrained import Folder
@@ -87,6 +88,8 @@ class Pipeline:
         seed: int = 0,
         latents: np.ndarray | None = None,
         clip_skip: int | None = None,
+        emphasis: bool = False,
+        long_prompts: bool = False,
         batch_size: int = 4,
         progress: bool = True,
     ) -> list[Image.Image]:
@@ -102,7 +105,9 @@ class Pipeline:
         `Folder.guidance`. height, width: pixels; None: as in training. image: picture or path to start from, one for
         all or one each, scaled and cropped to the size. strength: how much the image changes, in (0, 1]; None: 0.8.
         latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise. clip_skip: layers left out at the end
-        of the text encoder, see `Folder.skip_layers`.
+        of the text encoder, see `Folder.skip_layers`. emphasis: read (word:1.2), ((word)) and [word] in prompts as
+        weights; without it they are text. long_prompts: read a prompt of any length, in chunks; without it the rest is
+        cut off. Both as user interfaces do it: see emphasis.py.
         batch_size: pictures at a time, at least one on each device. progress: a bar over the steps, on stderr.
 
         Raises ValueError or FileNotFoundError before any compute, with the numbers and the remedy, and
@@ -140,7 +145,9 @@ class Pipeline:
         shape = (height // factor, width // factor, channels)
         if latents is not None and np.shape(latents) != (n, *shape):
             raise ValueError(f"latents have the shape {np.shape(latents)}, and must have {(n, *shape)}")
-        self._warn([*prompts, *negatives])
+        if not long_prompts:
+            read = lambda text: "".join(piece for piece, _ in parse(text)) if emphasis else text
+            self._warn([read(text) for text in (*prompts, *negatives)])
 
         def noise(i: int) -> tuple[np.ndarray, np.ndarray | None]:
             first, between = batches.noise_of(seed + i, shape, schedule)
@@ -155,10 +162,13 @@ class Pipeline:
             batch_size=min(batch_size, n),
             negatives=negatives,
             images=image,
+            emphasis=emphasis,
+            long_prompts=long_prompts,
             words=(f"drawing {n} pictures" if n > 1 else "drawing") if progress else None,
         )
         pictures = [Image.fromarray(x) for x in drawn]
-        settings |= {"clip_skip": clip_skip} if clip_skip else {}
+        options = {"clip_skip": clip_skip, "emphasis": emphasis, "long_prompts": long_prompts}
+        settings |= {name: value for name, value in options.items() if value}
         settings |= {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
