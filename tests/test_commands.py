@@ -153,8 +153,8 @@ def test_a_reader_that_goes_and_letters_that_cannot_be_shown_end_no_command():
 def bare(call: ast.Call) -> bool:
     """Whether a call reads or writes text as the locale has it."""
     name, keywords = getattr(call.func, "attr", getattr(call.func, "id", "")), {each.arg for each in call.keywords}
-    words = [each.value for each in call.args if isinstance(each, ast.Constant)]
-    if keywords & {"encoding", "fileobj"}:
+    words = [each.value for each in call.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    if keywords & {"encoding", "fileobj"} or ast.unparse(call.func) == "os.open":
         return False
     if name == "open":
         method = isinstance(call.func, ast.Attribute)

@@ -59,7 +59,7 @@ class Owner(NamedTuple):
 def machine() -> str:
     """Eight letters for this host since its last boot."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         boot = ""
     return hashlib.sha256(f"{socket.gethostname()} {boot}".encode(errors="replace")).hexdigest()[:8]
@@ -68,7 +68,7 @@ def machine() -> str:
 def started(pid: int) -> int:
     """Start of a process in ticks since boot; 0 if unknown, -1 if it is dead already and only its parent's to end."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return 0
     return -1 if fields[0] in "ZX" else int(fields[19])

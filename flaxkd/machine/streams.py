@@ -51,7 +51,7 @@ def _settle(stream) -> None:
 
 def _open(stream):
     if stream is None:  # closed by whoever started the command
-        return open(os.devnull, "w")
+        return open(os.devnull, "w", encoding="utf-8")
     with contextlib.suppress(AttributeError, OSError, ValueError):
         stream.reconfigure(errors="backslashreplace")
     return stream

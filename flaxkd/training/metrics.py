@@ -108,7 +108,7 @@ class WeightsAndBiases:
         import wandb
 
         path = workdir / "wandb.json"
-        name = json.loads(path.read_text())["id"] if path.is_file() else wandb.util.generate_id()
+        name = json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else wandb.util.generate_id()
         self.run = wandb.init(
             project="flaxkd",
             name=workdir.absolute().name,
