@@ -108,6 +108,7 @@ def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
         for reason, count in sorted(made[kind].items(), key=lambda entry: -entry[1]):
             print(f"  {kind} {count:,}: {reason}{note}")
     flags = ["configs/small.py:sd15", f"--config.teacher={args.teacher}"] if args.teacher else ["configs/small.py"]
+    flags += [f"--config.vae={args.vae}"] if args.vae else []
     flags += [f"--config.data.source={args.out}", f"--config.data.resolution={recipe.resolution}"]
     flags += [f"--config.data.random_flip={recipe.flip}"]
     typed = shlex.join(["python", "-m", "flaxkd.train", "--config", *flags])
