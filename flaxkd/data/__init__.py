@@ -5,7 +5,10 @@
     prompts.py               captions alone, from a .txt or .csv
     encoding.py, records.py  moments and token ids of a source, computed once and cached
     loader.py                shuffled batches of pictures or of a cache, with a position to save
-    readers.py, tables.py    large image sets: tars, Parquet, Arrow, folders and TFDS as chunks of items (chunks.py)
+    readers.py               large image sets as chunks of items (chunks.py): tars.py, tables.py (Parquet, Arrow),
+                             folders.py (and zips), TFDS
+    metadata.py, text.py     lists of pictures with captions, and text in any encoding
+    pictures.py              picture files of any kind as squares of 8-bit RGB
     filters.py               which items are kept, and in what form
     large.py                 the cache of a large set, built chunk by chunk on any number of hosts
 
