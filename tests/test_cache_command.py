@@ -74,7 +74,7 @@ def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
     said = capsys.readouterr()
     assert "4 chunks" in said.out and "20 pictures to train on, 4 to validate" in said.out
     assert "skipped 1: broken from here on, listed in skipped.jsonl" in said.out and f"data.source={made}" in said.out
-    assert "encoding: 100%" in said.err and "4/4" in said.err
+    assert "encoding: 4/4 chunks (100%)" in said.err
     for other, message in [
         (["--flip"], "flip: False there, True here"),
         (["--resolution", "30"], "--resolution = 30 pixels is no multiple of 4"),

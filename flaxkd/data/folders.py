@@ -41,7 +41,7 @@ def open_tree(path: epath.Path) -> Tree:
         read, stamp = lambda name: (path / name).read_bytes(), lambda name: _stamp(path / name)
         return Tree(str(path), sorted(_walk(path)), read, stamp)
     try:
-        archive = zipfile.ZipFile(path.open("rb"))
+        archive = zipfile.ZipFile(path.open("rb") if "://" in os.fspath(path) else os.fspath(path))
         found = [about for about in archive.infolist() if not about.is_dir()]
         twice = {name for name, n in collections.Counter(about.filename for about in found).items() if n > 1}
         _check_directory(
