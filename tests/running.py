@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from flaxkd.machine import files
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent  # of the repository
@@ -93,7 +94,7 @@ def state(workdir: Path, step: int = STEPS):
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+        return checkpointer.restore(files.plain(workdir / "checkpoints" / str(step) / "state"))
 
 
 def records(workdir):

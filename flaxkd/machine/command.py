@@ -191,7 +191,7 @@ def reported(interrupted: str = "interrupted") -> Iterator[None]:
     if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "flaxkd":  # that of the start
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads it
             stream.reconfigure(errors="backslashreplace")
     try:
         try:

@@ -29,9 +29,10 @@ class Lasting:
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """In this context, what is printed never ends a command. Letters that the encoding lacks become \\uXXXX."""
+    """In this context, what is printed never ends a command."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Lasting(_open(stream)) for stream in before)
+    nowhere = lambda: open(os.devnull, "w", encoding="utf-8")  # for one closed by whoever started the command
+    sys.stdout, sys.stderr = (Lasting(nowhere() if stream is None else stream) for stream in before)
     try:
         yield
     finally:
@@ -47,11 +48,3 @@ def _settle(stream) -> None:
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _open(stream):
-    if stream is None:  # closed by whoever started the command
-        return open(os.devnull, "w", encoding="utf-8")
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        stream.reconfigure(errors="backslashreplace")
-    return stream
