@@ -153,7 +153,7 @@ def test_a_picture_of_any_result_can_be_read(tmp_path, monkeypatch):
         (["--model", "nowhere"], "there is no folder .*nowhere"),
         (["--model", "{student}", "--no-fidelity"], "needs --prompts FILE"),
         (["--model", "{student}", "--batch-size=3"], "batch_size = 3 images cannot be split over 4 devices"),
-        (["--model", "{student}", "--sampler=heun"], "sampler 'heun' is unknown"),
+        (["--model", "{student}", "--sampler=dpm3"], "sampler 'dpm3' is unknown"),
         (["--model", "{student}", "--resolution=40"], "resolution 40 is no multiple of 32 pixels"),
         (["--model", "{student}", "--bins=0"], "bins = 0"),
         (["--model", "{student}", "--data=nowhere"], "no data set 'nowhere'"),
