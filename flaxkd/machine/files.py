@@ -182,7 +182,7 @@ def _restore(scratch: Path) -> None:
 
 def write_text(file: os.PathLike, text: str) -> None:
     with whole(file) as path:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path in it may be no UTF-8
 
 
 def write_json(file: os.PathLike, content: Any) -> None:

@@ -49,7 +49,7 @@ def save(
         for name, path in (beside or {}).items():
             shutil.copyfile(path, new / name)
         if card is not None:
-            (new / "README.md").write_text(card, encoding="utf-8")
+            files.write_text(new / "README.md", card)
     return out
 
 

@@ -265,7 +265,7 @@ def limited(place: Place) -> None:
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
     said = place.train(workdir, before=limit).end(1, within=60)
-    one_line(said, "cannot hold a checkpoint")
+    one_line(said, "a checkpoint cannot be written", "file too large")
     place.resume(workdir)
 
 

@@ -109,6 +109,7 @@ def test_any_path_holds_records_and_folders(tmp_path, name):
             (new / "a").write_text(text)
     files.write_json(folder / "a.json", [1])
     assert files.read_json(folder / "a.json") == [1]
+    files.write_text(folder / "a.json", f"a report on {folder}")
     assert {path.name for path in folder.iterdir()} == {"out", "a.json", "moments-00000-of-00001.array_record"}
 
 
