@@ -49,6 +49,8 @@ def read_config(cls, config: dict, neutral: dict[str, tuple | None] | None, *, w
             leaf = type(default[0]) if isinstance(default, tuple) else int
             if not isinstance(value, kind | int if kind is float else kind) or not _all(leaf, value):
                 wrong.append(f"{name} = {value!r} (supported: {getattr(kind, '__name__', kind)})")
+            elif not _all_in_range(value):
+                wrong.append(f"{name} = {value!r} (supported: numbers from 0 to {LARGEST:,})")
             read[name] = value
         elif neutral is None or name.startswith("_"):
             continue
@@ -61,10 +63,21 @@ def read_config(cls, config: dict, neutral: dict[str, tuple | None] | None, *, w
     return cls(**read)
 
 
+LARGEST = 2**20  # of all sizes in a configuration: a typing error beyond it would fill the memory
+
+
 def _all(kind: type, value) -> bool:
-    """Whether all leaves of a tuple are of a kind; True for what is no tuple."""
-    leaf = lambda x: _all(kind, x) if isinstance(x, tuple) else isinstance(x, kind)
-    return not isinstance(value, tuple) or all(map(leaf, value))
+    """Whether a tuple has leaves, and all of a kind; True for what is no tuple."""
+    if not isinstance(value, tuple):
+        return True
+    leaf = lambda x: _all(kind, x) if isinstance(x, tuple) else isinstance(x, kind) and type(x) is not bool
+    return bool(value) and all(map(leaf, value))
+
+
+def _all_in_range(value) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_all_in_range, value))
+    return not isinstance(value, int | float) or 0 <= value <= LARGEST  # NaN is not
 
 
 def one(value):

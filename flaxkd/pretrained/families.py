@@ -88,7 +88,9 @@ def plain(part: str, config: dict, file: str) -> dict:
 
 
 def shapes(part: str, config: dict) -> dict:
-    """The parameters of a part with this config.json: nested dict of float32 jax.ShapeDtypeStruct, without compute."""
+    """The parameters of a part with this config.json: nested dict of float32 jax.ShapeDtypeStruct, without compute.
+
+    Raises ValueError for a network that cannot be built, also because its sizes do not fit each other."""
     return jax.tree.map(lambda x: x, _shapes(part, PARTS[part].config.from_dict(config)))
 
 
@@ -96,7 +98,10 @@ def shapes(part: str, config: dict) -> dict:
 def _shapes(part: str, config) -> dict:
     row = PARTS[part]
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(row.module(config).init, key, *row.inputs(config))["params"]
+    try:
+        return jax.eval_shape(row.module(config).init, key, *row.inputs(config))["params"]
+    except Exception as error:  # sizes that do not fit each other fail in a layer, as errors of many kinds
+        raise ValueError(f"no {part} can be built with this config.json: {error or type(error).__name__}") from error
 
 
 def count(part: str, config: dict) -> int:

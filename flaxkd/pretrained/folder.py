@@ -6,12 +6,13 @@ Reading needs neither torch nor diffusers. Weights are read from safetensors alo
 this file of flaxkd parses the `config.json` files of a pipeline. writing.py writes such folders.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -152,16 +153,29 @@ class Folder:
     # -- Networks and weights -----------------------------------------------------------------------------------------
 
     def module(self, part: str, dtype=jnp.float32, **kwargs) -> nn.Module:
-        """The module of a part. dtype: of the compute. kwargs: of the module. Raises ValueError."""
-        return families.build(part, self.config(part), dtype, **kwargs)
+        """The module of a part. dtype: of the compute. kwargs: of the module. Raises ValueError that names the file."""
+        with self._at_fault(part):
+            return families.build(part, self.config(part), dtype, **kwargs)
 
     def shapes(self, part: str) -> dict:
-        """The parameters of a part as shapes: see `families.shapes`."""
-        return families.shapes(part, self.config(part))
+        """The parameters of a part as shapes: see `families.shapes`. Raises ValueError that names the file."""
+        with self._at_fault(part):
+            return families.shapes(part, self.config(part))
 
     def count(self, part: str) -> int:
         """The number of parameters of a part."""
-        return families.count(part, self.config(part))
+        with self._at_fault(part):
+            return families.count(part, self.config(part))
+
+    @contextlib.contextmanager
+    def _at_fault(self, part: str) -> Iterator[None]:
+        file = f"{self.path}/{part}/{CONFIGS[part]}"
+        try:
+            yield
+        except ValueError as error:
+            if file in str(error):
+                raise
+            raise ValueError(f"{file}: {error}") from error
 
     def tensors(self, part: str) -> dict[str, np.ndarray]:
         """The tensors {diffusers' key: array} in the files of a part, in their dtypes.
@@ -231,8 +245,11 @@ class Folder:
     @functools.cached_property
     def text_length(self) -> int:
         """The number of tokens of a caption: its tokenizer's, or the text encoder's if that has no limit."""
-        if self.tokenizer.model_max_length < NO_LIMIT:
-            return self.tokenizer.model_max_length
+        limit = self.tokenizer.model_max_length
+        if not isinstance(limit, int | float) or not limit > 2:
+            raise ValueError(f"{self.tokenizer_folder}: model_max_length is {limit!r}, must be a number of tokens")
+        if limit < NO_LIMIT:
+            return int(limit)
         return min(self.module(part).config.max_position_embeddings for part in self.family.encoders)
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:

@@ -95,3 +95,20 @@ def test_the_published_architectures_have_their_published_sizes():
     }
     assert families.published("CompVis/stable-diffusion-v1-4") is ARCHITECTURES["sd15"]
     assert families.published(None) is families.published("somebody/else") is None
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"block_out_channels": [320, 10**30, 1280, 1280]}, "numbers from 0 to 1,048,576"),
+        ("unet", {"block_out_channels": [320, 640, 1280, []]}, "supported: tuple"),
+        ("unet", {"norm_eps": float("nan")}, "numbers from 0"),
+        ("unet", {"norm_num_groups": 7}, "no unet can be built .*groups"),
+        ("vae", {"layers_per_block": -1}, "numbers from 0"),
+        ("text_encoder", {"num_attention_heads": 5}, "no text_encoder can be built"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused_before_any_memory_is_taken(part, changes, message):
+    config = getattr(ARCHITECTURES["sd15"], part) | changes
+    with pytest.raises(ValueError, match=message):
+        families.shapes(part, config)
