@@ -165,8 +165,7 @@ def open_examples(config, task: Task, pictures: dict[str, sources.Source], folde
     if not settings.validates(config):
         return batches, {}
     held_out = reader("validation").examples(config.validation.examples)
-    held_out = {name: sharding.fill(x, len(x) // mesh.size or 1, mesh) for name, x in held_out.items()}
-    return batches, sharding.put(held_out, sharding.batch(mesh))
+    return batches, sharding.put(held_out, sharding.replicated(mesh))
 
 
 def begin_or_resume(config, task: Task, tx, mesh, like: State, manager, batches, dtype) -> tuple[State, dict]:

@@ -4,6 +4,7 @@ It also knows the precision and the compiler's options of the present devices.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -98,9 +99,14 @@ def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
 
 
-def fill(x: np.ndarray, each: int, mesh: Mesh) -> np.ndarray:
-    """Rows of x, cut or repeated from the start to give `each` rows to every device."""
-    return np.resize(x, (each * mesh.size, *x.shape[1:]))
+def repeated(tree, mesh: Mesh):
+    """A batch [n, ...], repeated until every device has as many rows; its mean stays the same. Traceable."""
+
+    def spread(x):
+        rows = np.arange(math.lcm(len(x), mesh.size)) % len(x)
+        return jax.lax.with_sharding_constraint(x if len(rows) == len(x) else x[rows], batch(mesh))
+
+    return jax.tree.map(spread, tree)
 
 
 def put_rows(tree, mesh: Mesh, batch_size: int):

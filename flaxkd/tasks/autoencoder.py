@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxkd.data import encoding
 from flaxkd.models.vae import sample_latents
@@ -68,5 +69,7 @@ def scaling_factor(folder: Folder, params: dict, images) -> float:
 
     As in Rombach et al. 2022, section 4.3.1. folder: holds the autoencoder's configuration. params: its trained
     parameters."""
-    mean, _ = jnp.split(encoding.moments(folder.module("vae"), params, images), 2, axis=-1)
-    return round(float(1 / jnp.std(mean)), 5)
+    vae, n = folder.module("vae"), encoding.BATCH  # pictures at a time: all of them may not fit
+    moments = [np.asarray(encoding.moments(vae, params, images[i : i + n])) for i in range(0, len(images), n)]
+    mean, _ = np.split(np.concatenate(moments), 2, axis=-1)
+    return round(float(1 / np.std(mean)), 5)

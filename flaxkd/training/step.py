@@ -134,8 +134,9 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
     train_step(state, frozen, batch, key) -> (state, metrics): one update, or none if `judge` says so; `state` is
     donated. All randomness is fold_in(key, step). The key is an argument, since another seed must not compile another
     program.
-    evaluate(trained, frozen, average, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call.
-    It holds no more examples at a time than a training step: a step that fits has a validation that fits.
+    evaluate(trained, frozen, average, batch) -> metrics: the loss at fixed noise and timesteps, the same at every call
+    and, but for rounding, on any number of devices. The batch has any size. On its devices, no more examples are held
+    at a time than in a training step: a step that fits has a validation that fits.
     """
     schedule = learning_rate(config)
     shardings = sharding.params(mesh, state)
@@ -164,7 +165,8 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
         return State(state.step + 1, *kept, health), metrics
 
     def evaluate(trained, frozen, average, batch):
-        inputs = task.prepare(jax.random.key(0), batch)
+        # Noise is sampled before examples are repeated: all count alike, whatever the number of devices.
+        inputs = sharding.repeated(task.prepare(jax.random.key(0), batch), mesh)
         examples = len(jax.tree.leaves(inputs)[0]) // mesh.size  # on a device
         fitting = config.batch_size // config.accumulate // mesh.size
         parts = next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= fitting)
@@ -180,7 +182,7 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
     )
     return train, jax.jit(
         evaluate,
-        in_shardings=(shardings.params, frozen, shardings.ema, data),
+        in_shardings=(shardings.params, frozen, shardings.ema, everywhere),
         out_shardings=everywhere,
         compiler_options=options,
     )

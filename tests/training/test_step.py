@@ -167,6 +167,19 @@ def test_validation_holds_no_more_examples_at_a_time_than_a_step():
         assert set(sizes) == {most}
 
 
+@pytest.mark.parametrize("examples", [1, 3, 10, 13])
+def test_validation_is_that_of_exactly_its_examples_on_any_number_of_devices(examples):
+    task, c = linear_task(), config()
+    x = np.random.default_rng(1).standard_normal((examples, 4)).astype(np.float32)
+    whole = task.loss(task.trained, task.frozen, {}, task.prepare(jax.random.key(0), {"x": x}))[0]
+    for devices in (1, 2, 4):
+        on = mesh(devices)
+        state = jax.eval_shape(lambda: init_state(task.trained, optimizer(c), False))
+        evaluate = make_step(task, c, optimizer(c), on, state)[1]
+        batch = sharding.put({"x": x}, sharding.replicated(on))
+        np.testing.assert_allclose(evaluate(task.trained, task.frozen, {}, batch)["loss"], whole, rtol=1e-6)
+
+
 def test_clipping_bounds_the_update():
     task = linear_task()
     params = train(task, config(max_grad_norm=0.01))[1][0][0]
