@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -57,13 +58,22 @@ def written(folder: Path, whole: Callable[[], Iterable[int]], needed: int | None
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
     """In this context, an error ends the process at once if a save has failed: threads of Orbax would still wait for
-    it, for minutes."""
+    it, for minutes. Nor do they print what is reported here in one line."""
+    before, sys.unraisablehook = sys.unraisablehook, _unless_of_a_failed_save
     try:
         yield
     except BaseException as error:
         if _failed.is_set():
             hosts.leave(error)
         raise
+    finally:
+        sys.unraisablehook = before
+
+
+def _unless_of_a_failed_save(unraisable) -> None:
+    """Prints what nobody catches, but not that TensorStore wants to tell a save that has failed already."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def names(item: Path) -> dict[str, bool]:

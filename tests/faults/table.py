@@ -261,6 +261,7 @@ def full_start(place: Place) -> None:
 
 @fault("a quota on the size of files", f"{LINE}; {SAME}")
 def limited(place: Place) -> None:
+    place.undisturbed()  # the latents are there then
     workdir = place.folder()
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
