@@ -25,7 +25,13 @@ from tests import tiny
 from tests.running import ROOT, flags, write_pictures, write_plain
 
 # Begun with, since one of them would run alone at the end.
-LONG = ("tests/tasks/test_distill.py", "tests/test_train.py", "tests/machine/test_hosts.py", "tests/test_soak.py")
+LONG = (
+    "tests/tasks/test_distill.py",
+    "tests/test_train.py",
+    "tests/machine/test_hosts.py",
+    "tests/faults/test_faults.py",
+    "tests/fuzz/test_fuzz.py",
+)
 
 
 def pytest_collection_modifyitems(items):

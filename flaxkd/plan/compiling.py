@@ -256,7 +256,8 @@ def assigned(config, lowered: Lowered, target: devices.Target) -> Compiled:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="flaxkd-plan-") as scratch:
         folder = Path(scratch)
-        (folder / "job").write_bytes(pickle.dumps((config, target)))
+        # A reference of one key to another cannot be pickled.
+        (folder / "job").write_bytes(pickle.dumps((config.copy_and_resolve_references(), target)))
         environment = os.environ | {
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {DUMPS.format(folder)}",
             "PYTHONPATH": os.pathsep.join(sys.path),
