@@ -9,8 +9,10 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from configs import tiny
 from flaxkd import train
@@ -66,6 +68,13 @@ def test_the_teacher_is_not_in_the_checkpoint(finished):
     assert set(saved) == {"step", "params", "opt_state", "ema", "health"}
     assert set(saved["params"]) == set(saved["ema"]) == {"unet"}
     assert "mid_block" not in saved["params"]["unet"]  # of sd_tiny's teacher alone
+
+
+def test_the_export_has_the_averaged_weights(finished):
+    kernel = state(finished[0])["ema"]["unet"]["conv_in"]["kernel"]
+    exported = load_file(finished[0] / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not any(name.startswith("mid_block") for name in exported)
+    np.testing.assert_array_equal(exported["conv_in.weight"], kernel.transpose(3, 2, 0, 1).astype(np.float16))
 
 
 def test_kill_minus_9_and_resume_equal_an_uninterrupted_run(finished_plain, plain, command, tmp_path):
