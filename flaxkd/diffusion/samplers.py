@@ -14,6 +14,7 @@ import numpy as np
 
 from flaxkd import diffusion
 from flaxkd.diffusion import ddim, dpm_solver, karras, sigmas
+from flaxkd.diffusion.schedule import MOST_TIMESTEPS
 from flaxkd.diffusion.weights import PAST, Schedule
 
 __all__ = ["DEFAULT", "KINDS", "PAST", "SAMPLERS", "STEPS", "Schedule", "name_of", "own", "schedule"]
@@ -86,6 +87,11 @@ def _schedule(kind: str, scheduler_config: dict, steps: int, strength: float | N
         for name, values in row.supported.items()
         if config[name] not in values
     ]
+    wrong += [
+        f"{name} = {config[name]!r} (supported: {_KINDS[type(default)][0]})"
+        for name, default in row.defaults.items()
+        if name not in row.supported and not _KINDS[type(default)][1](config[name])
+    ]
     if wrong:
         raise _Unsupported(f"{kind} does not support this scheduler configuration: {'; '.join(wrong)}")
     alphas_cumprod = diffusion.alphas_cumprod(config)
@@ -122,7 +128,8 @@ def own(scheduler_config: dict) -> str:
     if found is None:
         able = ", ".join(_able(scheduler_config)) or "none"
         raise ValueError(
-            f"the model's own sampler, {written}, is not supported. Samplers that can draw with it: {able}"
+            f"the sampler of the model's scheduler_config.json, {str(written)[:80]}, is not supported. "
+            f"Samplers that can draw with it: {able}"
         )
     return found
 
@@ -149,6 +156,16 @@ def _begin(steps: int, strength: float) -> int:
     return steps - taken
 
 
+_number = lambda x: type(x) in (int, float) and x == x  # NaN is not
+# {type of a default: (what a value may be, in words, and whether it is that)}
+_KINDS = {
+    bool: ("true or false", lambda x: x in (False, True, None)),
+    int: ("a whole number", lambda x: type(x) is int and abs(x) <= MOST_TIMESTEPS),
+    float: ("a number", _number),
+    str: ("a text", lambda x: isinstance(x, str)),
+    tuple: ("whole numbers", lambda x: isinstance(x, list | tuple) and all(type(each) is int for each in x)),
+    type(None): ("a number or null", lambda x: x is None or _number(x)),
+}
 _OFF = (False, None)
 _BETAS = {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "trained_betas"}
 _DEFAULTS = {"prediction_type": "epsilon", "steps_offset": 0, "rescale_betas_zero_snr": False}

@@ -6,17 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST_TIMESTEPS = 100_000  # 1000 are usual; a typing error beyond it would fill the memory
+
 
 def alphas_cumprod(scheduler_config: dict) -> np.ndarray:
     """The cumulative product of (1 - beta) over the training timesteps, float64[num_train_timesteps].
 
     `noisy_latents = sqrt(alphas_cumprod[t]) * latents + sqrt(1 - alphas_cumprod[t]) * noise`. Missing keys take
     diffusers' defaults: 1000 timesteps, `linear` from 0.0001 to 0.02. With `rescale_betas_zero_snr` the last value
-    is exactly zero (Lin et al. 2023, arXiv:2305.08891, algorithm 1). Raises ValueError for other schedules.
+    is exactly zero (Lin et al. 2023, arXiv:2305.08891, algorithm 1). Raises ValueError for other schedules, and for
+    numbers that no schedule has.
     """
     schedule = scheduler_config.get("beta_schedule", "linear")
     steps = scheduler_config.get("num_train_timesteps", 1000)
     start, end = scheduler_config.get("beta_start", 0.0001), scheduler_config.get("beta_end", 0.02)
+    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
+        raise ValueError(
+            f"num_train_timesteps = {steps!r} in scheduler_config.json must be a whole number, 1 to {MOST_TIMESTEPS:,}"
+        )
+    for name, beta in (("beta_start", start), ("beta_end", end)):
+        if type(beta) not in (int, float) or not 0 <= beta < 1:
+            raise ValueError(f"{name} = {beta!r} in scheduler_config.json must be a number of at least 0 and below 1")
     if scheduler_config.get("trained_betas") is not None:
         raise ValueError("trained_betas is not supported: give beta_schedule, beta_start and beta_end instead")
     if schedule == "linear":

@@ -162,3 +162,22 @@ def test_text_to_image_takes_the_real_modules():
     draw = functools.partial(sampling.text_to_image, modules, families.text_states)
     images = jax.eval_shape(draw, params, ids, ids, latents, samplers.schedule("ddim", LEADING, 4), 7.5)
     assert (images.shape, images.dtype) == ((2, 32, 32, 3), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_train_timesteps", 10**30),
+        ("num_train_timesteps", 0),
+        ("num_train_timesteps", None),
+        ("beta_end", 1.5),
+        ("beta_start", float("nan")),
+        ("beta_start", "0.1"),
+        ("steps_offset", [1]),
+        ("use_karras_sigmas", "yes"),
+        ("sigma_min", {}),
+    ],
+)
+def test_numbers_that_no_schedule_has_are_refused(key, value):
+    with pytest.raises(ValueError, match=key):
+        samplers.schedule("dpmsolver++", {key: value}, 5)

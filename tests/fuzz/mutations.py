@@ -1,5 +1,6 @@
 """Ways to damage a file: its bytes, a value of its JSON, or the settings of a command line."""
 
+import copy
 import json
 
 import numpy as np
@@ -108,7 +109,7 @@ def damage_json(content: bytes, rng: np.random.Generator) -> bytes:
         elif change == 1:
             holder[key] = [holder[key]]
         else:
-            holder[key] = VALUES[rng.integers(len(VALUES))]
+            holder[key] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
     return json.dumps(document).encode()
 
 

@@ -20,6 +20,7 @@ import optax
 from PIL import Image
 
 from flaxkd.data import loader, records, sources
+from flaxkd.diffusion import samplers
 from flaxkd.machine import command, configuration, files, sharding
 from flaxkd.pretrained import Folder
 from flaxkd.training import checkpoint, settings
@@ -171,6 +172,13 @@ def _pipeline(folder: Path, scratch: Path, victim: Path) -> None:
     opened.latent_shape()
 
 
+def _drawn_with(folder: Path, scratch: Path, victim: Path) -> None:
+    """As the commands that draw read a scheduler."""
+    config = Folder.open(folder).config("scheduler")
+    for kind in (samplers.own(config), *samplers.KINDS):
+        samplers.schedule(kind, config, 5)
+
+
 def _states(step: int):
     rng = np.random.default_rng(step)
     params = {"unet": {name: rng.standard_normal((30, 10)).astype(np.float32) for name in ("kernel", "other")}}
@@ -220,6 +228,13 @@ TARGETS = {
     "pipeline": Target(tiny.write, _pipeline),
     "safetensors": Target(tiny.write, _pipeline, ("*/*.safetensors",)),
     "configurations": Target(tiny.write, _pipeline, ("*.json", "*/*.json"), mutations.damage_json),
+    "schedulers": Target(
+        tiny.write,
+        _drawn_with,
+        ("scheduler/*.json",),
+        mutations.damage_json,
+        lambda victim: (*files.read_json(victim), *samplers.KINDS, "steps"),
+    ),
     "overrides": Target(
         lambda folder: files.write_text(folder / "overrides", "\n".join(settings.RULES)),
         _configured,
