@@ -1,7 +1,7 @@
 """A run that is killed again and again, at random moments, ends in the parameters of one that is not, bit for bit.
 
-By hand: FLAXKD_SOAK=20 says how often. The suite has single kills (test_train.py), and `python -m tests.faults` has one
-at every stage of a run.
+By hand: FLAXKD_SOAK=20 says how often. The suite has one kill (tests/faults/), and `python -m tests.faults` has one at
+every stage of a run.
 """
 
 import os

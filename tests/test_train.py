@@ -1,13 +1,7 @@
-"""The program as a person runs it, on a tiny pipeline: what it leaves, and that nothing is lost when it dies.
-
-Every run is a process of its own, since a kill needs one.
-"""
+"""The program as a person runs it, on a tiny pipeline: what it leaves. Kills and signals are in tests/faults/."""
 
 import json
-import os
 import re
-import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -16,14 +10,7 @@ from safetensors.numpy import load_file
 
 from configs import tiny
 from flaxkd import train
-from tests.running import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
-
-
-@pytest.fixture(scope="module")
-def finished_plain(command, plain, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run") / "plain"
-    finish(command(workdir, **plain))
-    return workdir
+from tests.running import EVERY, STEPS, finish, records, state
 
 
 @pytest.fixture(scope="module")
@@ -75,44 +62,6 @@ def test_the_export_has_the_averaged_weights(finished):
     exported = load_file(finished[0] / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
     assert not any(name.startswith("mid_block") for name in exported)
     np.testing.assert_array_equal(exported["conv_in.weight"], kernel.transpose(3, 2, 0, 1).astype(np.float16))
-
-
-def test_kill_minus_9_and_resume_equal_an_uninterrupted_run(finished_plain, plain, command, tmp_path):
-    workdir = tmp_path / "killed"
-    process = command(workdir, **plain)
-    wait_for(workdir / "checkpoints" / str(EVERY), process)
-    process.kill()
-    process.communicate()
-    assert not (workdir / "checkpoints" / str(STEPS)).exists(), "it was killed too late to show anything"
-    assert "resuming at step" in finish(command(workdir, **plain))
-    assert_same_bits(state(workdir), state(finished_plain))
-    steps = [r["step"] for r in records(workdir) if "grad_norm" in r]
-    assert steps == list(range(1, STEPS + 1))  # no step twice, none missing
-    strip = lambda r: {k: v for k, v in r.items() if k != "images_per_second"}
-    assert list(map(strip, records(workdir))) == list(map(strip, records(finished_plain)))
-
-
-def test_sigterm_saves_and_a_truncated_checkpoint_falls_back(finished_plain, plain, command, tmp_path):
-    workdir = tmp_path / "terminated"
-    process = command(workdir, **plain)
-    wait_for(workdir / "checkpoints" / str(EVERY), process)
-    process.send_signal(signal.SIGTERM)
-    output = finish(process, 143)
-    assert "SIGTERM" in output and "the same command resumes" in output
-    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    assert EVERY <= steps[-1] < STEPS
-    if steps[-1] == EVERY:  # stopped just there: the beginning is the one before
-        shutil.copytree(workdir / "checkpoints" / str(EVERY), workdir / "checkpoints" / str(EVERY + 1))
-        steps.append(EVERY + 1)
-    files = [
-        p for p in (workdir / "checkpoints" / str(steps[-1]) / "state").rglob("*") if p.is_file() and "/d/" in str(p)
-    ]
-    for file in files:
-        os.truncate(file, file.stat().st_size // 2)
-    assert files
-    output = finish(command(workdir, **plain))
-    assert f"resuming at step {steps[-2]}" in output
-    assert_same_bits(state(workdir), state(finished_plain))
 
 
 def test_a_workdir_of_another_run_is_refused(finished, command):

@@ -79,7 +79,7 @@ def killed(place: Place, moment: str, student: bool) -> None:
 
 
 for moment in MOMENTS:
-    fault(f"killed {moment}", SAME, moment, False)(killed)
+    fault(f"killed {moment}", SAME, moment, False, quick=moment == "after a save")(killed)
 
 
 def signalled(place: Place, number: signal.Signals) -> None:
@@ -93,7 +93,7 @@ def signalled(place: Place, number: signal.Signals) -> None:
 
 
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    fault(f"{number.name} between steps", SAME, number)(signalled)
+    fault(f"{number.name} between steps", SAME, number, quick=number == signal.SIGTERM)(signalled)
 
 
 @fault("SIGHUP under nohup", "ignored; the run ends right")
@@ -540,7 +540,7 @@ def not_a_number(step: Path, branch: str) -> None:
         checkpointer.save(step / "state", state)
 
 
-@fault("the newest checkpoint cut short", SAME)
+@fault("the newest checkpoint cut short", SAME, quick=True)
 def cut_short(place: Place) -> None:
     workdir = copied(place)
     spoil(workdir / "checkpoints" / str(2 * EVERY))
