@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxkd.data import filters, loader, records, sources
 from flaxkd.machine import files, hosts, sharding
-from flaxkd.pretrained import Folder
+from flaxkd.pretrained import Folder, families
 
 BATCH = 16  # images per device
 
@@ -35,13 +35,13 @@ def open_data(batch: Iterable[str], config, pictures: sources.Source, split: str
 def fingerprint(folder: Folder) -> str:
     """Hash of everything in a pipeline folder that determines moments and token ids: autoencoder and tokenizer."""
     digest = hashlib.sha256()
-    for part in ("tokenizer", "vae"):
+    for part in (*(families.TOKENIZERS[field] for field in folder.family.captions.values()), "vae"):
         if part in folder.readers:
             for name, content in _contents(folder, part):
                 digest.update(name.encode())
                 digest.update(content)
             continue
-        where = folder.tokenizer_folder if part == "tokenizer" else folder.path / part
+        where = (folder.path if part == "vae" else folder.tokenizer_folder().parent) / part
         for path in sorted(where.iterdir()):
             if path.suffix in (".json", ".txt", ".safetensors"):
                 digest.update(path.name.encode())
@@ -52,8 +52,8 @@ def fingerprint(folder: Folder) -> str:
 
 def _contents(folder: Folder, part: str) -> Iterator[tuple[str, bytes]]:
     """The same of a part that is in no folder of diffusers: of a single file, or another autoencoder."""
-    if part == "tokenizer":
-        yield "tokenizer.json", folder.tokenizer.backend_tokenizer.to_str().encode()
+    if part != "vae":
+        yield "tokenizer.json", folder.readers[part]().backend_tokenizer.to_str().encode()
     else:
         yield "config.json", json.dumps(folder.config(part), sort_keys=True).encode()
         for key, array in sorted(folder.tensors(part).items()):

@@ -1,7 +1,9 @@
-"""The CLIP text encoder of Stable Diffusion (transformers `CLIPTextModel`), in functional Linen.
+"""The CLIP text encoders of Stable Diffusion (transformers `CLIPTextModel`, `CLIPTextModelWithProjection`), in
+functional Linen.
 
 Radford et al. 2021 (arXiv:2103.00020). SD 1.x uses CLIP ViT-L/14's text model, SD 2.x OpenCLIP ViT-H's without its
-last layer, which is a matter of `num_hidden_layers` in `text_encoder/config.json`.
+last layer, which is a matter of `num_hidden_layers` in `text_encoder/config.json`. SDXL uses ViT-L/14's and, with its
+projection, OpenCLIP ViT-bigG's.
 """
 
 import dataclasses
@@ -27,6 +29,9 @@ class CLIPTextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    projection_dim: int = 512  # of an encoder with a projection
+    eos_token_id: int | None = 49407  # 2 in old files, whose end of text is the largest id
+    skipped: int = 0  # not of transformers: layers between the states that condition a UNet and the usual ones
 
     @staticmethod
     def plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -139,3 +144,32 @@ class CLIPTextModel(nn.Module):
     @nn.compact
     def __call__(self, input_ids):
         return emit(self, CLIPTextTransformer(self.config, self.dtype, name="text_model")(input_ids))
+
+
+class CLIPTextModelWithProjection(nn.Module):
+    """input_ids int32[b, l], l at most `max_position_embeddings` -> text_embeds float[b, projection_dim].
+
+    The projection of the last hidden state, after the final norm, at the end of the text. Source: transformers'
+    `CLIPTextModelWithProjection`."""
+
+    config: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids):
+        states = CLIPTextTransformer(self.config, self.dtype, name="text_model")(input_ids)
+        pooled = states[jnp.arange(len(states)), end_of_text(input_ids, self.config.eos_token_id)]
+        project = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
+        return emit(self, project(pooled))
+
+
+def end_of_text(input_ids, eos_token_id: int | None):
+    """The position int32[b] of the first end of text in input_ids int32[b, l].
+
+    OLD_EOS, in files from before transformers 4.30: the largest id, as CLIP itself has it."""
+    if eos_token_id in (OLD_EOS, None):
+        return jnp.argmax(input_ids, axis=-1)
+    return jnp.argmax(input_ids == eos_token_id, axis=-1)
+
+
+OLD_EOS = 2

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flaxkd.models import unet, vae
-from flaxkd.models.clip import CLIPTextConfig, CLIPTextModel
+from flaxkd.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from flaxkd.models.layers import FEATURES, features
 from flaxkd.models.unet import UNet2DCondition, UNetConfig
 from flaxkd.models.vae import AutoencoderKL, VAEConfig
 
@@ -56,6 +57,8 @@ PARTS = {
                 lambda c: [_of(1, c.factor, c.factor, c.in_channels)], vae.NEUTRAL),
     "text_encoder": Part(CLIPTextModel, CLIPTextConfig, "transformers", "CLIPTextModel", "model",
                          lambda c: [_of(1, 1, dtype=jnp.int32)]),
+    "text_encoder_2": Part(CLIPTextModelWithProjection, CLIPTextConfig, "transformers", "CLIPTextModelWithProjection",
+                           "model", lambda c: [_of(1, 1, dtype=jnp.int32)]),
 }  # fmt: skip
 
 
@@ -109,21 +112,49 @@ def count(part: str, config: dict) -> int:
     return sum(x.size for x in jax.tree.leaves(shapes(part, config)))
 
 
-def text_states(modules: Mapping, params: Mapping, input_ids) -> dict:
-    """{"encoder_hidden_states": float[b, l, d]}: a text encoder's last states for token ids int32[b, l]. Traceable."""
-    states = modules["text_encoder"].apply({"params": params["text_encoder"]}, input_ids)
+# What a token id says of a missing prompt, in every place of its row. The states of such a row are zeros.
+MISSING = -1
+
+
+def text_states(modules: Mapping, params: Mapping, inputs: Mapping) -> dict:
+    """{"encoder_hidden_states": float[b, l, d]}: a text encoder's last states for input_ids int32[b, l]. Traceable."""
+    states = modules["text_encoder"].apply({"params": params["text_encoder"]}, inputs["input_ids"])
     return {"encoder_hidden_states": states}
+
+
+def two_text_states(modules: Mapping, params: Mapping, inputs: Mapping) -> dict:
+    """What conditions the UNet of Stable Diffusion XL (diffusers' StableDiffusionXLPipeline.encode_prompt). Traceable.
+
+    inputs: input_ids, input_ids_2: int32[b, l], a row of MISSING for a missing prompt; time_ids: int32[b, 6].
+    Returns encoder_hidden_states: float[b, l, d + d2], the input of the last layer of both encoders, without a final
+    norm; text_embeds: float[b, e], the second one's projection; time_ids as they are."""
+    states, pooled = [], None
+    for part, field in SDXL_CAPTIONS.items():
+        ids, encoder = inputs[field], modules[part]
+        variables = {"params": params[part]}
+        pooled, captured = encoder.apply(variables, jnp.maximum(ids, 0), mutable=[FEATURES])
+        layer = encoder.config.num_hidden_layers - 2 - encoder.config.skipped
+        states.append(features(captured)[f"text_model.encoder.layers.{layer}"])
+    present = ids[:, :1] != MISSING
+    states = jnp.where(present[..., None], jnp.concatenate(states, axis=-1), 0)
+    return {
+        "encoder_hidden_states": states,
+        "text_embeds": jnp.where(present, pooled, 0),
+        "time_ids": inputs["time_ids"],
+    }
 
 
 class Architecture(NamedTuple):
     """A published member of a family: the configurations of its parts, and the hub ids of matching weights."""
 
     title: str
-    unet: dict
-    text_encoder: dict
-    scheduler: dict
-    vae: dict
+    family: str  # a name in FAMILIES
+    configs: Mapping[str, dict]  # {part or "scheduler": its configuration}
     hub_ids: tuple[str, ...]
+
+    @property
+    def unet(self) -> dict:
+        return self.configs["unet"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,28 +163,57 @@ class Family:
 
     title: str
     pipeline: str  # diffusers' class for its folders
-    encoders: tuple[str, ...]  # parts that read the caption
+    captions: Mapping[str, str]  # part that reads the caption: the field of an example with its token ids
     unet: Mapping[str, Any]  # fields of unet/config.json that set it apart; a missing one is False
-    condition: Callable[[Mapping, Mapping, Any], dict]  # (modules, params, input_ids) -> keyword arguments of its UNet
+    condition: Callable[[Mapping, Mapping, Mapping], dict]  # (modules, params, inputs) -> keyword arguments of its UNet
+    index: Mapping[str, Any]  # what its model_index.json says besides the parts
     stages: int  # of the UNet
     layers: int  # of a down block; an up block has one more
     shown: str  # its architecture in the tables of students
     open_clip: bool  # whether its text encoder is OpenCLIP's, which has other names in a single file
     modelspec: Mapping[str, str]  # prediction_type -> architecture in the header of a single file
+    sizes: bool = False  # whether an example has time_ids: its original size, its crop and its size
+    penultimate: bool = False  # whether the states are those before the last layer of the encoders
+    upcasts: bool = False  # whether its autoencoder computes in float32 where its config.json asks for it
+    guidance: float = 7.5  # diffusers' default for its pipeline
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The parts that read the caption."""
+        return tuple(self.captions)
 
     @property
     def parts(self) -> tuple[str, ...]:
         return ("unet", "vae", *self.encoders)
 
+    def skip(self, config: dict, n: int) -> dict:
+        """The config.json of a text encoder whose last n layers are skipped, see `Folder.skip_layers`."""
+        layers = CLIPTextConfig.from_dict(config).num_hidden_layers
+        return config | ({"skipped": n} if self.penultimate else {"num_hidden_layers": layers - n})
+
+
+CAPTION = {"text_encoder": "input_ids"}
+SDXL_CAPTIONS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
+TOKENIZERS = {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}  # field: the folder of its tokenizer
+ZEROS = "force_zeros_for_empty_prompt"  # in model_index.json: whether a missing prompt is zeros, or else ""
+_BESIDE_SD = {"requires_safety_checker": False, "feature_extractor": [None, None], "image_encoder": [None, None],
+              "safety_checker": [None, None]}  # fmt: skip
+_BESIDE_SDXL = {ZEROS: True, "feature_extractor": [None, None], "image_encoder": [None, None]}
 
 FAMILIES = {
-    "sd1": Family("Stable Diffusion 1.x", "StableDiffusionPipeline", ("text_encoder",),
-                  {"use_linear_projection": False}, text_states, stages=4, layers=2, shown="sd15",
-                  open_clip=False, modelspec={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"}),
-    "sd2": Family("Stable Diffusion 2.x", "StableDiffusionPipeline", ("text_encoder",),
-                  {"use_linear_projection": True}, text_states, stages=4, layers=2, shown="sd21",
-                  open_clip=True, modelspec={"epsilon": "stable-diffusion-v2-512",
-                                             "v_prediction": "stable-diffusion-v2-768-v"}),
+    "sd1": Family("Stable Diffusion 1.x", "StableDiffusionPipeline", CAPTION,
+                  {"use_linear_projection": False, "addition_embed_type": False}, text_states, _BESIDE_SD,
+                  stages=4, layers=2, shown="sd15", open_clip=False,
+                  modelspec={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"}),
+    "sd2": Family("Stable Diffusion 2.x", "StableDiffusionPipeline", CAPTION,
+                  {"use_linear_projection": True, "addition_embed_type": False}, text_states, _BESIDE_SD,
+                  stages=4, layers=2, shown="sd21", open_clip=True,
+                  modelspec={"epsilon": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"}),
+    "sdxl": Family("Stable Diffusion XL", "StableDiffusionXLPipeline", SDXL_CAPTIONS,
+                   {"use_linear_projection": True, "addition_embed_type": True}, two_text_states, _BESIDE_SDXL,
+                   stages=3, layers=2, shown="sdxl", open_clip=False,
+                   modelspec={"epsilon": "stable-diffusion-xl-v1-base", "v_prediction": "stable-diffusion-xl-v1-base"},
+                   sizes=True, penultimate=True, upcasts=True, guidance=5.0),
 }  # fmt: skip
 
 
@@ -259,17 +319,68 @@ SD21 = {
 }
 SD21_BASE = SD21 | {"sample_size": 64, "upcast_attention": False}
 
+SDXL = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+OPENCLIP_BIGG = CLIP_L | {
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
 ARCHITECTURES = {
     "sd15": Architecture(
-        "Stable Diffusion 1.5", SD15, CLIP_L, EPSILON, VAE,
+        "Stable Diffusion 1.5", "sd1", {"unet": SD15, "text_encoder": CLIP_L, "scheduler": EPSILON, "vae": VAE},
         ("SG161222/Realistic_Vision_V4.0", "CompVis/stable-diffusion-v1-4", "runwayml/stable-diffusion-v1-5",
          "stable-diffusion-v1-5/stable-diffusion-v1-5")),
     "sd21_base": Architecture(
-        "Stable Diffusion 2.1 base", SD21_BASE, OPENCLIP_H, EPSILON, VAE,
+        "Stable Diffusion 2.1 base", "sd2",
+        {"unet": SD21_BASE, "text_encoder": OPENCLIP_H, "scheduler": EPSILON, "vae": VAE},
         ("stabilityai/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-base")),
     "sd21": Architecture(
-        "Stable Diffusion 2.1", SD21, OPENCLIP_H, EPSILON | {"prediction_type": "v_prediction"}, VAE,
+        "Stable Diffusion 2.1", "sd2",
+        {"unet": SD21, "text_encoder": OPENCLIP_H, "scheduler": EPSILON | {"prediction_type": "v_prediction"},
+         "vae": VAE},
         ("stabilityai/stable-diffusion-2-1",)),
+    "sdxl": Architecture(
+        "Stable Diffusion XL 1.0", "sdxl",
+        {"unet": SDXL, "text_encoder": CLIP_L, "text_encoder_2": OPENCLIP_BIGG, "scheduler": EULER,
+         "vae": VAE | {"force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025}},
+        ("stabilityai/stable-diffusion-xl-base-1.0",)),
 }  # fmt: skip
 
 

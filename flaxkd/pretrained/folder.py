@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,6 @@ from flaxkd.pretrained import families, hub, keys, single_file, tensors
 CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
 NO_LIMIT = 10**9  # of tokens; a tokenizer of transformers without a configuration has 10**30
 DRAWN_WITH = "_guidance_scale"  # in model_index.json
-GUIDANCE = 7.5  # Stable Diffusion's
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class Folder:
     path: of the folder, or of a single-file checkpoint. configs, weights: {part: its config.json} and {part: () -> its
     parameters, a nested dict}, used in place of the files, such as those of a run's newest checkpoint, or shapes in
     place of numbers. step: () -> the step of that checkpoint; None if `weights` come from none.
-    readers: {part: () -> its tensors {diffusers' key: array}} and {"tokenizer": () -> its CLIPTokenizer} of what is not
-    a folder of diffusers. vae: where another autoencoder than the model's own comes from; None: its own.
+    readers: {part: () -> its tensors {diffusers' key: array}} and {"tokenizer" or "tokenizer_2": () -> its
+    CLIPTokenizer} of what is not a folder of diffusers. vae: where another autoencoder than the model's own comes from; None: its own.
     drawn_with: the guidance its pictures are drawn with by default, in place of its own; see `guidance`."""
 
     path: Path
@@ -80,19 +80,21 @@ class Folder:
     def skip_layers(self, n: int | None) -> "Folder":
         """The same folder without the last n layers of its text encoders; the final norm stays.
 
-        n is diffusers' clip_skip: 1 leaves out the last layer, what other programs call clip skip 2. None: 0.
+        n is diffusers' clip_skip: 1 leaves out the last layer, what other programs call clip skip 2. None: 0. Where the
+        states before the last layer are used, n layers before that one are left out, and the pooled state stays.
         Raises ValueError for more layers than there are."""
         if not n:
             return self
         configs = {part: self.config(part) for part in self.family.encoders}
         for part, config in configs.items():
             layers = self.module(part).config.num_hidden_layers
-            if not 0 <= n < layers:
+            most = layers - 1 - self.family.penultimate
+            if not 0 <= n <= most:
                 raise ValueError(
-                    f"clip_skip = {n}: the {part} of {self.path} has {layers} layers, and 0 to {layers - 1} can be "
+                    f"clip_skip = {n}: the {part} of {self.path} has {layers} layers, and 0 to {most} can be "
                     "skipped (1 is the last one, which other programs call clip skip 2)"
                 )
-            configs[part] = config | {"num_hidden_layers": layers - n}
+            configs[part] = self.family.skip(config, n)
         return self.replace(configs, {}, self.step)
 
     # -- What it is ---------------------------------------------------------------------------------------------------
@@ -106,11 +108,11 @@ class Folder:
     def family(self) -> families.Family:
         """Its row of the table. Raises ValueError for a pipeline outside the table."""
         networks = families.networks(self.index)
-        known = " and ".join(family.title for family in families.FAMILIES.values())
+        known = ", ".join(family.title for family in families.FAMILIES.values())
         error = ValueError(
             f"{self.path} is a {families.class_name(self.index) or 'pipeline without a name'} of "
-            f"{', '.join(networks) or 'unnamed parts'}: flaxkd knows {known} from text alone, not with SDXL, "
-            "inpainting or other models"
+            f"{', '.join(networks) or 'unnamed parts'}: flaxkd knows {known} from text alone, not inpainting, "
+            "refiners or other models"
         )
         if networks and "unet" not in networks:  # a transformer
             raise error
@@ -127,15 +129,15 @@ class Folder:
     def guidance(self) -> float:
         """The guidance its pictures are drawn with unless another one is asked for, from its model_index.json.
 
-        diffusers ignores names that begin with an underscore. A folder without one has Stable Diffusion's."""
-        own = self.index.get(DRAWN_WITH, GUIDANCE) if self.drawn_with is None else self.drawn_with
+        diffusers ignores names that begin with an underscore. A folder without one has its family's."""
+        own = self.index.get(DRAWN_WITH, self.family.guidance) if self.drawn_with is None else self.drawn_with
         if isinstance(own, bool) or not isinstance(own, int | float) or not math.isfinite(own):
             raise ValueError(f"{self.path}/model_index.json: {DRAWN_WITH} = {own!r} is no number")
         return float(own)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Its networks: unet, vae, text_encoder."""
+        """Its networks: unet, vae, text_encoder, perhaps text_encoder_2."""
         return self.family.parts
 
     def config(self, part: str) -> dict:
@@ -153,9 +155,18 @@ class Folder:
     # -- Networks and weights -----------------------------------------------------------------------------------------
 
     def module(self, part: str, dtype=jnp.float32, **kwargs) -> nn.Module:
-        """The module of a part. dtype: of the compute. kwargs: of the module. Raises ValueError that names the file."""
+        """The module of a part. dtype: of the compute, see `dtype`. kwargs: of the module.
+
+        Raises ValueError that names the file."""
         with self._at_fault(part):
-            return families.build(part, self.config(part), dtype, **kwargs)
+            return families.build(part, self.config(part), self.dtype(part, dtype), **kwargs)
+
+    def dtype(self, part: str, wanted):
+        """That of a part's compute where `wanted` is asked for: float32 for an autoencoder that overflows in float16.
+
+        Stable Diffusion XL's `force_upcast`, true unless its config.json says otherwise, as in diffusers."""
+        upcasts = part == "vae" and self.family.upcasts and self.config(part).get("force_upcast", True)
+        return jnp.float32 if upcasts else wanted
 
     def shapes(self, part: str) -> dict:
         """The parameters of a part as shapes: see `families.shapes`. Raises ValueError that names the file."""
@@ -197,10 +208,10 @@ class Folder:
         return params
 
     def params(self, part: str, dtype=None) -> dict:
-        """The parameters of a part in `dtype` (None: float32): a nested dict of C-contiguous numpy arrays.
+        """The parameters of a part in `dtype` (None: float32), see `dtype`: a nested dict of C-contiguous numpy arrays.
 
         Raises FileNotFoundError and ValueError, as `stored` and `module` do."""
-        dtype = jnp.float32 if dtype is None else dtype
+        dtype = self.dtype(part, jnp.float32 if dtype is None else dtype)
         if part in self.weights:
             params = self.weights[part]()
             keys.check_finite(params, f"{part} of the newest checkpoint", "Remove this checkpoint to use an older one")
@@ -214,17 +225,26 @@ class Folder:
 
     # -- Captions -----------------------------------------------------------------------------------------------------
 
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Where its tokenizer is: in the pipeline folder, or beside a single file."""
-        return (self.path.parent if self.path.is_file() else self.path) / "tokenizer"
+    def tokenizer_folder(self, field: str = "input_ids") -> Path:
+        """Where a tokenizer is: in the pipeline folder, or beside a single file. field: of its token ids."""
+        return (self.path.parent if self.path.is_file() else self.path) / families.TOKENIZERS[field]
 
     @functools.cached_property
+    def tokenizers(self) -> dict[str, Any]:
+        """{field of the token ids: its CLIPTokenizer} (needs no torch), one for each text encoder.
+
+        Raises FileNotFoundError or ValueError, with the file."""
+        return {field: self._tokenizer(field) for field in self.family.captions.values()}
+
+    @property
     def tokenizer(self):
-        """Its CLIPTokenizer (needs no torch). Raises FileNotFoundError or ValueError, with the file."""
-        if "tokenizer" in self.readers:
-            return self.readers["tokenizer"]()
-        path = self.tokenizer_folder
+        """The first of its tokenizers. All have the same words; they may differ in how they pad."""
+        return next(iter(self.tokenizers.values()))
+
+    def _tokenizer(self, field: str):
+        path = self.tokenizer_folder(field)
+        if path.name in self.readers:
+            return self.readers[path.name]()
         here = {file.name for file in path.iterdir()} if path.is_dir() else set()
         if "tokenizer.json" not in here and not {"vocab.json", "merges.txt"} <= here:
             raise FileNotFoundError(
@@ -247,16 +267,33 @@ class Folder:
         """The number of tokens of a caption: its tokenizer's, or the text encoder's if that has no limit."""
         limit = self.tokenizer.model_max_length
         if not isinstance(limit, int | float) or not limit > 2:
-            raise ValueError(f"{self.tokenizer_folder}: model_max_length is {limit!r}, must be a number of tokens")
+            raise ValueError(f"{self.tokenizer_folder()}: model_max_length is {limit!r}, must be a number of tokens")
         if limit < NO_LIMIT:
             return int(limit)
         return min(self.module(part).config.max_position_embeddings for part in self.family.encoders)
 
-    def tokenize(self, captions: Sequence[str]) -> np.ndarray:
-        """int32[n, text_length]: start, tokens, end, padded and cut as diffusers' pipelines do."""
+    def tokenize(self, captions: Sequence[str | None]) -> dict[str, np.ndarray]:
+        """{field: int32[n, text_length]} for each text encoder: start, tokens, end, padded and cut as in diffusers.
+
+        None is a missing prompt: "", or where its states are zeros a row of families.MISSING."""
         options = {"padding": "max_length", "max_length": self.text_length, "truncation": True}
-        ids = self.tokenizer(list(captions), **options)["input_ids"]
-        return np.asarray(ids, np.int32).reshape(-1, self.text_length)
+        texts, found = [caption or "" for caption in captions], {}
+        missing = [self.zeros and caption is None for caption in captions]
+        for field, tokenizer in self.tokenizers.items():
+            ids = np.asarray(tokenizer(texts, **options)["input_ids"], np.int32).reshape(-1, self.text_length)
+            ids[missing] = families.MISSING
+            found[field] = ids
+        return found
+
+    @property
+    def zeros(self) -> bool:
+        """Whether the states of a missing prompt are zeros; else they are those of ""."""
+        return bool(self.index.get(families.ZEROS, self.family.index.get(families.ZEROS, False)))
+
+    def conditions(self, captions: Sequence[str | None], size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """What `Family.condition` reads, for pictures drawn at `size` (height, width) in pixels, whole and uncropped."""
+        sizes = np.tile(np.array([*size, 0, 0, *size], np.int32), (len(captions), 1))
+        return self.tokenize(captions) | ({"time_ids": sizes} if self.family.sizes else {})
 
     # -- Latents ------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ teacher trains from scratch.
 """
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -64,7 +65,7 @@ WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's: e
 def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Folder:
     """Writes a pipeline folder with random weights, and returns it. An existing one is left alone.
 
-    architecture: {"unet", "vae", "text_encoder", "scheduler": their configurations, "vocab_size": int}."""
+    architecture: {part or "scheduler": its configuration, "vocab_size": int}; the text encoders tell the family."""
     out = Path(out)
     if (out / "model_index.json").is_file():
         return Folder(out)
@@ -74,13 +75,19 @@ def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Fold
         train_tokenizer(captions, architecture["vocab_size"], length, path / "tokenizer")
         scheduler = architecture["scheduler"]
         files.write_json(path / "scheduler" / CONFIGS["scheduler"], scheduler)
-        index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", scheduler["_class_name"]]}
-        files.write_json(path / "model_index.json", index)
-        configs = {part: dict(architecture[part]) for part in families.PARTS}
+        encoders = tuple(part for part in architecture if part.startswith("text_encoder"))
+        pipeline = next(row.pipeline for row in families.FAMILIES.values() if row.encoders == encoders)
+        files.write_json(
+            path / "model_index.json",
+            {"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]]},
+        )
+        configs = {part: dict(architecture[part]) for part in ("unet", "vae", *encoders)}
         source = Folder(path, configs)
+        add_tokenizers(path, source.family)
         vocab_size = len(source.tokenizer)
         ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
-        configs["text_encoder"] |= {"vocab_size": vocab_size, **ends}
+        for part in encoders:
+            configs[part] |= {"vocab_size": vocab_size, **ends}
         parts = {}
         for i, (part, config) in enumerate(configs.items()):
             zero = ZERO if part == "unet" else ()
@@ -91,9 +98,20 @@ def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Fold
 
 def skeleton(out: Path, architecture: families.Architecture) -> Folder:
     """A pipeline folder without weights: configurations, and a tokenizer of the same length. For `flaxkd.plan`."""
-    for part, name in CONFIGS.items():
-        files.write_json(out / part / name, getattr(architecture, part))
-    files.write_json(out / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    length = architecture.text_encoder["max_position_embeddings"]
+    family = families.FAMILIES[architecture.family]
+    for part, config in architecture.configs.items():
+        files.write_json(out / part / CONFIGS[part], config)
+    files.write_json(out / "model_index.json", {"_class_name": family.pipeline})
+    length = architecture.configs["text_encoder"]["max_position_embeddings"]
     train_tokenizer(["a picture"], 520, length, out / "tokenizer")  # its vocabulary does not matter
+    add_tokenizers(out, family)
     return Folder(out)
+
+
+def add_tokenizers(out: Path, family: families.Family) -> None:
+    """Copies tokenizer/ for the further text encoders of a family. As in Stable Diffusion XL they pad with "!"."""
+    for field in [*family.captions.values()][1:]:
+        folder = out / families.TOKENIZERS[field]
+        shutil.copytree(out / "tokenizer", folder)
+        file = folder / "tokenizer_config.json"
+        files.write_json(file, files.read_json(file) | {"pad_token": "!"})

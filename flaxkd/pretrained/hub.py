@@ -6,15 +6,16 @@ import re
 from pathlib import Path
 
 from flaxkd.pretrained import tensors
-from flaxkd.pretrained.families import PARTS, published
+from flaxkd.pretrained.families import PARTS, TOKENIZERS, published
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "teacher"  # the miniature in the package
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 # Patterns of the files to download.
 PIPELINE = [
-    *("model_index.json", "README.md", "tokenizer/*.txt"),
-    *(f"{part}/*.json" for part in (*PARTS, "scheduler", "tokenizer")),
+    *("model_index.json", "README.md"),
+    *(f"{folder}/*.txt" for folder in TOKENIZERS.values()),
+    *(f"{part}/*.json" for part in (*PARTS, "scheduler", *TOKENIZERS.values())),
     *(f"{part}/*.safetensors" for part in PARTS),
 ]
 AUTOENCODER = ["config.json", f"{PARTS['vae'].stem}*.safetensors", "vae/*.json", "vae/*.safetensors"]

@@ -1,4 +1,4 @@
-"""Writes pipeline folders for StableDiffusionPipeline.from_pretrained. Needs neither torch nor diffusers."""
+"""Writes pipeline folders for diffusers' from_pretrained. Needs neither torch nor diffusers."""
 
 import json
 import shutil
@@ -54,12 +54,16 @@ def save(
 
 
 def write_tokenizer(source: Folder, out: Path) -> None:
-    """Writes tokenizer/ and adds missing files: transformers 5 writes tokenizer.json, 4 reads the other ones."""
-    folder = Path(out) / "tokenizer"
-    if "tokenizer" in source.readers:
-        source.tokenizer.save_pretrained(folder)
+    """Writes its tokenizers and adds missing files: transformers 5 writes tokenizer.json, 4 reads the other ones."""
+    for field in source.family.captions.values():
+        _write_tokenizer(source, field, Path(out) / families.TOKENIZERS[field])
+
+
+def _write_tokenizer(source: Folder, field: str, folder: Path) -> None:
+    if folder.name in source.readers:
+        source.tokenizers[field].save_pretrained(folder)
     else:
-        files.copy_plain(source.tokenizer_folder, folder)
+        files.copy_plain(source.tokenizer_folder(field), folder)
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         content = files.read_json(folder / "tokenizer.json")
         vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -69,7 +73,7 @@ def write_tokenizer(source: Folder, out: Path) -> None:
     file = folder / "tokenizer_config.json"
     config = files.read_json(file) if file.is_file() else {"tokenizer_class": "CLIPTokenizer"}
     if (config.get("model_max_length") or NO_LIMIT) >= NO_LIMIT:
-        tokens = {} if file.is_file() else source.tokenizer.special_tokens_map
+        tokens = {} if file.is_file() else source.tokenizers[field].special_tokens_map
         files.write_json(file, config | tokens | {"model_max_length": source.text_length})
 
 
@@ -106,11 +110,13 @@ def _write_part(folder: Path, part: str, config: dict, tensors: dict[str, np.nda
 
 
 def _model_index(source: Folder) -> dict:
-    index = {key: value for key, value in source.index.items() if key == "_diffusers_version"}
-    index |= {"_class_name": source.family.pipeline, DRAWN_WITH: source.guidance, "requires_safety_checker": False}
-    index |= {name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}
+    family = source.family
+    kept = ("_diffusers_version", families.ZEROS)
+    index = {"_class_name": family.pipeline, DRAWN_WITH: source.guidance, **family.index}
+    index |= {key: value for key, value in source.index.items() if key in kept}
     rows = {part: families.PARTS[part] for part in source.parts}
     index |= {part: [row.library, row.class_name] for part, row in rows.items()}
     scheduler = source.config("scheduler").get("_class_name") or source.index["scheduler"][-1]
-    scheduler = ["diffusers", scheduler.removeprefix("Flax")]
-    return index | {"scheduler": scheduler, "tokenizer": ["transformers", "CLIPTokenizer"]}
+    index["scheduler"] = ["diffusers", scheduler.removeprefix("Flax")]
+    tokenizers = (families.TOKENIZERS[field] for field in family.captions.values())
+    return index | {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
