@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.task = placeholder(str)
     config.train = ("unet",)  # trained parts: ("unet",), ("unet", "text_encoder") or ("vae",)
     config.init = "teacher"  # its weights, cut for a student; "random": the UNet starts from scratch
-    # architecture of a new pipeline to train from scratch, in place of `teacher`; "teacher" in it is that of the teacher
+    # architecture of a new pipeline to train from scratch; what is "teacher" in it comes from `teacher`
     config.blank = None
     config.seed = 0  # of noise, timesteps, data order and everything else
 
