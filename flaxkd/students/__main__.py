@@ -1,20 +1,31 @@
 """Prints the table of students for every family: what each keeps, its size and cost, and the feature pairs.
 
-python -m flaxkd.students
+    python -m flaxkd.students
+
+With --choose, a teacher chooses what its student keeps, by the error of its output without each part (LAPTOP-Diff,
+arXiv:2404.11098): see docs/choosing.md. `--config.student=FILE.json` then trains it.
+
+    python -m flaxkd.students --choose --keep 0.5 [--teacher DIR] [--source DIR] [--out FILE.json]
 """
 
+import argparse
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import jax
 
-from flaxkd.machine import command
-from flaxkd.pretrained import ARCHITECTURES, FAMILIES
+from flaxkd import choosing
+from flaxkd.choosing.choice import EXAMPLES
+from flaxkd.data import sources
+from flaxkd.machine import command, sharding
+from flaxkd.pretrained import ARCHITECTURES, FAMILIES, Folder
 from flaxkd.students import cutting
 from flaxkd.students.pairs import feature_pairs
-from flaxkd.students.row import Student
+from flaxkd.students.row import CHOSEN, Student
 from flaxkd.students.table import CLASH, TABLE, diagram, of
 
 
@@ -83,9 +94,62 @@ def wrapped(head: str, words: str, indent: str) -> list[str]:
     return textwrap.wrap(words, break_on_hyphens=False, break_long_words=False, **wrap)
 
 
+def choose(args: argparse.Namespace) -> None:
+    """Writes the student that a teacher chooses, and prints why."""
+    config = command.configuration("default", ["--config.student=None", f"--config.seed={args.seed}"])
+    config.teacher, config.data.source = args.teacher, args.source
+    folder = Folder.open(args.teacher, args.vae)
+    config.data.resolution = args.resolution or folder.resolution
+    pictures = sources.open_source(args.source, "train", resolution=config.data.resolution)
+    dtype = sharding.compute_dtype(args.dtype)
+    choice = choosing.choose(
+        config, folder, pictures, dtype, args.keep, of_flops=args.flops, examples=args.examples, beside=args.students
+    )
+    choice.write(args.out)
+    print(choice)
+    print(f"wrote {args.out}, and beside it {', '.join(str(args.out.with_suffix(e)) for e in ('.png', '.txt'))}")
+    flags = {"teacher": args.teacher, "vae": args.vae, "student": args.out, "data.source": args.source}
+    flags |= {"data.resolution": config.data.resolution, "pairing": next(iter(choice.student.published))}
+    flags = [f"--config.{key}={value}" for key, value in flags.items() if value is not None]
+    typed = shlex.join(["python", "-m", "flaxkd.train", "--config", "configs/small.py", *flags])
+    print(f"\nnext: look at {args.out.with_suffix('.png')}, then train this student, e.g.\n  {typed}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = command.parser("flaxkd.students", __doc__)
+    add = parser.add_argument
+    add("--choose", action="store_true", help="let a teacher choose its student; the other flags are for this alone")
+    add("--keep", type=float, help="share of the teacher's parameters that the student keeps, at most: 0.5")
+    add("--flops", action="store_true", help="--keep is a share of its FLOPs in a forward pass instead")
+    command.add(parser, "teacher", "vae")
+    add("--source", default="openmoji", help="pictures, as config.data.source; default: %(default)s")
+    add("--resolution", type=int, help="of the pictures in pixels; default: the teacher's own")
+    examples = f"pictures with a noise each; default: {EXAMPLES}"
+    add("--examples", type=int, default=EXAMPLES, help=examples)
+    command.add(parser, "students", default=(), help="also measure this student as cut; repeat for several")
+    command.add(parser, "seed", "dtype")
+    command.add(parser, "out", default=Path(CHOSEN[0]), help="the row; default: %(default)s")
+    args = parser.parse_args(arguments)
+    if not args.choose:
+        if args.keep is not None:
+            parser.error("--keep is for --choose")
+        return args
+    if args.keep is None or not 0 < args.keep < 1:
+        parser.error("--choose needs --keep, a share between 0 and 1, as 0.5")
+    if args.examples < 1:
+        parser.error("--examples must be at least 1")
+    if args.out.suffix != ".json":
+        parser.error(f"--out {args.out} must end in .json")
+    return args
+
+
 @command.reported()
 def main(arguments: Sequence[str] = ()) -> None:
-    command.parser("flaxkd.students", __doc__).parse_args(arguments)
+    args = parse(arguments)
+    if args.choose:
+        command.keep_compiled_programs()
+        choose(args)
+        return
     jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and a run may be using it
     for family in FAMILIES:
         print(size_table(family) + "\n", flush=True)
