@@ -26,7 +26,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.task = placeholder(str)
     config.train = ("unet",)  # trained parts: ("unet",), ("unet", "text_encoder") or ("vae",)
     config.init = "teacher"  # its weights, cut for a student; "random": the UNet starts from scratch
-    config.blank = None  # architecture of a new pipeline to train from scratch, in place of `teacher`
+    # architecture of a new pipeline to train from scratch; what is "teacher" in it comes from `teacher`
+    config.blank = None
     config.seed = 0  # of noise, timesteps, data order and everything else
 
     # The loss: weight.noise * loss_noise + weight.output * loss_output + weight.feature * loss_feature.

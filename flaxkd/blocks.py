@@ -1,6 +1,7 @@
 """Draws the README's picture from the table of students: what each keeps of its teacher, and what is compared.
 
     python -m flaxkd.blocks --out docs/blocks.png
+    python -m flaxkd.blocks --teacher sdxl --out sdxl.svg
 
 The file's extension sets the format: png, svg or pdf.
 """
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import jax
 
+from flaxkd import students
 from flaxkd.machine import command, files
+from flaxkd.pretrained import ARCHITECTURES
 from flaxkd.students import picture
 
 
@@ -17,10 +20,13 @@ from flaxkd.students import picture
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.blocks", __doc__)
     command.add(parser, "out", default=Path("blocks.png"), help="png, svg or pdf; default: %(default)s")
-    out = parser.parse_args(arguments).out
+    help = "the architecture whose students are drawn; default: %(default)s"
+    parser.add_argument("--teacher", choices=ARCHITECTURES, default="sd15", help=help)
+    args = parser.parse_args(arguments)
+    out, teacher = args.out, ARCHITECTURES[args.teacher]
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     with files.whole(out) as path:
-        picture.draw(path, format=out.suffix[1:])
+        picture.draw(path, students.of(teacher.family), teacher.unet, teacher.title, out.suffix[1:])
     print(f"wrote {out}")
 
 

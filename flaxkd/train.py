@@ -142,11 +142,12 @@ def open_pictures(config, split: str) -> sources.Source:
 
 
 def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
-    """The teacher's pipeline folder; for `config.blank`, a new one with random weights in the workdir."""
+    """The teacher's pipeline folder; for `config.blank`, a new one in the workdir, all or some of it random."""
     if config.blank is None:
         return Folder.open(config.teacher, config.vae, config.clip_skip)
     captions = pictures.captions or [picture["caption"] for picture in pictures]
-    write = lambda: fresh.write(workdir / "blank", config.blank.to_dict(), captions, config.seed)
+    base = Folder.open(config.teacher, config.vae)
+    write = lambda: fresh.write(workdir / "blank", config.blank.to_dict(), captions, config.seed, base)
     if hosts.is_first():
         write()
     hosts.wait("blank")

@@ -45,6 +45,12 @@ def tiny_pipeline(tmp_path_factory) -> Path:
     return tiny.write(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory) -> Path:
+    """The same of Stable Diffusion XL, with depths of 1 and 2. Read only."""
+    return tiny.write(tmp_path_factory.mktemp("tiny") / "xl", tiny.XL)
+
+
 # -- Runs: flaxkd.train in a process of its own, since a kill needs one ----------------------------------------------
 
 

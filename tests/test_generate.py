@@ -111,7 +111,7 @@ def test_it_matters(pipeline, drawn, other):
 def asked(monkeypatch):
     """What the drawing program is asked for, without running it: a list of keyword arguments."""
     found = []
-    blank = lambda **asked: found.append(asked) or np.zeros((*asked["input_ids"].shape[:1], 32, 32, 3))
+    blank = lambda **asked: found.append(asked) or np.zeros((*asked["inputs"]["input_ids"].shape[:1], 32, 32, 3))
     monkeypatch.setattr("flaxkd.diffusion.sampling.text_to_image", blank)
     return found
 
@@ -209,7 +209,7 @@ def test_refuses_before_any_compute(pipeline, monkeypatch, wrong, message):
     ("file", "change", "message"),
     [
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels for latents of 4"),
-        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "not with SDXL"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "not inpainting, refiners"),
     ],
 )
 def test_refuses_models_that_need_more_than_a_caption(tiny_pipeline, tmp_path, file, change, message):

@@ -1,4 +1,4 @@
-"""A Stable Diffusion of a megabyte: its configurations and weights."""
+"""A Stable Diffusion of a megabyte, and one of XL: their configurations and weights."""
 
 import tempfile
 from pathlib import Path
@@ -19,6 +19,21 @@ UNET = dict(
     attention_head_dim=2,
     cross_attention_dim=16,
 )
+UNET_XL = dict(
+    sample_size=8,
+    block_out_channels=(8, 16, 32),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=2,
+    norm_num_groups=4,
+    attention_head_dim=(1, 2, 4),
+    transformer_layers_per_block=(1, 1, 2),
+    use_linear_projection=True,
+    cross_attention_dim=16 + 16,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 12,
+)
 VAE = dict(
     sample_size=32,
     block_out_channels=(8, 8, 16),
@@ -29,7 +44,13 @@ VAE = dict(
     latent_channels=4,
 )
 TEXT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
+TEXT_2 = TEXT | dict(num_hidden_layers=3, hidden_act="gelu", projection_dim=12)
 SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+
+
+def ids(folder, captions: list[str]) -> np.ndarray:
+    """The token ids of captions for the first text encoder of a folder: int32[n, l]."""
+    return folder.tokenize(captions)["input_ids"]
 
 
 def weights(shapes: dict, seed: int) -> dict:
@@ -45,15 +66,24 @@ def weights(shapes: dict, seed: int) -> dict:
     return unflatten_dict(params)
 
 
-def write(out: Path) -> Path:
-    """Writes the pipeline folder, with every key that those on the hub have."""
-    architecture = {
-        "unet": families.SD15 | UNET,
-        "vae": families.VAE | VAE,
-        "text_encoder": families.CLIP_L | TEXT | {"max_position_embeddings": 16},
-        "scheduler": families.EPSILON | SCHEDULER,
-        "vocab_size": 550,
-    }
+LENGTH = {"max_position_embeddings": 16}
+SD = {
+    "unet": families.SD15 | UNET,
+    "vae": families.VAE | VAE,
+    "text_encoder": families.CLIP_L | TEXT | LENGTH,
+    "scheduler": families.EPSILON | SCHEDULER,
+    "vocab_size": 550,
+}
+XL = SD | {
+    "unet": families.SDXL | UNET_XL,
+    "vae": families.ARCHITECTURES["sdxl"].configs["vae"] | VAE,
+    "text_encoder_2": families.OPENCLIP_BIGG | TEXT_2 | LENGTH,
+    "scheduler": families.EULER | {"beta_start": 0.00085},
+}
+
+
+def write(out: Path, architecture: dict = SD) -> Path:
+    """Writes the pipeline folder, with every key that those on the hub have. architecture: SD or XL."""
     with tempfile.TemporaryDirectory() as scratch:
         source = fresh.write(Path(scratch) / "pipeline", architecture, CAPTIONS, seed=0)
         parts = {

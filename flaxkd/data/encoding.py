@@ -41,7 +41,7 @@ def fingerprint(folder: Folder) -> str:
                 digest.update(name.encode())
                 digest.update(content)
             continue
-        where = (folder.path if part == "vae" else folder.tokenizer_folder().parent) / part
+        where = folder.place(part)
         for path in sorted(where.iterdir()):
             if path.suffix in (".json", ".txt", ".safetensors"):
                 digest.update(path.name.encode())

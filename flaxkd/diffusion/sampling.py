@@ -4,7 +4,7 @@ The arrays of a schedule make the sampler (`samplers.schedule`): all samplers, w
 compiled program for a step. Whoever draws counts the steps: at full size one may take seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,8 @@ def text_to_image(
     modules: FrozenDict[str, nn.Module],
     condition: Callable,
     params: dict,
-    input_ids: jax.Array,
-    negative_ids: jax.Array,
+    inputs: Mapping[str, jax.Array],
+    negative_inputs: Mapping[str, jax.Array],
     latents: jax.Array,
     schedule: Schedule,
     guidance: jax.Array | float,
@@ -69,9 +69,9 @@ def text_to_image(
     noise: jax.Array | None = None,
     tick: Callable[[], None] | None = None,
     token_weights: tuple[jax.Array, jax.Array] | None = None,
-    empty_ids: jax.Array | None = None,
+    empty_inputs: Mapping[str, jax.Array] | None = None,
 ) -> jax.Array:
-    """Images float32[b, H, W, 3] in [0, 1] of prompts int32[b, l], by classifier-free guidance.
+    """Images float32[b, H, W, 3] in [0, 1] of b prompts, by classifier-free guidance.
 
         noise_pred = negative + guidance * (positive - negative)        Ho & Salimans 2022, arXiv:2207.12598
 
@@ -80,15 +80,16 @@ def text_to_image(
     without `tick`.
 
     modules: the networks of a pipeline, static. condition: that of its family, static (see pretrained/families.py).
-    params: {part: tree}, preferably on the device. negative_ids: int32[b, l], the token ids of what not to draw, or
-    of "". latents: float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the
-    equation too, where diffusers ignores `negative_ids`. image_latents: float32[b, h, w, 4] of `image_to_latents`,
+    params: {part: tree}, preferably on the device. inputs: what `condition` reads of the prompts, token ids int32[b, l]
+    and perhaps time_ids int32[b, 6] (`Folder.conditions`). negative_inputs: the same of what not to draw. latents:
+    float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the equation too, where
+    diffusers ignores `negative_inputs`. image_latents: float32[b, h, w, 4] of `image_to_latents`,
     from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073). noise: float32[steps, b,
     h, w, 4] as in `solve`. tick: called when a step is done. token_weights: float32[b, k, l] of the negative prompts
     and of the prompts, whose ids are then int32[b, k, l], k chunks that the UNet sees together; a state is moved away
-    from that of `empty_ids` int32[l].
+    from that of `empty_inputs`, those of one empty prompt.
     """
-    states = _states(modules, condition, params, input_ids, negative_ids, token_weights, empty_ids)
+    states = _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs)
     of_data, of_noise = schedule.start
     latents = of_noise * latents if image_latents is None else of_data * image_latents + of_noise * latents
     carry = begin(latents)
@@ -114,15 +115,20 @@ def _pairs(negative: jax.Array, positive: jax.Array) -> jax.Array:
 
 
 @sharding.jit(static_argnames=("modules", "condition"))
-def _states(modules, condition, params, input_ids, negative_ids, token_weights, empty_ids) -> dict:
+def _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs) -> dict:
     """The keyword arguments of the UNet, for the doubled batch."""
-    ids = _pairs(negative_ids, input_ids)
+    both = jax.tree.map(_pairs, dict(negative_inputs), dict(inputs))
     if token_weights is None:
-        return condition(modules, params, ids)
-    weights, empty = _pairs(*token_weights), condition(modules, params, empty_ids[None])
-    weigh = lambda x, nothing: (x - nothing) * weights.reshape(*x.shape[:2], 1).astype(x.dtype) + nothing
-    states = jax.tree.map(weigh, condition(modules, params, ids.reshape(-1, ids.shape[-1])), empty)
-    return jax.tree.map(lambda x: x.reshape(len(ids), -1, x.shape[-1]), states)
+        return condition(modules, params, both)
+    weights = _pairs(*token_weights)
+    n, k, length = weights.shape
+    # A chunk is a prompt of its own; what has no chunks is the same for all of a picture.
+    chunks = {name: x.reshape(-1, length) if x.ndim == 3 else jnp.repeat(x, k, axis=0) for name, x in both.items()}
+    states, empty = condition(modules, params, chunks), condition(modules, params, empty_inputs)
+    text, nothing = states.pop("encoder_hidden_states"), empty["encoder_hidden_states"]
+    text = (text - nothing) * weights.reshape(-1, length, 1).astype(text.dtype) + nothing
+    first = {name: x[::k] for name, x in states.items()}
+    return first | {"encoder_hidden_states": text.reshape(n, k * length, -1)}
 
 
 @sharding.jit(static_argnames=("unet",))

@@ -28,7 +28,7 @@ def draw(
     guidance: float,
     *,
     batch_size: int,
-    negatives: Sequence[str] | None = None,
+    negatives: Sequence[str | None] | None = None,
     images: Sequence[np.ndarray] | None = None,
     finite: bool = True,
     words: str | None = None,
@@ -41,21 +41,22 @@ def draw(
     pipeline: has modules, params on devices, folder and mesh (see pipeline.py); all processes of the mesh call this.
     noise(i) -> (unit Gaussian latents float32[h, w, c] at the start of picture i; float32[steps, h, w, c] to add
     between steps, or None for a sampler that adds none). schedule: of the sampler. negatives: what not to draw, for
-    each prompt; None: "". images: float32[H, W, 3] in [0, 1] to start from, for each prompt. batch_size: pictures at
-    a time, at least one on each device; the last batch is filled up: it compiles nothing of its own. finite: raise
-    FloatingPointError for a picture that is not finite; otherwise it is black. words: of a bar over the steps of all
-    batches, None for no bar; leave: whether the bar stays at the end. guidance: below 1 it is 1, no
-    guidance, as in diffusers, and a warning says so. emphasis, long_prompts: see emphasis.py."""
+    each prompt, None in it for nothing; None: nothing. images: float32[H, W, 3] in [0, 1] to start from, for each
+    prompt. batch_size: pictures at a time, at least one on each device; the last batch is filled up: it compiles
+    nothing of its own. finite: raise FloatingPointError for a picture that is not finite; otherwise it is black.
+    words: of a bar over the steps of all batches, None for no bar; leave: whether the bar stays at the end. guidance:
+    below 1 it is 1, no guidance, as in diffusers, and a warning says so. emphasis, long_prompts: see emphasis.py."""
     if guidance < 1:
         warnings.warn(f"guidance = {guidance:g} is drawn as 1, as in diffusers: without guidance", stacklevel=2)
     modules, params, mesh = pipeline.modules, pipeline.params, pipeline.mesh
     n, batch_size = len(prompts), -(-batch_size // mesh.size) * mesh.size
-    negatives, folder, weights, empty = negatives or [""] * n, pipeline.folder, None, None
+    negatives, folder, weights, empty = negatives or [None] * n, pipeline.folder, None, None
+    size = tuple(folder.factor * side for side in noise(0)[0].shape[:2])
+    both = folder.conditions([*prompts, *negatives], size)
     if emphasis or long_prompts:
-        both = encode(folder, [*prompts, *negatives], emphasis=emphasis, long_prompts=long_prompts)
-        (ids, negative_ids), weights, empty = (np.split(both[0], 2), np.split(both[1], 2), folder.tokenize([""])[0])
-    else:
-        ids, negative_ids = folder.tokenize(prompts), folder.tokenize(negatives)
+        ids, weights = encode(folder, [*prompts, *negatives], emphasis=emphasis, long_prompts=long_prompts)
+        both, weights, empty = both | ids, np.split(weights, 2), folder.conditions([""], size)
+    inputs, negative_inputs = ({name: x[half] for name, x in both.items()} for half in (slice(n), slice(n, None)))
     put = lambda x: sharding.put(x, sharding.batch(mesh))
     starts = range(0, n, batch_size)
     steps = len(starts) * len(schedule.timesteps)
@@ -72,15 +73,15 @@ def draw(
                 modules=modules,
                 condition=pipeline.folder.family.condition,
                 params=params,
-                input_ids=put(ids[rows]),
-                negative_ids=put(negative_ids[rows]),
+                inputs={name: put(x[rows]) for name, x in inputs.items()},
+                negative_inputs={name: put(x[rows]) for name, x in negative_inputs.items()},
                 latents=put(np.stack(first)),
                 schedule=schedule,
                 guidance=max(float(guidance), 1.0),  # an int would compile another program
                 image_latents=begin,
                 noise=None if schedule.noise is None else np.stack(between, axis=1),
                 token_weights=None if weights is None else (put(weights[1][rows]), put(weights[0][rows])),
-                empty_ids=empty,
+                empty_inputs=empty,
                 tick=None if words is None else bar.update,
             )
             drawn = sharding.whole(drawn, mesh)[: n - start]

@@ -54,29 +54,41 @@ def parse(prompt: str) -> list[tuple[str, float]]:
 
 
 def encode(
-    folder: Folder, prompts: Sequence[str], *, emphasis: bool, long_prompts: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """(token ids int32[n, k, l], weights float32[n, k, l]) of prompts in k chunks, as many as the longest one needs.
+    folder: Folder, prompts: Sequence[str | None], *, emphasis: bool, long_prompts: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """({field: token ids int32[n, k, l]}, weights float32[n, k, l]) of prompts in k chunks, as many as the longest one
+    needs. The fields are those of `Folder.tokenize`, and None is a missing prompt as there.
 
-    emphasis: `parse` the prompts; otherwise all weights are 1. long_prompts: otherwise only the first chunk is kept."""
-    tokenizer, length = folder.tokenizer, folder.text_length
+    emphasis: `parse` the prompts; otherwise all weights are 1. long_prompts: otherwise only the first chunk is kept.
+    All text encoders read the same words, so that one set of weights serves them."""
+    length, missing = folder.text_length, folder.tokenize([None])
     room = length - 2  # the first and the last token of a chunk are markers
+    rows = _weighted(folder.tokenizer, prompts, emphasis)
+    chunks = max(1, *(-(-len(ids) // room) for ids, _ in rows)) if long_prompts else 1
+    found, weights = {}, np.ones((len(rows), chunks, length), np.float32)
+    for field, tokenizer in folder.tokenizers.items():
+        end = tokenizer.eos_token_id
+        padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        found[field] = np.full((len(rows), chunks, length), padding, np.int32)
+        for i, (ids, row_weights) in enumerate(rows):
+            for j in range(chunks):
+                own = ids[j * room : (j + 1) * room]
+                found[field][i, j, : len(own) + 2] = [tokenizer.bos_token_id, *own, end]
+                weights[i, j, 1 : len(own) + 1] = row_weights[j * room : (j + 1) * room]
+        absent = [folder.zeros and prompt is None for prompt in prompts]
+        found[field][absent] = missing[field][0]
+    return found, weights
+
+
+def _weighted(tokenizer, prompts: Sequence[str | None], emphasis: bool) -> list[tuple[list[int], list[float]]]:
+    """(token ids, their weights) of each prompt, of any length and without markers."""
     rows = []
     for prompt in prompts:
-        pieces = parse(prompt) if emphasis else [(prompt, 1.0)]
+        pieces = parse(prompt or "") if emphasis else [(prompt or "", 1.0)]
         ids, weights = [], []
         for text, weight in pieces:
             own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids += own
             weights += [weight] * len(own)
         rows.append((ids, weights))
-    chunks = max(1, *(-(-len(ids) // room) for ids, _ in rows)) if long_prompts else 1
-    end = tokenizer.eos_token_id
-    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    found = np.full((len(rows), chunks, length), padding, np.int32), np.ones((len(rows), chunks, length), np.float32)
-    for i, (ids, weights) in enumerate(rows):
-        for j in range(chunks):
-            own = ids[j * room : (j + 1) * room]
-            found[0][i, j, : len(own) + 2] = [tokenizer.bos_token_id, *own, end]
-            found[1][i, j, 1 : len(own) + 1] = weights[j * room : (j + 1) * room]
-    return found
+    return rows

@@ -1,4 +1,4 @@
-"""Text to image and image to image in three lines, with any Stable Diffusion 1.x or 2.x, teacher or student:
+"""Text to image and image to image in three lines, with any Stable Diffusion 1.x, 2.x or XL, teacher or student:
 
     from flaxkd import Pipeline
 
@@ -52,7 +52,7 @@ class Pipeline:
         on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`. vae: another
         autoencoder than the model's own: folder, file or hub id.
         Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it draws from
-        more than a caption (SDXL, inpainting)."""
+        more than a caption (inpainting)."""
         folder = export.open_model(model, vae)
         made = cls.from_folder(folder, "embedded teacher" if model is None else str(model), dtype, mesh)
         return made if folder.step is None else dataclasses.replace(made, name=f"{model}, step {folder.step()}")
@@ -76,7 +76,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str | None] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = samplers.STEPS,
         guidance_scale: float | None = None,
@@ -99,11 +99,12 @@ class Pipeline:
         model, size and batch (and once more for a sampler that adds noise, or for an image).
 
         prompt: captions; a warning names the words cut off by the text encoder. negative_prompt: what not to draw,
-        one for all or one each. num_images_per_prompt: those of the first prompt come first. num_inference_steps,
-        sampler: see `samplers.schedule`; without a sampler, the model's own draws. guidance_scale: how far from the
-        negative prompt to the prompt, 1 is none, and so is anything below, with a warning; None: the model's own,
-        `Folder.guidance`. height, width: pixels; None: as in training. image: picture or path to start from, one for
-        all or one each, scaled and cropped to the size. strength: how much the image changes, in (0, 1]; None: 0.8.
+        one for all or one each; None: nothing, which with Stable Diffusion XL is not the same as "".
+        num_images_per_prompt: those of the first prompt come first. num_inference_steps, sampler: see
+        `samplers.schedule`; without a sampler, the model's own draws. guidance_scale: how far from the negative prompt
+        to the prompt, 1 is none, and so is anything below, with a warning; None: the model's own, `Folder.guidance`.
+        height, width: pixels; None: as in training. image: picture or path to start from, one for all or one each,
+        scaled and cropped to the size. strength: how much the image changes, in (0, 1]; None: 0.8.
         latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise. clip_skip: layers left out at the end
         of the text encoder, see `Folder.skip_layers`. emphasis: read (word:1.2), ((word)) and [word] in prompts as
         weights; without it they are text. long_prompts: read a prompt of any length, in chunks; without it the rest is
@@ -118,7 +119,7 @@ class Pipeline:
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt = {num_images_per_prompt}: 1 is the least")
         several = lambda values: [value for value in values for _ in range(num_images_per_prompt)]
-        negatives = several(_each("negative_prompt", negative_prompt, str, len(prompts)))
+        negatives = several(_each("negative_prompt", negative_prompt, str | None, len(prompts)))
         starts = [] if image is None else _each("image", image, Picture, len(prompts))
         prompts = several(prompts)
         n = len(prompts)
@@ -147,7 +148,7 @@ class Pipeline:
             raise ValueError(f"latents have the shape {np.shape(latents)}, and must have {(n, *shape)}")
         if not long_prompts:
             read = lambda text: "".join(piece for piece, _ in parse(text)) if emphasis else text
-            self._warn([read(text) for text in (*prompts, *negatives)])
+            self._warn([read(text) for text in (*prompts, *negatives) if text])
 
         def noise(i: int) -> tuple[np.ndarray, np.ndarray | None]:
             first, between = batches.noise_of(seed + i, shape, schedule)
@@ -178,7 +179,7 @@ class Pipeline:
             "model": self.name,
         }
         for i, picture in enumerate(pictures):
-            info = {"prompt": prompts[i], "negative_prompt": negatives[i], "seed": seed + i} | settings
+            info = {"prompt": prompts[i], "negative_prompt": negatives[i] or "", "seed": seed + i} | settings
             picture.info = {name: str(value) for name, value in info.items()}
         return pictures
 

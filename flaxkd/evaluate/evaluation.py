@@ -205,7 +205,7 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
     noise = np.random.default_rng(args.seed).standard_normal((len(moments), *setup.latents), np.float32)
     latents = np.asarray(sample_latents(noise, moments, scaling_factor))
     features = lambda moments: fidelity.latent_features(np.split(moments, 2, axis=-1)[0] * scaling_factor)
-    drawn, of_teacher, reference = {}, None, network(teacher, held.captions)
+    drawn, of_teacher, reference = {}, None, network(teacher, held.captions, setup.resolution)
     for found, pairs, row in zip(models, held.pairs, rows, strict=True):
         first = found is models[0]
         model = teacher if first else load(found, setup.dtype, mesh)
@@ -221,7 +221,7 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
         row["ssim"] = float(fidelity.ssim(images, of_images).mean())
         row |= {"frechet_latent": fidelity.frechet(own, of_teacher)} if several else {}
         values = fidelity.errors(
-            network(model, held.captions),
+            network(model, held.captions, setup.resolution),
             reference,
             latents,
             held.schedule,
@@ -285,7 +285,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--data", default="openmoji", help="'openmoji' or a folder of pictures with metadata.jsonl")
     group.add_argument("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
     group.add_argument("--bins", type=int, default=10, help="timestep ranges (default: %(default)s)")
-    group.add_argument("--pairing", choices=["segmind", "bksdm"], default="segmind", help="feature pairs")
+    group.add_argument("--pairing", choices=[*students.PAIRINGS], default="segmind", help="feature pairs")
     group = parser.add_argument_group("published protocol (needs the extra eval)")
     group.add_argument("--prompts", type=Path, help=".txt (one prompt per line) or .csv (a text column)")
     group.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
@@ -372,13 +372,14 @@ def load(model: Candidate, dtype, mesh) -> Candidate:
     return model._replace(pipeline=pipeline, fingerprint=resumable.fingerprint(pipeline.params))
 
 
-def network(model: Candidate, captions: list[str]) -> fidelity.Network:
-    """The predicting networks of a loaded model, with `captions` from its own tokenizer."""
+def network(model: Candidate, captions: list[str], resolution: int) -> fidelity.Network:
+    """The predicting networks of a loaded model, with `captions` from its own tokenizer. resolution: in pixels."""
     pipeline, folder = model.pipeline, model.folder
     parts = ("unet", *folder.family.encoders)
     modules = {part: pipeline.modules[part] for part in parts}
     params = {part: pipeline.params[part] for part in parts}
-    return fidelity.Network(modules, folder.family.condition, params, folder.tokenize(captions))
+    inputs = folder.conditions(captions, (resolution, resolution))
+    return fidelity.Network(modules, folder.family.condition, params, inputs)
 
 
 def encode(model: Candidate, images: np.ndarray, batch_size: int, mesh, what: str) -> np.ndarray:

@@ -23,12 +23,12 @@ GRID = 4  # cells per side, in which latents are averaged for `frechet_latent`: 
 
 
 class Network(NamedTuple):
-    """A predictor: the modules {"unet", encoders}, their parameters by the same names, and tokenized captions."""
+    """A predictor: the modules {"unet", encoders}, their parameters by the same names, and its captions."""
 
     modules: Mapping[str, nn.Module]
-    condition: Callable  # of the family: (modules, params, input_ids) -> keyword arguments of the UNet
+    condition: Callable  # of the family: (modules, params, inputs) -> keyword arguments of the UNet
     params: dict
-    input_ids: np.ndarray  # int32[n, l]
+    inputs: dict[str, np.ndarray]  # of `Folder.conditions`, n rows each
 
 
 def student_of(unet_config: dict, teacher_config: dict) -> students.Student | None:
@@ -69,17 +69,17 @@ def _stages(unet_config: dict) -> tuple:
 
 
 @sharding.jit(static_argnames=("modules", "pairs"))
-def compare(modules, params, input_ids, noisy_latents, timesteps, target, pairs) -> dict[str, jax.Array]:
+def compare(modules, params, inputs, noisy_latents, timesteps, target, pairs) -> dict[str, jax.Array]:
     """Mean squares per example, {name: float32[b]}: student and teacher on the same noisy latents.
 
-    modules: ((modules, condition) of the student, the same of the teacher). params, input_ids: also (student, teacher).
+    modules: ((modules, condition) of the student, the same of the teacher). params, inputs: also (student, teacher).
     noisy_latents, target: float32[b, h, w, 4]. timesteps: int32[b]. pairs: ((student module, teacher module), ...).
     The names are "loss_noise" and "loss_output" as in `losses.kd_loss`, "teacher/loss_noise", and for each pair
     "feature/<student module>" and "square/<student module>", the mean square of the teacher's own feature.
     """
     said = []
-    for (own, condition), p, ids in zip(modules, params, input_ids, strict=True):
-        said.append(predict(own["unet"], p["unet"], noisy_latents, timesteps, condition(own, p, ids)))
+    for (own, condition), p, read in zip(modules, params, inputs, strict=True):
+        said.append(predict(own["unet"], p["unet"], noisy_latents, timesteps, condition(own, p, read)))
     student, teacher = said
     each = jax.vmap(mse)
     values = {
@@ -136,7 +136,7 @@ def errors(
                 values = compare(
                     modules,
                     params,
-                    (put(student.input_ids), put(teacher.input_ids)),
+                    (jax.tree.map(put, student.inputs), jax.tree.map(put, teacher.inputs)),
                     put(noisy_latents),
                     put(timesteps),
                     put(target),

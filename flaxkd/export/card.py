@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from flaxkd.diffusion import samplers
 from flaxkd.machine import files
-from flaxkd.pretrained import PARTS, Folder, count
+from flaxkd.pretrained import Folder, count
 
 PREVIEW = "samples.png"
 
@@ -89,7 +89,7 @@ def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, s
         title, text = "A text-to-image pipeline trained with flaxkd", f"Trained here: {what}."
     else:
         title, text = "A converted text-to-image pipeline", f"Converted from {name}, unchanged."
-    if len(parts) < len(PARTS):
+    if run:
         text += f" New in this folder: {what}. All else is as in the source."
     return title, text
 

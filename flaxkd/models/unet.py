@@ -34,7 +34,7 @@ class Stage(NamedTuple):
     """One block of a path: the facts of which `config.json` holds a dozen spellings."""
 
     channels: int
-    depths: tuple[int, ...]  # per layer (a resnet and what follows it): its transformer blocks, 0 for no attention
+    depths: tuple[int | None, ...]  # per layer (a resnet and what follows it): transformer blocks; None: no attention
     heads: int
     resample: bool
 
@@ -105,11 +105,11 @@ class UNetConfig:
             value = getattr(self, field)
             if isinstance(value, tuple) and len(value) != blocks:
                 wrong.append(f"{field} has {len(value)} entries for {blocks} blocks")
-        nested = any(isinstance(depth, tuple) for depth in _each(self.transformer_layers_per_block, blocks))
+        nested = any(isinstance(depth, tuple) for depth in each(self.transformer_layers_per_block, blocks))
         if nested and self.reverse_transformer_layers_per_block is None:
             wrong.append("a nested transformer_layers_per_block needs reverse_transformer_layers_per_block too")
         if not wrong:  # else there may be no paths to look at
-            layers = _each(self.layers_per_block, blocks)
+            layers = each(self.layers_per_block, blocks)
             up_layers = [n + 1 for n in layers[::-1]]
             for field, stages, wanted in ((per_block[-1], self.down, layers), (reverse, self.up, up_layers)):
                 wrong += [f"{field}[{i}] has {len(stage.depths)} entries for {n} layers"
@@ -123,11 +123,11 @@ class UNetConfig:
     def down(self) -> list[Stage]:
         """The down path from the outer to the inner block."""
         n = len(self.block_out_channels)
-        layers = _each(self.layers_per_block, n)
-        depths = _each(self.transformer_layers_per_block, n)
+        layers = each(self.layers_per_block, n)
+        depths = each(self.transformer_layers_per_block, n)
         return [
             Stage(self.block_out_channels[i], _depths(self.down_block_types[i], depths[i], layers[i]),
-                  _each(self.attention_head_dim, n)[i], resample=i < n - 1)
+                  each(self.attention_head_dim, n)[i], resample=i < n - 1)
             for i in range(n)
         ]  # fmt: skip
 
@@ -137,20 +137,20 @@ class UNetConfig:
         if self.mid_block_type is None:
             return None
         n = len(self.block_out_channels)
-        depth = _each(self.transformer_layers_per_block, n)[-1]
+        depth = each(self.transformer_layers_per_block, n)[-1]
         depth = depth[0] if isinstance(depth, tuple) else depth
         depths = (depth,) if self.mid_block_type == "UNetMidBlock2DCrossAttn" else ()
-        return Stage(self.block_out_channels[-1], depths, _each(self.attention_head_dim, n)[-1], resample=False)
+        return Stage(self.block_out_channels[-1], depths, each(self.attention_head_dim, n)[-1], resample=False)
 
     @property
     def up(self) -> list[Stage]:
         """The up path from the inner to the outer block, each with one layer more than its twin on the way down."""
         n = len(self.block_out_channels)
-        layers = _each(self.layers_per_block, n)[::-1]
-        depths = self.reverse_transformer_layers_per_block or _each(self.transformer_layers_per_block, n)[::-1]
+        layers = each(self.layers_per_block, n)[::-1]
+        depths = self.reverse_transformer_layers_per_block or each(self.transformer_layers_per_block, n)[::-1]
         return [
             Stage(self.block_out_channels[::-1][i], _depths(self.up_block_types[i], depths[i], layers[i] + 1),
-                  _each(self.attention_head_dim, n)[::-1][i], resample=i < n - 1)
+                  each(self.attention_head_dim, n)[::-1][i], resample=i < n - 1)
             for i in range(n)
         ]  # fmt: skip
 
@@ -210,12 +210,12 @@ NEUTRAL = {
 }
 
 
-def _each(value, n: int) -> tuple:
+def each(value, n: int) -> tuple:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * n
 
 
-def _depths(block_type: str, depth, layers: int) -> tuple[int, ...]:
-    return _each(depth, layers)[:layers] if block_type.startswith("CrossAttn") else (0,) * layers
+def _depths(block_type: str, depth, layers: int) -> tuple[int | None, ...]:
+    return each(depth, layers)[:layers] if block_type.startswith("CrossAttn") else (None,) * layers
 
 
 def timestep_embedding(timesteps, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
@@ -280,13 +280,14 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """x + proj_out(blocks(proj_in(norm(x)))), float[b, h, w, c]."""
+    """x + proj_out(blocks(proj_in(norm(x)))), float[b, h, w, c]. Without blocks the projections remain."""
 
     depth: int
     heads: int
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
     attend: DotProductAttention = dot_product_attention
+    remat: bool = False  # of every transformer block
 
     @nn.compact
     def __call__(self, x, encoder_hidden_states):
@@ -303,9 +304,9 @@ class Transformer2DModel(nn.Module):
         y = GroupNorm(self.config.norm_num_groups, 1e-6, dtype=self.dtype, name="norm")(x)
         y = project(y, "proj_in").reshape(b, h * w, c)
         for i in range(self.depth):
-            block = BasicTransformerBlock(
-                self.heads, self.config.upcast_attention, self.dtype, self.attend, name=f"transformer_blocks.{i}"
-            )
+            block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
+            name = f"transformer_blocks.{i}"
+            block = block(self.heads, self.config.upcast_attention, self.dtype, self.attend, name=name)
             y = block(y, encoder_hidden_states)
         return emit(self, x + project(y, "proj_out").reshape(b, h, w, c))
 
@@ -317,6 +318,7 @@ class DownBlock(nn.Module):
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
     attend: DotProductAttention = dot_product_attention
+    remat: bool = False  # of every resnet and transformer block
 
     @nn.compact
     def __call__(self, x, temb, encoder_hidden_states):
@@ -337,6 +339,7 @@ class MidBlock(nn.Module):
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
     attend: DotProductAttention = dot_product_attention
+    remat: bool = False  # of every resnet and transformer block
 
     @nn.compact
     def __call__(self, x, temb, encoder_hidden_states):
@@ -354,6 +357,7 @@ class UpBlock(nn.Module):
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
     attend: DotProductAttention = dot_product_attention
+    remat: bool = False  # of every resnet and transformer block
 
     @nn.compact
     def __call__(self, x, temb, encoder_hidden_states, skips, shape):
@@ -366,18 +370,23 @@ class UpBlock(nn.Module):
 
 
 def resnet(block, i: int) -> ResnetBlock2D:
-    c = block.config
-    return ResnetBlock2D(block.stage.channels, c.norm_num_groups, c.norm_eps, block.dtype, name=f"resnets.{i}")
+    c, kind = block.config, nn.remat(ResnetBlock2D) if block.remat else ResnetBlock2D
+    return kind(block.stage.channels, c.norm_num_groups, c.norm_eps, block.dtype, name=f"resnets.{i}")
 
 
 def attention(block, i: int, depth: int) -> Transformer2DModel:
-    return Transformer2DModel(depth, block.stage.heads, block.config, block.dtype, block.attend, name=f"attentions.{i}")
+    settings = block.config, block.dtype, block.attend, block.remat
+    return Transformer2DModel(depth, block.stage.heads, *settings, name=f"attentions.{i}")
 
 
 def layer(block, i: int, depth: int, x, temb, encoder_hidden_states):
     """Layer i of a block: a resnet, then an attention if there is one."""
     x = resnet(block, i)(x, temb)
-    return attention(block, i, depth)(x, encoder_hidden_states) if depth else x
+    return x if depth is None else attention(block, i, depth)(x, encoder_hidden_states)
+
+
+# What is recomputed in the backward pass: nothing, down, mid and up blocks, or the smaller modules inside of them.
+REMAT = (False, True, "blocks", "transformer_blocks")
 
 
 class UNet2DCondition(nn.Module):
@@ -387,20 +396,26 @@ class UNet2DCondition(nn.Module):
     encoder_hidden_states: float[b, l, cross_attention_dim]. For SDXL also text_embeds float[b, e] and time_ids [b, 6].
     Returns float[b, h, w, out_channels] in `dtype`. With `mutable=["features"]`, also what every block, layer and
     attention made (see `layers.features`). Parameters are float32 at initialisation; `dtype` is that of the compute.
-    `remat` recomputes each block in the backward pass instead of keeping its inside; captured features stay exact.
+    `remat` recomputes each block in the backward pass instead of keeping its inside: True or "blocks", a down, mid or
+    up block; "transformer_blocks", a transformer block or resnet. Captured features stay exact.
     `attend` is the arithmetic of attention, which is the same in every form that it takes.
     """
 
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: bool | str = False  # one of REMAT
     attend: DotProductAttention = dot_product_attention
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat = {self.remat!r} is unknown (known: {', '.join(map(repr, REMAT))})")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, sample, timesteps, encoder_hidden_states, text_embeds=None, time_ids=None):
-        c = self.config
+        c, inner = self.config, self.remat == "transformer_blocks"
         down_block, mid_block, up_block = (
-            (nn.remat(block, static_argnums=static) if self.remat else block)
+            (nn.remat(block, static_argnums=static) if self.remat and not inner else block)
             for block, static in ((DownBlock, ()), (MidBlock, ()), (UpBlock, (5,)))
         )
         sinusoids = dict(flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
@@ -416,16 +431,17 @@ class UNet2DCondition(nn.Module):
         x = Conv(width, dtype=self.dtype, name="conv_in")(sample.astype(self.dtype))
         skips = [x]
         for i, stage in enumerate(c.down):
-            block = down_block(stage, c, self.dtype, self.attend, name=f"down_blocks.{i}")
+            block = down_block(stage, c, self.dtype, self.attend, inner, name=f"down_blocks.{i}")
             x, new = block(x, temb, encoder_hidden_states)
             skips += new
         if c.mid is not None:
-            x = mid_block(c.mid, c, self.dtype, self.attend, name="mid_block")(x, temb, encoder_hidden_states)
+            block = mid_block(c.mid, c, self.dtype, self.attend, inner, name="mid_block")
+            x = block(x, temb, encoder_hidden_states)
         for i, stage in enumerate(c.up):
             n = len(stage.depths)
             skips, taken = skips[:-n], skips[-n:]
             shape = skips[-1].shape[1:3] if stage.resample else None
-            block = up_block(stage, c, self.dtype, self.attend, name=f"up_blocks.{i}")
+            block = up_block(stage, c, self.dtype, self.attend, inner, name=f"up_blocks.{i}")
             x = block(x, temb, encoder_hidden_states, taken, shape)
 
         x = nn.silu(GroupNorm(c.norm_num_groups, c.norm_eps, dtype=self.dtype, name="conv_norm_out")(x))

@@ -26,7 +26,9 @@ from flaxkd.pretrained import families, hub, keys, single_file, tensors
 
 CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
 NO_LIMIT = 10**9  # of tokens; a tokenizer of transformers without a configuration has 10**30
-DRAWN_WITH = "_guidance_scale"  # in model_index.json
+# In model_index.json, where diffusers ignores names that begin with an underscore.
+DRAWN_WITH = "_guidance_scale"
+SHARED = "_shared"  # {part, tokenizer or scheduler: the folder that has it, from this one}, for the embedded teachers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,9 +38,9 @@ class Folder:
     path: of the folder, or of a single-file checkpoint. configs, weights: {part: its config.json} and {part: () -> its
     parameters, a nested dict}, used in place of the files, such as those of a run's newest checkpoint, or shapes in
     place of numbers. step: () -> the step of that checkpoint; None if `weights` come from none.
-    readers: {part: () -> its tensors {diffusers' key: array}} and {"tokenizer" or "tokenizer_2": () -> its
-    CLIPTokenizer} of what is not a folder of diffusers. vae: where another autoencoder than the model's own comes from; None: its own.
-    drawn_with: the guidance its pictures are drawn with by default, in place of its own; see `guidance`."""
+    readers: {part: () -> its tensors {diffusers' key: array}} and {"tokenizer" or "tokenizer_2": () -> the
+    CLIPTokenizer} of what is not a folder of diffusers. vae: where another autoencoder than the model's own comes from;
+    None: its own. drawn_with: the guidance of its pictures by default, in place of its own; see `guidance`."""
 
     path: Path
     configs: Mapping[str, dict] = dataclasses.field(default_factory=dict)
@@ -130,7 +132,8 @@ class Folder:
         """The guidance its pictures are drawn with unless another one is asked for, from its model_index.json.
 
         diffusers ignores names that begin with an underscore. A folder without one has its family's."""
-        own = self.index.get(DRAWN_WITH, self.family.guidance) if self.drawn_with is None else self.drawn_with
+        own = self.index.get(DRAWN_WITH) if self.drawn_with is None else self.drawn_with
+        own = self.family.guidance if own is None else own
         if isinstance(own, bool) or not isinstance(own, int | float) or not math.isfinite(own):
             raise ValueError(f"{self.path}/model_index.json: {DRAWN_WITH} = {own!r} is no number")
         return float(own)
@@ -140,13 +143,19 @@ class Folder:
         """Its networks: unet, vae, text_encoder, perhaps text_encoder_2."""
         return self.family.parts
 
+    def place(self, name: str) -> Path:
+        """Where a part, a tokenizer or the scheduler lies: in the pipeline folder, beside a single file, or shared."""
+        if self.path.is_file():
+            return self.path.parent / name
+        return self.path / self.index.get(SHARED, {}).get(name, ".") / name
+
     def config(self, part: str) -> dict:
         """The config.json of a part in one spelling, or scheduler_config.json for "scheduler".
 
         Raises FileNotFoundError and ValueError, as `families.plain` does."""
         if part in self.configs:
             return self.configs[part]
-        path = self.path / part / CONFIGS[part]
+        path = self.place(part) / CONFIGS[part]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {self.path} is not a whole pipeline folder of diffusers")
         config = _read_object(path)
@@ -180,7 +189,7 @@ class Folder:
 
     @contextlib.contextmanager
     def _at_fault(self, part: str) -> Iterator[None]:
-        file = f"{self.path}/{part}/{CONFIGS[part]}"
+        file = f"{self.place(part)}/{CONFIGS[part]}"
         try:
             yield
         except ValueError as error:
@@ -197,7 +206,7 @@ class Folder:
             return keys.to_tensors(self.weights[part]())
         if part in self.readers:
             return self.readers[part]()
-        return tensors.read(tensors.find(self.path / part, families.PARTS[part].stem, self.path))
+        return tensors.read(tensors.find(self.place(part), families.PARTS[part].stem, self.path))
 
     def stored(self, part: str) -> dict:
         """The parameters of a part in the dtypes of its files: a nested dict of views of the tensors.
@@ -226,8 +235,8 @@ class Folder:
     # -- Captions -----------------------------------------------------------------------------------------------------
 
     def tokenizer_folder(self, field: str = "input_ids") -> Path:
-        """Where a tokenizer is: in the pipeline folder, or beside a single file. field: of its token ids."""
-        return (self.path.parent if self.path.is_file() else self.path) / families.TOKENIZERS[field]
+        """Where a tokenizer is. field: of its token ids."""
+        return self.place(families.TOKENIZERS[field])
 
     @functools.cached_property
     def tokenizers(self) -> dict[str, Any]:
@@ -291,7 +300,7 @@ class Folder:
         return bool(self.index.get(families.ZEROS, self.family.index.get(families.ZEROS, False)))
 
     def conditions(self, captions: Sequence[str | None], size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """What `Family.condition` reads, for pictures drawn at `size` (height, width) in pixels, whole and uncropped."""
+        """What `Family.condition` reads, for whole pictures of `size` (height, width) in pixels."""
         sizes = np.tile(np.array([*size, 0, 0, *size], np.int32), (len(captions), 1))
         return self.tokenize(captions) | ({"time_ids": sizes} if self.family.sizes else {})
 

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flaxkd.machine import files
 from flaxkd.pretrained import clip_tokenizer, families
 from flaxkd.pretrained.folder import CONFIGS, Folder
-from flaxkd.pretrained.writing import save
+from flaxkd.pretrained.writing import save, write_tokenizer
 
 # The last layer of every residual branch of the UNet starts at zero: a new network is nearly the identity.
 ZERO = ("conv2", "proj_out", "conv_out")
@@ -62,34 +62,43 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int, out: 
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's: every digit is a word
 
 
-def write(out: Path, architecture: dict, captions: list[str], seed: int) -> Folder:
+TEACHER = "teacher"  # in an architecture: this one is taken from another pipeline, as it is
+
+
+def write(out: Path, architecture: dict, captions: list[str], seed: int, base: Folder | None = None) -> Folder:
     """Writes a pipeline folder with random weights, and returns it. An existing one is left alone.
 
-    architecture: {part or "scheduler": its configuration, "vocab_size": int}; the text encoders tell the family."""
+    architecture: {part or "scheduler": its configuration, "vocab_size": int}; the text encoders tell the family.
+    TEACHER in place of one of them takes the part, the scheduler or the tokenizer of `base`."""
     out = Path(out)
     if (out / "model_index.json").is_file():
         return Folder(out)
+    kept = {name for name, value in architecture.items() if value == TEACHER}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch)
-        length = architecture["text_encoder"]["max_position_embeddings"]
-        train_tokenizer(captions, architecture["vocab_size"], length, path / "tokenizer")
-        scheduler = architecture["scheduler"]
+        scheduler = base.config("scheduler") if "scheduler" in kept else architecture["scheduler"]
         files.write_json(path / "scheduler" / CONFIGS["scheduler"], scheduler)
         encoders = tuple(part for part in architecture if part.startswith("text_encoder"))
-        pipeline = next(row.pipeline for row in families.FAMILIES.values() if row.encoders == encoders)
-        files.write_json(
-            path / "model_index.json",
-            {"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]]},
-        )
-        configs = {part: dict(architecture[part]) for part in ("unet", "vae", *encoders)}
+        family = next(row for row in families.FAMILIES.values() if row.encoders == encoders)
+        index = {"_class_name": family.pipeline, "scheduler": ["diffusers", scheduler["_class_name"]]}
+        files.write_json(path / "model_index.json", index)
+        made = [part for part in family.parts if part not in kept]
+        configs = {part: dict(architecture[part]) if part in made else base.config(part) for part in family.parts}
         source = Folder(path, configs)
+        if "vocab_size" in kept:
+            write_tokenizer(base, path)
+        else:
+            length = configs["text_encoder"]["max_position_embeddings"]
+            train_tokenizer(captions, architecture["vocab_size"], length, path / "tokenizer")
         add_tokenizers(path, source.family)
         vocab_size = len(source.tokenizer)
         ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
-        for part in encoders:
-            configs[part] |= {"vocab_size": vocab_size, **ends}
         parts = {}
         for i, (part, config) in enumerate(configs.items()):
+            if part in kept:
+                parts[part] = config, base.stored(part)
+                continue
+            config |= {"vocab_size": vocab_size, **ends} if part in encoders else {}
             zero = ZERO if part == "unet" else ()
             parts[part] = config, initial(families.shapes(part, config), seed + i, zero)
         save(out, source=source, parts=parts, card="A new pipeline: its weights are random.\n")

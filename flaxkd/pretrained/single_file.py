@@ -156,7 +156,7 @@ def _configs(path: Path, parts: dict, found: dict, header: dict[str, str]) -> di
     made = {
         "unet": lambda: _unet(unet, row),
         "text_encoder": lambda: _text_encoder(text_encoder, row),
-        "scheduler": lambda: row.scheduler | {"prediction_type": prediction},
+        "scheduler": lambda: row.configs["scheduler"] | {"prediction_type": prediction},
     }
     made |= {"vae": lambda: _vae(vae, row)} if vae else {}
     return {part: _derived(path, make) for part, make in made.items()}
@@ -227,7 +227,7 @@ def _first_attention(x: dict[str, np.ndarray]) -> str:
 
 def _vae(x: dict[str, np.ndarray], row: Architecture) -> dict:
     levels = ldm.numbers(x, "encoder.down_blocks.")
-    return _in_groups(row.vae | {
+    return _in_groups(row.configs["vae"] | {
         "block_out_channels": [len(x[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in levels],
         "down_block_types": ["DownEncoderBlock2D"] * len(levels),
         "in_channels": x["encoder.conv_in.weight"].shape[1],
@@ -248,8 +248,8 @@ def _text_encoder(x: dict[str, np.ndarray], row: Architecture) -> dict:
     x = {key if key.startswith("text_model.") else f"text_model.{key}": w for key, w in x.items()}
     vocab_size, width = x["text_model.embeddings.token_embedding.weight"].shape
     layers = len(ldm.numbers(x, "text_model.encoder.layers."))
-    published = row.text_encoder["num_hidden_layers"]
-    return row.text_encoder | {
+    published = row.configs["text_encoder"]["num_hidden_layers"]
+    return row.configs["text_encoder"] | {
         "hidden_size": width,
         "intermediate_size": len(x["text_model.encoder.layers.0.mlp.fc1.weight"]),
         "max_position_embeddings": len(x["text_model.embeddings.position_embedding.weight"]),

@@ -1,21 +1,26 @@
-"""Students: THE TABLE (table), cutting one from its teacher (cutting), feature pairs (pairs), a picture (picture)."""
+"""Students: THE TABLE (table) and what a row says (row), cutting one from its teacher, feature pairs, a picture."""
 
 from flaxkd.students.cutting import config, cost, shapes, take, teacher_path
 from flaxkd.students.pairs import PAIRINGS, feature_pairs
-from flaxkd.students.table import CLASH, STUDENTS, TABLE, Student, diagram, get
+from flaxkd.students.row import Published, Student, read, write
+from flaxkd.students.table import CLASH, STUDENTS, TABLE, diagram, get, of
 
 __all__ = [
     "CLASH",
     "PAIRINGS",
     "STUDENTS",
     "TABLE",
+    "Published",
     "Student",
     "config",
     "cost",
     "diagram",
     "feature_pairs",
     "get",
+    "of",
+    "read",
     "shapes",
     "take",
     "teacher_path",
+    "write",
 ]

@@ -4,14 +4,17 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flaxkd.models.unet import UNet2DCondition, UNetConfig
-from flaxkd.students.table import Student
+from flaxkd.models.layers import frozen, one
+from flaxkd.models.unet import UNet2DCondition, UNetConfig, each
+from flaxkd.pretrained.families import FAMILIES, PARTS
+from flaxkd.students.row import ALL, RESNET, Student
 
 
 def config(student: Student, teacher_config: dict) -> dict:
     """The student's `unet/config.json`: the teacher's, with its fields cut to the kept blocks and layers.
 
-    Raises ValueError if the teacher is not a whole UNet of the student's families.
+    Raises ValueError if the teacher is not a whole UNet of the student's families, has fewer transformer blocks than
+    the student keeps, or if no configuration of diffusers can express the student.
     """
     teacher = _check_teacher(student, teacher_config)
     down, up, channels = student.down, student.up, teacher.block_out_channels
@@ -25,22 +28,49 @@ def config(student: Student, teacher_config: dict) -> dict:
         "down_block_types": down,
         "up_block_types": up,
         "attention_head_dim": down,
-        "transformer_layers_per_block": down,
-        "reverse_transformer_layers_per_block": up,
     }
     new = dict(teacher_config)
     for field, kept in cut.items():
         value = getattr(teacher, field)
-        if isinstance(value, tuple):  # per block, and perhaps per layer within it
-            new[field] = [
-                [value[block][i] for i in layers] if isinstance(value[block], tuple) else value[block]
-                for block, layers in kept.items()
-            ]
+        if isinstance(value, tuple):  # per block
+            new[field] = [value[block] for block in kept]
     counts = [len(layers) for layers in down.values()]
-    new["layers_per_block"] = counts if isinstance(teacher.layers_per_block, tuple) else counts[0]
-    if not student.mid:
-        new["mid_block_type"] = None
+    new["layers_per_block"] = counts if isinstance(teacher.layers_per_block, tuple) else one(counts)
+    for field, depths in _depths(student, teacher).items():
+        value = getattr(teacher, field)
+        if value not in (frozen(depths), one(depths)):  # else as the teacher spells it
+            new[field] = depths
+    new |= {False: {"mid_block_type": None}, RESNET: {"mid_block_type": "UNetMidBlock2D"}}.get(student.mid, {})
+    _check_mid(student, teacher, UNetConfig.from_dict(new))
     return new
+
+
+def _depths(student: Student, teacher: UNetConfig) -> dict[str, list | None]:
+    """{field of config.json: the transformer blocks of each layer}, one number for a block of equal layers."""
+    names = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    down = each(getattr(teacher, names[0]), len(teacher.block_out_channels))
+    whole = {"down_blocks": down, "up_blocks": getattr(teacher, names[1]) or down[::-1]}
+    found: dict[str, list] = {path: [] for path in whole}
+    for source, layers in student.blocks.values():
+        path, _, i = source.partition(".")
+        if path in whole:
+            depths = each(whole[path][int(i)], 1 + max(layers))
+            found[path].append(one([depths[j] if kept is ALL else len(kept) for j, kept in layers.items()]))
+    down, up = found.values()
+    return {names[0]: down, names[1]: None if up == down[::-1] else up}
+
+
+def _check_mid(student: Student, teacher: UNetConfig, cut: UNetConfig) -> None:
+    """Raises ValueError if the mid block of the configuration is not as deep as the student's."""
+    if cut.mid and cut.mid.depths:
+        kept = student.blocks["mid_block"][1][0]
+        depths = teacher.mid.depths if kept is ALL else (len(kept),)
+        if cut.mid.depths != depths:
+            raise ValueError(
+                f"the attention in the mid block of {student.names[0]} has {depths[0]} transformer blocks, and the "
+                f"first one in its last down block {cut.mid.depths[0]}: diffusers has one number for both. Keep as "
+                f"many of each, or of the mid block its first resnet alone ({RESNET!r})"
+            )
 
 
 def _check_teacher(student: Student, teacher_config: dict) -> UNetConfig:
@@ -53,12 +83,29 @@ def _check_teacher(student: Student, teacher_config: dict) -> UNetConfig:
         wrong.append(f"the layers_per_block are {layers}, not {family.layers}")
     if teacher.mid_block_type is None:
         wrong.append("the mid block is missing")
+    wrong = wrong or _too_shallow(student, teacher)
     if wrong:
+        like = " and ".join(FAMILIES[name].title for name in student.families)
         raise ValueError(
-            "a student can only be cut from a whole UNet like that of Stable Diffusion 1.x and 2.x, but in "
+            f"{student.names[0]} can only be cut from a whole UNet like that of {like}, but in "
             f"this teacher {'; '.join(wrong)}. If it is itself a student, give the model it was cut from"
         )
     return teacher
+
+
+def _too_shallow(student: Student, teacher: UNetConfig) -> list[str]:
+    """Every attention of the teacher with fewer transformer blocks than the student keeps, in words."""
+    paths = {"down_blocks": teacher.down, "mid_block": [teacher.mid], "up_blocks": teacher.up}
+    wrong = []
+    for source, layers in student.blocks.values():
+        path, _, i = source.partition(".")
+        depths = paths[path][int(i or 0)].depths
+        for layer, kept in layers.items():
+            depth = (depths[layer] if layer < len(depths) else None) or 0
+            if kept and kept[-1] >= depth:
+                kept = ", ".join(map(str, kept))
+                wrong.append(f"{source}.attentions.{layer} has {depth} transformer blocks, and {kept} are kept")
+    return wrong
 
 
 def teacher_path(student: Student, path: tuple[str, ...]) -> tuple[str, ...]:
@@ -66,14 +113,19 @@ def teacher_path(student: Student, path: tuple[str, ...]) -> tuple[str, ...]:
 
     sd_small's ("up_blocks.1", "resnets.1", "conv1", "bias") comes from ("up_blocks.1", "resnets.2", "conv1", "bias").
     """
-    kind, _, i = path[0].partition(".")
-    kept = {"down_blocks": student.down, "up_blocks": student.up}.get(kind)
-    if kept is None:
+    if path[0] not in student.blocks:
         return path
-    block, layers = list(kept.items())[int(i)]
-    part, _, j = path[1].partition(".")
-    name = f"{part}.{layers[int(j)]}" if part in ("resnets", "attentions") else path[1]
-    return (f"{kind}.{block}", name, *path[2:])
+    block, layers = student.blocks[path[0]]
+    source, kept = [block], ALL
+    for word in path[1:]:
+        kind, _, i = word.partition(".")
+        if kind in ("resnets", "attentions"):
+            layer = list(layers)[int(i)]
+            word, kept = f"{kind}.{layer}", layers[layer]
+        elif kind == "transformer_blocks" and kept is not ALL:
+            word = f"{kind}.{kept[int(i)]}"
+        source.append(word)
+    return tuple(source)
 
 
 def take(student: Student, teacher_params: dict, student_shapes: dict) -> dict:
@@ -119,5 +171,7 @@ def cost(unet_config: dict) -> tuple[int, float]:
 
 def _program(unet_config: dict):
     c = UNetConfig.from_dict(unet_config)
-    inputs = (1, c.sample_size, c.sample_size, c.in_channels), (1,), (1, 77, c.cross_attention_dim)
-    return UNet2DCondition(c), [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    _, timesteps, _, *added = PARTS["unet"].inputs(c)
+    sample, text = (1, c.sample_size, c.sample_size, c.in_channels), (1, 77, c.cross_attention_dim)
+    sample, text = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (sample, text))
+    return UNet2DCondition(c), [sample, timesteps, text, *added]

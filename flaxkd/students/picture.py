@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flaxkd import students
-from flaxkd.models.unet import Stage, UNetConfig
-from flaxkd.pretrained import ARCHITECTURES, count
-from flaxkd.students import PAIRINGS, TABLE, Student
-
-SHOWN = ARCHITECTURES["sd15"]  # the teacher of the README's picture
+from flaxkd.models.unet import UNetConfig
+from flaxkd.pretrained import count
+from flaxkd.students import Student
+from flaxkd.students.pairs import modules, origin, split, stages
 
 # Lengths in units of the height of the largest block.
 NAMES, GAP, ROW = 3.15, 0.46, 1.42  # width of the names, between blocks, between rows
@@ -20,88 +19,65 @@ SEAM, HALF = 0.035, 0.75  # between bars; height of a block relative to one with
 
 INK, FAINT, REMOVED = "#1b1f24", "#59636e", "#b9c0c8"
 FILLS = {"resnets": "#46586b", "attentions": "#9fb6cd", "resample": "#dbe3eb"}
-PUBLISHERS = {"segmind": ("Segmind", "#e8590c"), "bksdm": ("BK-SDM", "#1971c2")}
+PUBLISHERS = {
+    "segmind": ("Segmind", "#e8590c"),
+    "bksdm": ("BK-SDM", "#1971c2"),
+    "segmind_sdxl": ("Segmind", "#e8590c"),
+    "koala": ("KOALA", "#2f9e44"),
+}
 WORDS = {"resnets": "resnet", "attentions": "transformer", "resample": "down- or upsampler"}
 
 
 class Bar(NamedTuple):
     """A module of the teacher on the page, e.g. "up_blocks.1.resnets.2": it starts at `left`, at latent size `size`.
 
-    halvings: how often the latents have been halved by then."""
+    halvings: how often the latents have been halved by then. parts: what is kept or removed of it, from above: the
+    transformer blocks of an attention, else the module itself."""
 
     module: str
     left: float
     width: float
     size: int
     halvings: int
+    parts: tuple[str, ...] = ("",)
 
     @property
     def kind(self) -> str:
-        return _path(self.module)[1].partition(".")[0]
+        kind = split(self.module)[1].partition(".")[0]
+        return "resample" if kind.endswith("samplers") else kind
 
     @property
     def height(self) -> float:
         return HALF**self.halvings
 
 
-def stages(unet: UNetConfig) -> dict[str, Stage]:
-    """{module name: block} in the order they run."""
-    blocks = {f"down_blocks.{i}": stage for i, stage in enumerate(unet.down)}
-    blocks |= {"mid_block": unet.mid} if unet.mid else {}
-    return blocks | {f"up_blocks.{i}": stage for i, stage in enumerate(unet.up)}
-
-
-def modules(unet: UNetConfig) -> dict[str, list[str]]:
-    """{block: its modules}, both in the order they run."""
-    found = {}
-    for block, stage in stages(unet).items():
-        mid = block == "mid_block"  # it starts with a resnet; attention precedes each of the others
-        names = ["resnets.0"] if mid else []
-        for i, depth in enumerate(stage.depths):
-            attention = [f"attentions.{i}"] * bool(depth)
-            names += [*attention, f"resnets.{i + 1}"] if mid else [f"resnets.{i}", *attention]
-        found[block] = [f"{block}.{name}" for name in names + ["resample"] * stage.resample]
-    return found
-
-
 def layout(unet: UNetConfig) -> tuple[list[Bar], dict[str, float]]:
-    """(bars, {module name: x of its output}): a block's output is in the gap after it, a layer's on its bar."""
+    """(bars, {module name: x of its output}): a block's output is in the gap after it, a layer's on its bar.
+
+    What an attention is made of has no bar of its own, and its output is on that of the attention."""
     bars, outputs, left, halvings = [], {}, NAMES, 0
-    for block, names in modules(unet).items():
-        for name in names:
+    blocks, inside = stages(unet), []
+    for name in modules(unet):
+        if name in blocks:
+            outputs[name] = left - SEAM + GAP / 2
+            left += GAP - SEAM
+            halvings += blocks[name].resample * (1 if name.startswith("down") else -1)
+        elif len(split(name)) > 2:
+            inside.append(name)
+        else:
             bar = Bar(name, left, 0.0, unet.sample_size >> halvings, halvings)
-            bar = bar._replace(width=WIDTHS[bar.kind])
+            parts = [part for part in inside if split(part)[-1].startswith("transformer_blocks.")]
+            bar = bar._replace(width=WIDTHS[bar.kind], parts=tuple(parts) or (name,))
             bars.append(bar)
-            outputs[name] = outputs[f"{name}.proj_out"] = left + bar.width / 2
+            outputs |= dict.fromkeys([name, *inside], left + bar.width / 2)
             left += bar.width + SEAM
-        outputs[block] = left - SEAM + GAP / 2
-        left += GAP - SEAM
-        if stages(unet)[block].resample:
-            halvings += 1 if block.startswith("down") else -1
+            inside = []
     return bars, outputs
 
 
-def origin(student: Student, module: str) -> str:
-    """The teacher's module that the student's was copied from."""
-    path = students.teacher_path(student, (*_path(module), "output"))
-    return ".".join(path).removesuffix(".output")
-
-
-def _path(module: str) -> tuple[str, ...]:
-    """A number belongs to the word before it: "up_blocks.3.attentions.2" -> ("up_blocks.3", "attentions.2")."""
-    path: list[str] = []
-    for word in module.split("."):
-        if word.isdigit():
-            path[-1] += f".{word}"
-        else:
-            path.append(word)
-    return tuple(path)
-
-
-def kept(student: Student) -> set[str]:
-    """The teacher's modules that the student keeps."""
-    unet = UNetConfig.from_dict(students.config(student, ARCHITECTURES[student.family.shown].unet))
-    return {origin(student, name) for names in modules(unet).values() for name in names}
+def kept(student: Student, teacher: dict) -> set[str]:
+    """The teacher's modules that the student keeps. teacher: its unet/config.json."""
+    return {origin(student, module) for module in modules(UNetConfig.from_dict(students.config(student, teacher)))}
 
 
 class Comparison(NamedTuple):
@@ -112,22 +88,16 @@ class Comparison(NamedTuple):
     pairings: tuple[str, ...]
 
 
-def comparisons(student: Student) -> list[Comparison]:
-    """This student's feature pairs, over all its published pairings."""
+def comparisons(student: Student, teacher: dict) -> list[Comparison]:
+    """This student's feature pairs, over all its published pairings. teacher: its unet/config.json."""
     found: dict[tuple[str, str], list[str]] = {}
     for pairing in student.published:
-        for mine, theirs in students.feature_pairs(student, pairing):
+        for mine, theirs in students.feature_pairs(student, pairing, teacher):
             found.setdefault((origin(student, mine), theirs), []).append(pairing)
     return [Comparison(*pair, tuple(pairings)) for pair, pairings in found.items()]
 
 
-def draw(
-    out: Path,
-    shown: tuple[Student, ...] = TABLE,
-    teacher: dict = SHOWN.unet,
-    title: str = SHOWN.title,
-    format: str | None = None,
-) -> None:
+def draw(out: Path, shown: tuple[Student, ...], teacher: dict, title: str, format: str | None = None) -> None:
     """Writes the picture: a row for the teacher, one for each student, and dotted lines through compared features.
 
     teacher: its unet/config.json. out: a path, or an open file with its `format`. Raises ValueError, as
@@ -150,13 +120,14 @@ def draw(
     for row, student in enumerate((None, *shown)):
         y = row * ROW
         label(axes, y, student, counts[row], counts[0], title)
-        has = kept(student) if student else {bar.module for bar in bars}
+        has = kept(student, teacher) if student else set(modules(unet))
         for bar in bars:
-            draw_bar(axes, bar, y, bar.module in has)
+            for i, part in enumerate(bar.parts):
+                draw_bar(axes, bar, y, part in has, i)
 
     lowest: dict[str, int] = {}
     for row, student in enumerate(shown, start=1):
-        for compared in comparisons(student):
+        for compared in comparisons(student, teacher):
             y, x, line = row * ROW, outputs[compared.here], outputs[compared.there]
             lowest[compared.there] = row
             colors = [PUBLISHERS[pairing][1] for pairing in compared.pairings]
@@ -166,7 +137,7 @@ def draw(
     for module, row in lowest.items():
         axes.plot([outputs[module]] * 2, [0, row * ROW], color=INK, zorder=2, **DOTS)
         bead(axes, outputs[module], 0, [INK])
-    legend(axes, bottom - 0.3)
+    legend(axes, bottom - 0.3, [tuple(student.published) for student in shown])
     figure.savefig(out, dpi=150, facecolor="white", format=format)
     plt.close(figure)
 
@@ -195,13 +166,16 @@ def label(axes, y: float, student: Student | None, count: int, whole: int, title
     axes.text(0.12, y + 0.29, f"{count:,} {share}", va="center", fontsize=10.5, color=INK)
 
 
-def draw_bar(axes, bar: Bar, y: float, present: bool) -> None:
+def draw_bar(axes, bar: Bar, y: float, present: bool, part: int = 0) -> None:
+    """A bar, or one of its parts, numbered from above."""
     from matplotlib.patches import Rectangle
 
+    height = bar.height / len(bar.parts)
+    corner = bar.left, y - bar.height / 2 + part * height
     style = dict(facecolor=FILLS[bar.kind], edgecolor=FILLS[bar.kind], linewidth=0.8)
     if not present:
         style = dict(facecolor="white", edgecolor=REMOVED, linewidth=1, linestyle=(0, (2.5, 1.8)))
-    axes.add_patch(Rectangle((bar.left, y - bar.height / 2), bar.width, bar.height, zorder=1, **style))
+    axes.add_patch(Rectangle(corner, bar.width, height, zorder=1 + present / 2, **style))
 
 
 def bead(axes, x: float, y: float, colors: list[str]) -> None:
@@ -214,7 +188,8 @@ def bead(axes, x: float, y: float, colors: list[str]) -> None:
         axes.add_patch(Wedge((x, y), 0.105, start, start + span, zorder=4, **style))
 
 
-def legend(axes, y: float) -> None:
+def legend(axes, y: float, pairings: list[tuple[str, ...]]) -> None:
+    """pairings: those of each student."""
     x = 0.12
     axes.apply_aspect()  # else texts are measured on a page of another shape
     renderer = axes.figure.canvas.get_renderer()
@@ -233,8 +208,9 @@ def legend(axes, y: float) -> None:
     draw_bar(axes, legend_bar._replace(left=x), y, False)
     x += legend_bar.width
     say("removed")
-    entries = {f"output compared by {PUBLISHERS[name][0]}": (name,) for name in PAIRINGS}
-    for words, names in (entries | {"by both": tuple(PAIRINGS)}).items():
+    entries = {f"by {PUBLISHERS[name][0]}": (name,) for names in pairings for name in names}
+    entries |= dict([("by both", names) for names in pairings if len(names) == 2][:1])
+    for i, (words, names) in enumerate(entries.items()):
         bead(axes, x + 0.1, y, [PUBLISHERS[name][1] for name in names])
         x += 0.2
-        say(words)
+        say(words if i else f"compared {words}")

@@ -4,41 +4,10 @@ Only `TABLE` is written by hand. The rest follows from it: a student's `config.j
 feature pairs (pairs.py), its size and cost. `python -m flaxkd.students` prints it for every family.
 """
 
-import dataclasses
 import difflib
-from typing import NamedTuple
 
-from flaxkd.pretrained.families import FAMILIES, Family
-
-
-class Published(NamedTuple):
-    """A student as its publisher released it."""
-
-    name: str  # in flaxkd
-    title: str  # the publisher's
-    source: str  # hub id of the weights
-    inner: tuple[str, str] | None = None  # (student, teacher) modules compared besides the shared blocks
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Student:
-    """A row of the table. Layer i of a block is its resnet i, with its attention i if there is one."""
-
-    down: dict[int, tuple[int, ...]]  # teacher's down block: its kept layers, in order
-    mid: bool  # whether the mid block is kept, always whole
-    up: dict[int, tuple[int, ...]]
-    published: dict[str, Published]  # by pairing
-    families: tuple[str, ...] = ("sd1", "sd2")  # whose UNets it can be cut from; their numbers of layers agree
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(published.name for published in self.published.values())
-
-    @property
-    def family(self) -> Family:
-        """The first of its families, for what they all share."""
-        return FAMILIES[self.families[0]]
-
+from flaxkd.pretrained.families import Family
+from flaxkd.students.row import ALL, RESNET, Published, Student, first, read
 
 # Kim et al. 2023 (BK-SDM, arXiv:2305.15798) cut Stable Diffusion this way, and so does Segmind's distill-sd.
 # An up block keeps its layers 0 and 2. The last layer takes the skip from the outer stage. In blocks 1 and 2
@@ -58,6 +27,31 @@ TABLE = (
         "bksdm":   Published("bk_tiny",  "BK-SDM-Tiny",      "nota-ai/bk-sdm-tiny",
                              ("down_blocks.2.attentions.0.proj_out",
                               "down_blocks.2.attentions.1.proj_out"))}),
+
+    # SDXL. All publish numbers of layers and transformer blocks alone, and no code of the cut. Where shapes leave a
+    # choice, it is the first k transformer blocks, as names that agree would copy them; SSD-1B's are nearly those.
+    Student({0: (0, 1), 1: (0, 1), 2: {0: (0, 1, 2, 6), 1: (0, 1, 2, 6)}},     RESNET,
+            {0: {0: (0, 1, 2, 6), 1: (0, 1, 2, 6), 2: ALL}, 1: {0: ALL, 1: (0,), 2: (0,)}, 2: (0, 1, 2)}, {
+        "segmind_sdxl": Published("ssd_1b", "Segmind SSD-1B", "segmind/SSD-1B")}, ("sdxl",),
+        # huggingface.co/furusu/SSD-1B-anime: cosine similarity of SSD-1B's weights with SDXL's.
+        "numbers published; which transformer blocks, estimated from its weights by furusu"),
+    Student({0: (0, 1), 1: {0: first(1), 1: first(1)}, 2: {0: first(2), 1: first(2)}}, RESNET,
+            {0: {0: first(2), 1: first(2), 2: first(2)}, 1: {0: first(1), 1: first(1), 2: first(1)}, 2: (0, 1, 2)}, {
+        "segmind_sdxl": Published("vega", "Segmind Vega", "segmind/Segmind-Vega")}, ("sdxl",),
+        "numbers published; which transformer blocks, our choice"),
+    # Shapes force the layers: an up block needs 0 and 2, as above, and the inner two down blocks layer 0.
+    Student({0: {0: ()}, 1: {0: first(2)}, 2: {0: first(6)}},                  first(6),
+            {0: {0: first(6), 2: first(6)}, 1: {0: first(2), 2: first(2)}, 2: {0: (), 2: ()}}, {
+        "koala": Published("koala_1b", "KOALA-1B", "etri-vilab/koala-1b")}, ("sdxl",),
+        "numbers published; which transformer blocks, our choice; layers as only they fit"),
+    Student({0: {0: ()}, 1: {0: first(2)}, 2: {0: first(5)}},                  False,
+            {0: {0: first(5), 2: first(5)}, 1: {0: first(2), 2: first(2)}, 2: {0: (), 2: ()}}, {
+        "koala": Published("koala_700m", "KOALA-700M", "etri-vilab/koala-700m")}, ("sdxl",),
+        "numbers published; which transformer blocks, our choice; layers as only they fit"),
+    Student({0: (0,), 1: (0,), 2: (0,)},           True,  {0: (0, 2), 1: (0, 2), 2: (0, 2)}, {
+        "bksdm": Published("bk_sdxl_base", "BK-SDM-Base's rule")}, ("sdxl",), "our choice: a published rule on SDXL"),
+    Student({0: (0,), 1: (0,), 2: (0,)},           False, {0: (0, 2), 1: (0, 2), 2: (0, 2)}, {
+        "bksdm": Published("bk_sdxl_small", "BK-SDM-Small's rule")}, ("sdxl",), "our choice: a published rule on SDXL"),
 )  # fmt: skip
 
 STUDENTS = {name: student for student in TABLE for name in student.names}
@@ -65,8 +59,17 @@ STUDENTS = {name: student for student in TABLE for name in student.names}
 CLASH = "mind that Segmind's SD-Small is sd_small = bk_base (with a mid block), and BK-SDM-Small is bk_small"
 
 
+def of(family: str) -> tuple[Student, ...]:
+    """The rows that can be cut from a UNet of this family, a name in FAMILIES."""
+    return tuple(student for student in TABLE if family in student.families)
+
+
 def get(name: str) -> Student:
-    """The student of that name, Segmind's or BK-SDM's. Raises ValueError with close matches."""
+    """The student of that name, or in that file, FILE.json (see `read`).
+
+    Raises ValueError with close matches for an unknown name; and what `read` raises."""
+    if str(name).endswith(".json"):
+        return read(name)
     if name not in STUDENTS:
         raise ValueError(unknown("student", name, STUDENTS) + f"; {CLASH}")
     return STUDENTS[name]
@@ -79,9 +82,11 @@ def unknown(what: str, name: str, known) -> str:
     return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
 
 
-def diagram(student: Student | None) -> str:
-    """The teacher's blocks in a line: a digit for a kept layer, a dot for a removed one (None: all kept)."""
-    family = (student or TABLE[0]).family
+def diagram(student: Student | None, family: Family | None = None) -> str:
+    """The teacher's blocks in a line: a digit for a kept layer, a dot for a removed one, res for a lone resnet.
+
+    student: None for the teacher itself, of the given family (None: the first of the table)."""
+    family = student.family if student else family or TABLE[0].family
 
     def path(kept, layers):
         keeps = lambda block, i: kept is None or i in kept.get(block, ())
@@ -89,4 +94,5 @@ def diagram(student: Student | None) -> str:
         return " ".join("".join(str(i) if keeps(b, i) else "." for i in range(layers)) for b in blocks)
 
     down, mid, up = (student.down, student.mid, student.up) if student else (None, True, None)
-    return f"{path(down, family.layers)} | {'mid' if mid else '...'} | {path(up, family.layers + 1)}"
+    mid = {False: "...", RESNET: "res"}.get(mid, "mid")
+    return f"{path(down, family.layers)} | {mid} | {path(up, family.layers + 1)}"

@@ -15,7 +15,7 @@ class Row(NamedTuple):
 
 
 TASKS = {
-    "distill": Row(distill.task, frozenset({"unet", "text_encoder"})),
+    "distill": Row(distill.task, frozenset({"unet", "text_encoder", "text_encoder_2"})),
     "autoencoder": Row(autoencoder.task, frozenset({"vae"})),
 }
 

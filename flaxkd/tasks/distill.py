@@ -5,7 +5,6 @@ Without a student, the same task trains a whole UNet (and text encoder) on the n
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flaxkd import diffusion, pretrained, students
 from flaxkd.models.attention import DotProductAttention
@@ -21,8 +20,8 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
     mesh: the devices it will run on, for their kernels; None: any devices, without kernels.
 
     Without `config.student`, the teacher's own UNet is trained on the noise alone. `config.train` names the trained
-    parts: ("unet",) or ("unet", "text_encoder"). Raises ValueError for a configuration that cannot be trained."""
-    _check(config)
+    parts: ("unet",), perhaps with text encoders. Raises ValueError for a configuration that cannot be trained."""
+    _check(config, folder)
     family, teacher_config = folder.family, folder.config("unet")
     student = students.get(config.student) if config.student else None
     unet_config = students.config(student, teacher_config) if student else teacher_config
@@ -46,7 +45,7 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
     length, settings = folder.text_length, _settings(config, folder)
 
     def loss(trained, frozen, average, inputs: Inputs):
-        condition = family.condition(encoders, assemble(trained, frozen), inputs.input_ids)
+        condition = family.condition(encoders, assemble(trained, frozen), inputs.conditions)
         seen = inputs.noisy_latents, inputs.timesteps, condition
         teacher = predict(teacher_unet, frozen["teacher"], *seen) if student else None
         return kd_loss(
@@ -78,7 +77,8 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
     return Task(
         batch={
             "moments": jax.ShapeDtypeStruct((h, w, 2 * c), jnp.float32),
-            "input_ids": jax.ShapeDtypeStruct((length,), jnp.int32),
+            **{field: jax.ShapeDtypeStruct((length,), jnp.int32) for field in family.captions.values()},
+            **({"time_ids": jax.ShapeDtypeStruct((6,), jnp.int32)} if family.sizes else {}),
         },
         trained=trained,
         frozen=frozen,
@@ -92,10 +92,17 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
     )
 
 
-def _check(config) -> None:
-    """Raises ValueError for settings that do not fit together."""
+def _check(config, folder: Folder) -> None:
+    """Raises ValueError for settings that do not fit together, or not the teacher."""
     if "unet" not in config.train:
         raise ValueError(f"train = {tuple(config.train)}: a text encoder is trained together with the 'unet'")
+    if absent := [part for part in config.train if part not in folder.parts]:
+        raise ValueError(f"train = {tuple(config.train)}: {folder.path} has no {absent[0]}, only {folder.parts}")
+    if config.clip_skip and folder.family.penultimate:
+        raise ValueError(
+            f"clip_skip = {config.clip_skip}: a folder of {folder.family.title} cannot keep it, so diffusers would "
+            "draw with other states than the student learnt from. Leave it at 0"
+        )
 
 
 def _settings(config, folder: Folder) -> dict:
@@ -103,7 +110,7 @@ def _settings(config, folder: Folder) -> dict:
     return {
         "schedule": diffusion.NoiseSchedule.from_config(folder.config("scheduler"), config.prediction_type),
         "scaling_factor": folder.scaling_factor,
-        "empty_ids": np.asarray(folder.tokenize([""])[0]),
+        "missing": folder.tokenize([None]),
         "caption_dropout": config.caption_dropout,
         "noise_offset": config.noise_offset,
         "snr_gamma": config.snr_gamma,

@@ -1,5 +1,6 @@
 """Inputs and targets of the UNets. Noise, timesteps and dropped captions are all sampled here."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,16 +16,18 @@ class Inputs(NamedTuple):
 
     noisy_latents: jax.Array  # float32[b, h, w, 4]
     timesteps: jax.Array  # int32[b]
-    input_ids: jax.Array  # int32[b, l]
+    conditions: dict[str, jax.Array]  # what `Family.condition` reads: token ids int32[b, l], perhaps time_ids
     target: jax.Array  # float32[b, h, w, 4]
     noise_weights: jax.Array  # float32[b]
 
 
-def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: float, empty_ids: np.ndarray,
+def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: float, missing: Mapping[str, np.ndarray],
             caption_dropout: float, noise_offset: float, snr_gamma: float | None,
             timestep_sampling: str = "uniform") -> Inputs:  # fmt: skip
-    """Samples latents, noise, timesteps and dropped captions for a batch {"moments", "input_ids"}."""
-    moments, input_ids = batch["moments"], batch["input_ids"]
+    """Samples latents, noise, timesteps and dropped captions for a batch {"moments", "input_ids", ...}.
+
+    missing: {field: int32[1, l]}, the token ids of a dropped caption, as `Folder.tokenize([None])` has them."""
+    moments, conditions = batch["moments"], {name: x for name, x in batch.items() if name != "moments"}
     b = moments.shape[0]
     key_latents, key_noise, key_offset, key_timesteps, key_dropout = jax.random.split(key, 5)
     shape = (*moments.shape[:-1], moments.shape[-1] // 2)
@@ -36,11 +39,11 @@ def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: fl
     timesteps = diffusion.sample_timesteps(key_timesteps, schedule, b, None if weighted else snr_gamma)
     if caption_dropout:
         dropped = jax.random.bernoulli(key_dropout, caption_dropout, (b, 1))
-        input_ids = jnp.where(dropped, jnp.asarray(empty_ids), input_ids)
+        conditions |= {name: jnp.where(dropped, jnp.asarray(ids), conditions[name]) for name, ids in missing.items()}
     return Inputs(
         diffusion.add_noise(schedule, latents, noise, timesteps),
         timesteps,
-        input_ids,
+        conditions,
         diffusion.target(schedule, latents, noise, timesteps),
         diffusion.min_snr_weights(schedule, timesteps, snr_gamma) if weighted else jnp.ones(b, jnp.float32),
     )

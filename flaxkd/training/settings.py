@@ -20,7 +20,7 @@ from flaxkd.data import buckets, pictures
 from flaxkd.diffusion import samplers
 from flaxkd.machine import diffusers_flags, dtypes
 from flaxkd.models.attention import FORMS
-from flaxkd.pretrained import families
+from flaxkd.pretrained import families, fresh
 from flaxkd.training import step
 
 
@@ -236,10 +236,10 @@ def _together(config: ConfigDict) -> Iterator[str]:
             f"dtype = {config.dtype!r}: small gradients are zero in float16 unless the loss is scaled, which flaxkd "
             "does not do. bfloat16 takes the same memory and needs no scaling; float32 is exact"
         )
-    if config.teacher and config.blank:
+    if config.teacher and config.blank and fresh.TEACHER not in config.blank.values():
         yield f"teacher = {config.teacher!r} and blank are both given: --config.blank=None trains the teacher"
     if config.blank:
-        needed = {*families.PARTS, "scheduler", "vocab_size"}
+        needed = {*families.FAMILIES["sd1"].parts, "scheduler", "vocab_size"}
         if missing := sorted(needed - {*config.blank}):
             yield f"blank lacks {', '.join(missing)}: configs/vae.py has an example"
     yield from _of_optax(config)

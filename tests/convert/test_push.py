@@ -123,7 +123,7 @@ def test_the_whole_folder_arrives(command, hub):
         elif entry["key"] == "lfsFile":
             data = (out / value["path"]).read_bytes()
             assert value["oid"] == hashlib.sha256(data).hexdigest() and hub.files[value["oid"]] == data
-    assert sum(entry["key"] == "lfsFile" for entry in hub.commit) == len(pretrained.PARTS)
+    assert sum(entry["key"] == "lfsFile" for entry in hub.commit) == len(pretrained.FAMILIES["sd1"].parts)
 
 
 def test_without_a_login_nothing_is_written(command, hub):

@@ -119,4 +119,5 @@ GAIN = np.float32(0.8)
 MODULES = FrozenDict({"unet": UNet(), "vae": VAE(), "text_encoder": TextEncoder()})
 STAND_INS = MODULES, families.text_states
 PARAMS = {"unet": {"gain": GAIN}, "vae": {}, "text_encoder": {"token_embedding": {"embedding": TABLE}}}
-POSITIVE, NEGATIVE = np.array([[1, 2, 3], [4, 5, 6]], np.int32), np.array([[7, 8, 9], [7, 8, 9]], np.int32)
+POSITIVE = {"input_ids": np.array([[1, 2, 3], [4, 5, 6]], np.int32)}
+NEGATIVE = {"input_ids": np.array([[7, 8, 9], [7, 8, 9]], np.int32)}

@@ -160,7 +160,9 @@ def test_text_to_image_takes_the_real_modules():
     }
     modules = FrozenDict({"unet": unet, "vae": vae, "text_encoder": text_encoder})
     draw = functools.partial(sampling.text_to_image, modules, families.text_states)
-    images = jax.eval_shape(draw, params, ids, ids, latents, samplers.schedule("ddim", LEADING, 4), 7.5)
+    images = jax.eval_shape(
+        draw, params, {"input_ids": ids}, {"input_ids": ids}, latents, samplers.schedule("ddim", LEADING, 4), 7.5
+    )
     assert (images.shape, images.dtype) == ((2, 32, 32, 3), jnp.float32)
 
 

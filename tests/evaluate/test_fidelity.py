@@ -52,7 +52,7 @@ def network(seed, names):
     text_params = text.init(key, ids)["params"]
     unet_params = unet.init(key, np.zeros((1, 4, 4, 4)), np.zeros(1), np.zeros((1, 3, 4)))["params"]
     modules, params = {"unet": unet, "text_encoder": text}, {"unet": unet_params, "text_encoder": text_params}
-    return fidelity.Network(modules, text_states, params, ids)
+    return fidelity.Network(modules, text_states, params, {"input_ids": ids})
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,8 @@ def test_errors_are_those_of_the_networks(measured):
     noisy = np.sqrt(alphas) * latents + np.sqrt(1 - alphas) * noise
     said = []
     for side in (student, teacher):
-        x = noisy + side.params["text_encoder"]["embed"]["embedding"][side.input_ids].mean((1, 2))[:, None, None, None]
+        states = side.params["text_encoder"]["embed"]["embedding"][side.inputs["input_ids"]]
+        x = noisy + states.mean((1, 2))[:, None, None, None]
         x = x + timesteps[:, None, None, None] / 1000
         features = {}
         for name in side.modules["unet"].names:

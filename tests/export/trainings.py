@@ -14,7 +14,7 @@ from flaxkd.pretrained import Folder
 
 
 def tensors(folder: Path) -> dict:
-    return {part: Folder.open(folder).tensors(part) for part in pretrained.PARTS}
+    return {part: Folder.open(folder).tensors(part) for part in Folder.open(folder).parts}
 
 
 def same(a: dict, b: dict) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flaxkd.models.unet import UNetConfig
+from flaxkd.models.unet import REMAT, UNet2DCondition, UNetConfig
 
 SD1 = dict(
     sample_size=8,
@@ -46,3 +46,9 @@ SD1 = dict(
 def test_a_config_that_asks_for_more_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig.from_dict(SD1 | change)
+
+
+def test_remat_is_one_of_few_words():
+    assert [UNet2DCondition(UNetConfig(), remat=remat).remat for remat in REMAT] == [*REMAT]
+    with pytest.raises(ValueError, match=r"remat = 'layers' is unknown \(known: False, True, 'blocks', 'transformer_"):
+        UNet2DCondition(UNetConfig(), remat="layers")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.references import clip_tokenizer, perturb
-from tests.tiny import CAPTIONS, SCHEDULER, TEXT, UNET, VAE
+from tests.tiny import CAPTIONS, SCHEDULER, TEXT, TEXT_2, UNET, UNET_XL, VAE
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +30,36 @@ def diffusers_pipeline(tmp_path_factory) -> Path:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def diffusers_xl(tmp_path_factory) -> Path:
+    """A folder of Stable Diffusion XL as diffusers writes it; the second tokenizer pads with "!". Read only."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizer, other = (clip_tokenizer(CAPTIONS, max_length=16) for _ in range(2))
+    other.pad_token = "!"
+    n = len(tokenizer)
+    ends = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
+    text, text_2 = (
+        CLIPTextConfig(vocab_size=n, max_position_embeddings=16, **sizes, **ends) for sizes in (TEXT, TEXT_2)
+    )
+    schedule = {name: value for name, value in SCHEDULER.items() if name != "skip_prk_steps"}
+    folder = tmp_path_factory.mktemp("diffusers") / "xl"
+    StableDiffusionXLPipeline(
+        unet=perturb(UNet2DConditionModel(**UNET_XL), 0),
+        vae=perturb(AutoencoderKL(**VAE | {"scaling_factor": 0.13025}), 1),
+        text_encoder=perturb(CLIPTextModel(text), 2),
+        text_encoder_2=perturb(CLIPTextModelWithProjection(text_2), 3),
+        tokenizer=tokenizer,
+        tokenizer_2=other,
+        scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **schedule),
+        add_watermarker=False,
     ).save_pretrained(folder, safe_serialization=True)
     return folder
 

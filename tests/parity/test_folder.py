@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from flaxkd import pretrained
 from flaxkd.pretrained import Folder, keys
+from tests import tiny
 from tests.pretrained.test_folder import weights
 from tests.pretrained.test_writing import shifted
 
@@ -32,7 +33,7 @@ def exported(diffusers_pipeline, tmp_path_factory) -> tuple[Path, dict]:
     return shifted(diffusers_pipeline, tmp_path_factory.mktemp("exported") / "pipeline")
 
 
-@pytest.mark.parametrize("part", pretrained.PARTS)
+@pytest.mark.parametrize("part", pretrained.FAMILIES["sd1"].parts)
 def test_load_gives_every_tensor_of_the_file(diffusers_pipeline, part):
     module, params = Folder.open(diffusers_pipeline).load(part)
     stored = load_file(weights(diffusers_pipeline, part))
@@ -60,17 +61,16 @@ def test_token_ids_are_those_of_the_diffusers_pipeline(diffusers_pipeline):
 
     theirs = AutoTokenizer.from_pretrained(diffusers_pipeline / "tokenizer")
     expected = theirs(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="np").input_ids
-    ids = Folder.open(diffusers_pipeline).tokenize(PROMPTS)
+    ids = tiny.ids(Folder.open(diffusers_pipeline), PROMPTS)
     assert ids.dtype == np.int32 and ids.shape == (len(PROMPTS), 16)
     assert np.array_equal(ids, expected)
     assert len(set(map(tuple, ids))) == len(PROMPTS)
 
 
 def test_the_two_formats_of_a_tokenizer_agree(diffusers_pipeline, exported, tmp_path):
-    older = tmp_path / "tokenizer"  # as all folders on the hub from before transformers 5
-    shutil.copytree(exported[0] / "tokenizer", older)
-    (older / "tokenizer.json").unlink()
-    ids = [Folder(folder).tokenize(PROMPTS) for folder in (diffusers_pipeline, tmp_path)]
+    older = shutil.copytree(exported[0], tmp_path / "older")
+    (older / "tokenizer" / "tokenizer.json").unlink()  # as all folders on the hub from before transformers 5
+    ids = [tiny.ids(Folder(folder), PROMPTS) for folder in (diffusers_pipeline, older)]
     assert np.array_equal(*ids)
 
 
@@ -111,7 +111,7 @@ def test_skipped_layers_are_those_of_diffusers(diffusers_pipeline):
         expected, _ = theirs.encode_prompt(PROMPTS, "cpu", 1, False, clip_skip=1)
     folder = Folder.open(diffusers_pipeline, clip_skip=1)
     text_encoder, params = folder.load("text_encoder")
-    states = text_encoder.apply({"params": params}, folder.tokenize(PROMPTS))
+    states = text_encoder.apply({"params": params}, tiny.ids(folder, PROMPTS))
     np.testing.assert_allclose(states, expected.numpy(), atol=2e-5)
 
 

@@ -34,6 +34,13 @@ SSD1B = SDXL | dict(
     mid_block_type="UNetMidBlock2D",
 )
 KOALA = SDXL | dict(layers_per_block=1, mid_block_type=None)
+KOALA1B = SDXL | dict(layers_per_block=1, transformer_layers_per_block=[0, 1, 2])
+VEGA = SDXL | dict(transformer_layers_per_block=[1, 1, 2], mid_block_type="UNetMidBlock2D")
+HOLLOW = SDXL | dict(  # attentions without transformer blocks
+    layers_per_block=[1, 2, 1],
+    transformer_layers_per_block=[1, [0, 1], 0],
+    reverse_transformer_layers_per_block=[[1, 0], [0, 1, 1], 1],
+)
 TWO_STAGES = SD2 | dict(  # for what has to be compiled whole
     block_out_channels=[8, 16],
     attention_head_dim=[1, 2],
@@ -60,6 +67,9 @@ CASES = {
     "sdxl": (SDXL, 16),
     "ssd-1b": (SSD1B, 16),
     "koala": (KOALA, 16),
+    "koala-1b": (KOALA1B, 16),
+    "vega": (VEGA, 16),
+    "attentions without transformer blocks": (HOLLOW, 16),
 }
 
 # The classes in diffusers of which every instance in a UNet has its output captured.
@@ -159,8 +169,8 @@ def test_unet(case):
 
 def test_remat_changes_neither_output_nor_features_nor_gradient():
     unet, variables, inputs, *reference = unet_and_torch(TWO_STAGES, 5)
-    results = []
-    for remat in (False, True):
+    results, recomputed = [], []
+    for remat in (False, True, "transformer_blocks"):
 
         def loss(params, remat=remat):
             out, captured = unet.clone(remat=remat).apply({"params": params}, *inputs, mutable=[FEATURES])
@@ -169,17 +179,19 @@ def test_remat_changes_neither_output_nor_features_nor_gradient():
             return sum(jnp.mean(x**2) for x in (out, *compared)), (out, captured)
 
         program = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(variables["params"])
-        assert ("remat" in str(program.jaxpr)) == remat
+        recomputed.append(str(program.jaxpr).count("remat"))
         results.append(program.lower().compile()(variables["params"]))
         assert_all_close(*results[-1][0][1], *reference)
-    plain, again = (
+    assert recomputed[0] == 0 < recomputed[1] < recomputed[2]
+    plain, *others = (
         {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(result)} for result in results
     )
-    assert plain.keys() == again.keys()
-    for name, x in plain.items():
-        scale = jnp.abs(x).max()
-        assert scale > 0, name
-        np.testing.assert_allclose(again[name] / scale, x / scale, rtol=0, atol=TOLERANCE, err_msg=name)
+    for again in others:
+        assert plain.keys() == again.keys()
+        for name, x in plain.items():
+            scale = jnp.abs(x).max()
+            assert scale > 0, name
+            np.testing.assert_allclose(again[name] / scale, x / scale, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
 def test_bfloat16_compute_is_near_float32():

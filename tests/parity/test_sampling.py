@@ -118,7 +118,9 @@ def test_image_to_image_equals_diffusers(kind, config, strength):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 7.5])
 def test_text_to_image_is_the_pipeline_of_diffusers(kind, guidance):
-    text = {name: torch.from_numpy(TABLE[ids].mean(1)) for name, ids in (("+", POSITIVE), ("-", NEGATIVE))}
+    text = {
+        name: torch.from_numpy(TABLE[said["input_ids"]].mean(1)) for name, said in (("+", POSITIVE), ("-", NEGATIVE))
+    }
 
     def noise_pred(latents, t):
         positive, negative = (

@@ -20,7 +20,7 @@ def test_both_sides_compute_the_same_loss(tiny_pipeline):
     inputs = subject.task.prepare(jax.random.key(1), subject.batch)
     _, ours = jax.jit(subject.task.loss)(subject.task.trained, subject.task.frozen, {}, inputs)
     networks = torch_works._networks(subject)
-    arrays = (inputs.noisy_latents, inputs.timesteps, inputs.input_ids, inputs.target)
+    arrays = (inputs.noisy_latents, inputs.timesteps, inputs.conditions["input_ids"], inputs.target)
     tensors = torch_works._tensors(subject, *(np.asarray(x) for x in arrays))
     theirs = torch_works.loss(subject, networks)(*tensors)
     assert theirs.keys() == {"loss", "loss_noise", "loss_output", "loss_feature"}

@@ -16,7 +16,7 @@ def hollow(shape) -> np.ndarray:
 
 @functools.cache
 def tensors(part: str, architecture: str) -> dict[str, np.ndarray]:
-    leaves = flatten_dict(pretrained.shapes(part, getattr(ARCHITECTURES[architecture], part))).items()
+    leaves = flatten_dict(pretrained.shapes(part, ARCHITECTURES[architecture].configs[part])).items()
     return dict(keys.to_diffusers(path, hollow(leaf.shape)) for path, leaf in leaves)
 
 

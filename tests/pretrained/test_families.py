@@ -20,7 +20,8 @@ def test_a_folder_knows_its_family_and_sizes(tmp_path, name, family):
     size = architecture.unet["sample_size"]
     assert (folder.factor, folder.scaling_factor, folder.resolution) == (8, 0.18215, 8 * size)
     assert folder.latent_shape() == (size, size, 4) and folder.latent_shape(512) == (64, 64, 4)
-    assert folder.text_length == 77 and folder.tokenize(["a picture", ""]).shape == (2, 77)
+    ids = folder.tokenize(["a picture", ""])
+    assert folder.text_length == 77 and {name: x.shape for name, x in ids.items()} == {"input_ids": (2, 77)}
     assert ARCHITECTURES[folder.family.shown].title.startswith(folder.family.title[: -len(".x")])
 
 
@@ -36,8 +37,8 @@ def test_a_folder_knows_its_family_and_sizes(tmp_path, name, family):
 def test_another_kind_of_pipeline_is_in_no_row(index, unet):
     row = ARCHITECTURES["sd15"]
     usual = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
-    assert families.of(usual, row.unet, row.vae) is FAMILIES["sd1"]
-    assert families.of(index, row.unet | unet, row.vae) is None
+    assert families.of(usual, row.unet, row.configs["vae"]) is FAMILIES["sd1"]
+    assert families.of(index, row.unet | unet, row.configs["vae"]) is None
 
 
 def test_the_text_conditions_the_unet(tiny_pipeline):
@@ -45,7 +46,7 @@ def test_the_text_conditions_the_unet(tiny_pipeline):
     text_encoder, params = folder.load("text_encoder")
     ids = folder.tokenize(["red apple", "grinning face"])
     condition = folder.family.condition({"text_encoder": text_encoder}, {"text_encoder": params}, ids)
-    states = text_encoder.apply({"params": params}, ids)
+    states = text_encoder.apply({"params": params}, ids["input_ids"])
     assert condition.keys() == {"encoder_hidden_states"}
     np.testing.assert_array_equal(condition["encoder_hidden_states"], states)
 
@@ -84,14 +85,12 @@ def test_a_configuration_that_is_cut_off_names_its_file(tiny_pipeline, tmp_path)
 
 
 def test_the_published_architectures_have_their_published_sizes():
-    parts = ("unet", "text_encoder", "vae")
-    sizes = {
-        name: tuple(families.count(part, getattr(row, part)) for part in parts) for name, row in ARCHITECTURES.items()
-    }
-    assert sizes == {
-        "sd15": (859_520_964, 123_060_480, 83_653_863),
-        "sd21_base": (865_910_724, 340_387_840, 83_653_863),
-        "sd21": (865_910_724, 340_387_840, 83_653_863),
+    count = lambda row: {part: families.count(part, row.configs[part]) for part in FAMILIES[row.family].parts}
+    assert {name: count(row) for name, row in ARCHITECTURES.items()} == {
+        "sd15": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},
+        "sd21_base": {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863},
+        "sd21": {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863},
+        "sdxl": {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
     }
     assert families.published("CompVis/stable-diffusion-v1-4") is ARCHITECTURES["sd15"]
     assert families.published(None) is families.published("somebody/else") is None
@@ -109,6 +108,6 @@ def test_the_published_architectures_have_their_published_sizes():
     ],
 )
 def test_sizes_that_no_network_has_are_refused_before_any_memory_is_taken(part, changes, message):
-    config = getattr(ARCHITECTURES["sd15"], part) | changes
+    config = ARCHITECTURES["sd15"].configs[part] | changes
     with pytest.raises(ValueError, match=message):
         families.shapes(part, config)

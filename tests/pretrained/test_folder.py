@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from flaxkd import export, pretrained
 from flaxkd.pretrained import Folder
+from tests import tiny
 
 
 @pytest.fixture
@@ -161,11 +162,11 @@ def test_the_configuration_of_a_whole_clip(copy, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_json_with_a_byte_order_mark(copy, tmp_path, encoding):
-    before = Folder.open(copy).tokenize(["red apple"])
+    before = tiny.ids(Folder.open(copy), ["red apple"])
     for path in sorted(copy.rglob("*.json")):
         path.write_text(path.read_text("utf-8"), encoding)
     folder = Folder.open(copy)
-    assert np.array_equal(folder.tokenize(["red apple"]), before) and folder.count("unet") > 0
+    assert np.array_equal(tiny.ids(folder, ["red apple"]), before) and folder.count("unet") > 0
     for path in pretrained.save(tmp_path / "out", source=folder, parts={}).rglob("*.json"):
         assert json.loads(path.read_text("utf-8")) is not None, path
 
@@ -219,11 +220,11 @@ def test_a_tokenizer_without_some_of_its_files(copy, tmp_path, missing):
     for name in missing:
         (copy / "tokenizer" / name).unlink()
     folder = Folder.open(copy)
-    assert folder.text_length == 16 and np.array_equal(folder.tokenize(prompts), whole.tokenize(prompts))
+    assert folder.text_length == 16 and np.array_equal(tiny.ids(folder, prompts), tiny.ids(whole, prompts))
     out = Folder(pretrained.save(tmp_path / "out", source=folder, parts={}))
     written = {path.name for path in (out.path / "tokenizer").iterdir()}
     assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= written
-    assert out.tokenizer.model_max_length == 16 and np.array_equal(out.tokenize(prompts), whole.tokenize(prompts))
+    assert out.tokenizer.model_max_length == 16 and np.array_equal(tiny.ids(out, prompts), tiny.ids(whole, prompts))
 
 
 def test_half_a_tokenizer_is_refused(copy):

@@ -33,7 +33,7 @@ def rewrite(file, out, change=lambda tensors: tensors, header=lambda header: hea
     return out
 
 
-def same(a: Folder, b: Folder, parts=pretrained.PARTS) -> bool:
+def same(a: Folder, b: Folder, parts=pretrained.FAMILIES["sd1"].parts) -> bool:
     equal = lambda x, y: x.dtype == y.dtype and np.array_equal(x, y)
     return all(jax.tree.all(jax.tree.map(equal, a.stored(part), b.stored(part))) for part in parts)
 
@@ -41,10 +41,10 @@ def same(a: Folder, b: Folder, parts=pretrained.PARTS) -> bool:
 def test_a_whole_pipeline_is_in_one_file(file, tiny_pipeline, tmp_path):
     folder, whole = Folder.open(file), Folder(tiny_pipeline)
     assert same(folder, whole) and folder.family is whole.family and folder.path == file
-    assert np.array_equal(folder.tokenize(tiny.CAPTIONS), whole.tokenize(tiny.CAPTIONS))
+    assert np.array_equal(tiny.ids(folder, tiny.CAPTIONS), tiny.ids(whole, tiny.CAPTIONS))
     assert Pipeline.from_pretrained(file).scheduler_config == whole.config("scheduler")
     back = Folder.open(pretrained.save(tmp_path / "back", source=folder, parts={}))
-    assert same(back, whole) and np.array_equal(back.tokenize(tiny.CAPTIONS), whole.tokenize(tiny.CAPTIONS))
+    assert same(back, whole) and np.array_equal(tiny.ids(back, tiny.CAPTIONS), tiny.ids(whole, tiny.CAPTIONS))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -75,8 +75,11 @@ def test_a_student_without_a_header_is_read_from_its_tensors(monkeypatch, tmp_pa
         assert pretrained.PARTS["unet"].config.from_dict(configs["unet"]) == (
             pretrained.PARTS["unet"].config.from_dict(config)
         )
-        assert configs["vae"] == ARCHITECTURES["sd15"].vae and configs["scheduler"]["prediction_type"] == "epsilon"
-        assert configs["text_encoder"] == ARCHITECTURES["sd15"].text_encoder
+        assert (
+            configs["vae"] == ARCHITECTURES["sd15"].configs["vae"]
+            and configs["scheduler"]["prediction_type"] == "epsilon"
+        )
+        assert configs["text_encoder"] == ARCHITECTURES["sd15"].configs["text_encoder"]
     assert configs["unet"]["mid_block_type"] is None and configs["unet"]["layers_per_block"] == 1
 
 
@@ -107,7 +110,7 @@ def test_what_a_stable_diffusion_2_predicts(file, tmp_path, monkeypatch, header,
         warnings.simplefilter("always")
         configs, readers = single_file.read(path)
     assert {part: configs[part] for part in ("unet", "vae", "text_encoder", "scheduler")} == {
-        part: getattr(ARCHITECTURES[row], part) for part in ("unet", "vae", "text_encoder", "scheduler")
+        part: ARCHITECTURES[row].configs[part] for part in ("unet", "vae", "text_encoder", "scheduler")
     }
     assert [str(x.message) for x in said if "prediction_type=epsilon" in str(x.message)] == (
         [str(said[0].message)] if not header and not step and yaml is None else []
@@ -130,7 +133,7 @@ def test_the_tokenizer_of_clip_needs_no_file(file, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer has neither tokenizer\.json nor"):
         _ = Folder.open(bare).tokenizer
     pretrained.writing.write_tokenizer(Folder.open(file), tmp_path)
-    assert np.array_equal(Folder.open(bare).tokenize(tiny.CAPTIONS), Folder.open(file).tokenize(tiny.CAPTIONS))
+    assert np.array_equal(tiny.ids(Folder.open(bare), tiny.CAPTIONS), tiny.ids(Folder.open(file), tiny.CAPTIONS))
     pretrained.save(tmp_path / "back", source=Folder.open(bare), parts={})
     assert Folder(tmp_path / "back").text_length == 16
 

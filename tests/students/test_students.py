@@ -1,6 +1,8 @@
 """The table, against published figures and configurations. Full-size models are but shapes (`eval_shape`)."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -9,17 +11,35 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxkd import students
 from flaxkd.models.layers import features
-from flaxkd.pretrained.families import SD15, SD21
+from flaxkd.models.unet import UNetConfig
+from flaxkd.pretrained.families import SD15, SD21, SDXL, count
 from flaxkd.students import STUDENTS, TABLE
 from flaxkd.students.__main__ import main
+from flaxkd.students.pairs import modules
 from tests.running import ROOT
 
-TEACHERS = {"sd15": SD15, "sd21": SD21}
+# The numbers of layers and transformer blocks of SDXL at small widths, so that the rows of the table apply.
+TINY = SDXL | {"sample_size": 8, "block_out_channels": [8, 16, 32], "norm_num_groups": 8, "cross_attention_dim": 8,
+               "attention_head_dim": [1, 2, 4], "addition_time_embed_dim": 8,
+               "projection_class_embeddings_input_dim": 6 * 8 + 16}  # fmt: skip
+TEACHERS = {"sd15": SD15, "sd21": SD21, "sdxl": TINY}
+FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 
 # Kim et al. 2023 and the safetensors headers of the published weights.
 PARAMETERS = {
     "sd15": {None: 859_520_964, "bk_base": 579_384_964, "bk_small": 482_346_884, "bk_tiny": 323_384_964},
     "sd21": {None: 865_910_724, "bk_base": 583_480_964, "bk_small": 485_787_524, "bk_tiny": 326_825_604},
+}
+
+
+# Those of diffusers' UNet with the published numbers of layers and transformer blocks.
+SDXL_PARAMETERS = {
+    "ssd_1b": 1_331_334_404,
+    "vega": 745_225_604,
+    "koala_1b": 1_161_184_324,
+    "koala_700m": 782_822_724,
+    "bk_sdxl_base": 1_717_277_764,
+    "bk_sdxl_small": 1_304_160_324,
 }
 
 
@@ -29,26 +49,36 @@ def full_size(teacher: str, student: students.Student | None) -> dict:
     return students.shapes(students.config(student, unet_config) if student else unet_config)
 
 
-both_teachers = pytest.mark.parametrize("teacher", TEACHERS)
-every_student = pytest.mark.parametrize("student", TABLE, ids=lambda student: "=".join(student.names))
+every_cut = pytest.mark.parametrize(
+    "teacher, student",
+    [
+        pytest.param(teacher, student, id=f"{teacher}-{'='.join(student.names)}")
+        for teacher in TEACHERS
+        for student in students.of(FAMILY[teacher])
+    ],
+)
 
 
 def test_both_namings_name_the_same_networks():
-    assert set(STUDENTS) == {"sd_small", "sd_tiny", "bk_base", "bk_small", "bk_tiny"}
+    assert set(STUDENTS) == {"sd_small", "sd_tiny", "bk_base", "bk_small", "bk_tiny", *SDXL_PARAMETERS}
     assert students.get("sd_small") is students.get("bk_base")
     assert students.get("sd_tiny") is students.get("bk_tiny")
     assert students.get("sd_small") is not students.get("bk_small")
 
 
-@both_teachers
+@pytest.mark.parametrize("teacher", PARAMETERS)
 def test_parameters_are_the_published_ones(teacher):
     for name, expected in PARAMETERS[teacher].items():
         params = full_size(teacher, students.get(name) if name else None)["params"]
         assert sum(x.size for x in jax.tree.leaves(params)) == expected, name
 
 
-@both_teachers
-@every_student
+@pytest.mark.parametrize("name", SDXL_PARAMETERS)
+def test_parameters_of_the_students_of_sdxl(name):
+    assert count("unet", students.config(students.get(name), SDXL)) == SDXL_PARAMETERS[name]
+
+
+@every_cut
 def test_every_tensor_has_its_own_teacher_tensor_of_equal_shape(teacher, student):
     whole = flatten_dict(full_size(teacher, None)["params"])
     sources = []
@@ -58,13 +88,19 @@ def test_every_tensor_has_its_own_teacher_tensor_of_equal_shape(teacher, student
     assert len(set(sources)) == len(sources)
 
 
-@both_teachers
-@every_student
+@every_cut
 @pytest.mark.parametrize("pairing", students.PAIRINGS)
 def test_feature_pairs_have_equal_shapes(teacher, student, pairing):
     there, here = features(full_size(teacher, None)), features(full_size(teacher, student))
-    for mine, theirs in students.feature_pairs(student, pairing):
+    for mine, theirs in students.feature_pairs(student, pairing, TEACHERS[teacher]):
         assert here[mine].shape == there[theirs].shape, (mine, theirs)
+
+
+@pytest.mark.parametrize("teacher, name", [("sd15", None), ("sdxl", None), ("sdxl", "ssd_1b"), ("sdxl", "koala_1b")])
+def test_modules_are_those_that_are_captured(teacher, name):
+    student, config = students.get(name) if name else None, TEACHERS[teacher]
+    config = students.config(student, config) if student else config
+    assert {*modules(UNetConfig.from_dict(config))} == features(full_size(teacher, student)).keys() - {""}
 
 
 def test_feature_pairs_are_the_published_ones():
@@ -87,7 +123,28 @@ def test_feature_pairs_are_the_published_ones():
         assert len(found) == n and set(found) == pairs, (name, pairing)
 
 
-@pytest.mark.parametrize("teacher", TEACHERS.values(), ids=TEACHERS)
+def test_feature_pairs_of_sdxl_are_the_published_ones():
+    terms = {"segmind_sdxl": (26, 26, 16, 15, 16, 15), "koala": (34, 15, 30, 21, 46, 36), "segmind": (7, 7, 7, 6, 7, 6)}
+    for pairing, expected in terms.items():
+        assert tuple(len(students.feature_pairs(student, pairing)) for student in students.of("sdxl")) == expected
+    layers = [f"down_blocks.{i}.resnets.{j}" for i in range(3) for j in range(2)]
+    layers += [f"down_blocks.{i}.attentions.{j}" for i in (1, 2) for j in range(2)] + ["mid_block"]
+    layers += [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(3)]
+    layers += [f"up_blocks.{i}.attentions.{j}" for i in range(2) for j in range(3)]
+    for name in ("ssd_1b", "vega"):  # distill_sdxl.py, sub_block
+        assert set(students.feature_pairs(students.get(name), "segmind_sdxl")) == {(each, each) for each in layers}
+    block = "up_blocks.0.attentions.{}.transformer_blocks.{}.attn1".format
+    ssd_1b, koala = (dict(students.feature_pairs(students.get(name), "koala")) for name in ("ssd_1b", "koala_1b"))
+    assert ssd_1b[block(1, 3)] == block(1, 6) and ssd_1b[block(2, 9)] == block(2, 9)
+    assert koala[block(1, 5)] == block(2, 5) and block(1, 6) not in koala
+    small = students.feature_pairs(students.get("sd_small"), "koala")
+    twin = "up_blocks.3.attentions.{}.transformer_blocks.0.attn1".format
+    assert len(small) == 10 and small[-1] == (twin(1), twin(2))
+    shallow = SDXL | {"transformer_layers_per_block": [1, 1, 2]}
+    assert len(students.feature_pairs(students.get("bk_sdxl_base"), "koala", shallow)) == 1 + 2 + 2 + 4 + 2
+
+
+@pytest.mark.parametrize("teacher", [SD15, SD21], ids=PARAMETERS)
 def test_config_differs_from_the_teacher_as_the_published_ones_do(teacher):
     """The bk_base, bk_small and bk_tiny `config.json` of BK-SDM's unet_config and unet_config_v2 folders."""
     tiny = {
@@ -124,7 +181,7 @@ def test_config_cuts_every_list_and_keeps_what_it_does_not_know():
         "block_out_channels": [32, 64, 128],
         "attention_head_dim": [2, 4, 4],
         "layers_per_block": [1, 1, 1],
-        "transformer_layers_per_block": [[1], [3], [5]],
+        "transformer_layers_per_block": [1, 3, 5],
         "reverse_transformer_layers_per_block": [[6, 5], [4, 3], [2, 1]],
         "down_block_types": ["CrossAttnDownBlock2D"] * 3,
         "up_block_types": ["CrossAttnUpBlock2D"] * 3,
@@ -133,14 +190,112 @@ def test_config_cuts_every_list_and_keeps_what_it_does_not_know():
     assert config == {**teacher, **cut}
 
 
+def test_config_of_sdxl_has_numbers_where_layers_are_alike():
+    none, resnet, one_layer = {"mid_block_type": None}, {"mid_block_type": "UNetMidBlock2D"}, {"layers_per_block": 1}
+    down, up = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    expected = {
+        "ssd_1b": resnet | {down: [1, 2, 4], up: [[4, 4, 10], [2, 1, 1], 1]},
+        "vega": resnet | {down: [1, 1, 2]},
+        "koala_1b": one_layer | {down: [0, 2, 6]},
+        "koala_700m": one_layer | none | {down: [0, 2, 5]},
+        "bk_sdxl_base": one_layer,
+        "bk_sdxl_small": one_layer | none,
+    }
+    for name, cut in expected.items():
+        assert students.config(students.get(name), SDXL) == SDXL | cut, name
+
+
+def test_a_teacher_with_too_few_transformer_blocks_is_refused():
+    shallow = SDXL | {"transformer_layers_per_block": [1, 2, 4]}
+    message = r"down_blocks.2.attentions.0 has 4 transformer blocks, and 0, 1, 2, 6 are kept; .*up_blocks.0"
+    with pytest.raises(ValueError, match=message):
+        students.config(students.get("ssd_1b"), shallow)
+    assert students.config(students.get("vega"), shallow)["transformer_layers_per_block"] == [1, 1, 2]
+
+
+CHOSEN = students.Student(
+    {0: (0, 1), 1: {0: (1,), 1: (0, 1)}, 2: {0: (2, 5, 9)}},
+    (0, 3, 9),
+    {0: {0: students.row.ALL, 2: (4,)}, 1: (0, 1, 2), 2: (0, 1, 2)},
+    {"koala": students.Published("chosen", "chosen by the teacher")},
+    ("sdxl",),
+    "chosen",
+)
+
+
+def test_a_student_may_keep_as_many_layers_of_each_block_as_it_likes():
+    cut = students.config(CHOSEN, TINY)
+    expected = {
+        "layers_per_block": [2, 2, 1],
+        "transformer_layers_per_block": [1, [1, 2], 3],
+        "reverse_transformer_layers_per_block": [[10, 1], 2, 1],
+    }
+    assert cut == TINY | expected
+    whole, sources = flatten_dict(full_size("sdxl", None)["params"]), []
+    for path, tensor in flatten_dict(students.shapes(cut)["params"]).items():
+        sources.append(students.teacher_path(CHOSEN, path))
+        assert whole[sources[-1]].shape == tensor.shape, path
+    assert len(set(sources)) == len(sources)
+
+
+CANNOT = {
+    "a layer too few": (dict(up={0: (0, 2), 1: (0, 2), 2: (0, 1, 2)}),
+                        r"down block 1 keeps 2 layers and up block 1 keeps 2: diffusers has exactly one more"),
+    "order": (dict(down={0: (1, 0), 1: (0, 1), 2: {0: (5, 2)}}),
+              r"down block 0 keeps the layers \[1, 0\], not some of 0 to 1 in order\n.*2.attentions.0 .*\[5, 2\]"),
+    "an inner block": (dict(down={0: (0, 1), 2: (0,)}), r"down blocks \[0, 2\] and up blocks \[0, 1, 2\] are not"),
+    "mid": (dict(mid="attention"), r"mid = 'attention' is none of True, False, 'resnet' and"),
+    "mid depth": (dict(mid=(0, 1)), r"mid block of chosen has 2 transformer blocks, and the first one in its last down "
+                                    r"block 3: diffusers has one number"),
+    "mid whole": (dict(mid=True), r"mid block of chosen has 10 transformer blocks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", CANNOT.values(), ids=CANNOT)
+def test_what_diffusers_cannot_express_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        students.config(dataclasses.replace(CHOSEN, **change), SDXL)
+
+
+def test_a_student_may_come_from_a_file(tmp_path):
+    file = tmp_path / "chosen.json"
+    for student in (CHOSEN, students.get("ssd_1b"), students.get("bk_small")):
+        students.write(student, file)
+        facts = lambda s: (s.blocks, s.names, s.families, s.basis, *s.published)
+        assert facts(students.get(str(file))) == facts(student)
+    with pytest.raises(ValueError, match="sd_tiny = bk_tiny is in the table"):
+        students.write(students.get("sd_tiny"), file)
+
+
+BROKEN = {
+    "a list": ([], "it needs the keys name, title, pairing"),
+    "a key too few": ({"up": None}, "it needs the keys .*basis, and has name, .*mid, basis"),
+    "a kind": ({"down": [1]}, r"down = \[1\] is of another type"),
+    "a family": ({"families": ["sd9"]}, r"families = \['sd9'\] \(known: sd1, sd2, sdxl\)"),
+    "a number": ({"down": {"zero": [0]}}, "invalid literal .*'zero'"),
+    "layers": ({"down": {"0": 3}}, "'int' object is not iterable"),
+    "a row": ({"mid": "all"}, "chosen can be cut from no UNet:\n  mid = 'all'"),
+}
+
+
+@pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_refused(change, message, tmp_path):
+    students.write(CHOSEN, tmp_path / "chosen.json")
+    row = json.loads((tmp_path / "chosen.json").read_text())
+    row = {key: value for key, value in (row | change).items() if value is not None} if change else change
+    (tmp_path / "chosen.json").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=rf"chosen.json is no file of a student: {message}"):
+        students.get(str(tmp_path / "chosen.json"))
+
+
 TOY = {**SD15, "sample_size": 8, "block_out_channels": [8, 16, 24, 24], "norm_num_groups": 4,
        "attention_head_dim": [1, 2, 2, 2], "cross_attention_dim": 8}  # fmt: skip
 
 
 @functools.cache
-def toy_teacher() -> dict:
+def toy_teacher(sdxl: bool = False) -> dict:
     """Parameters of which every tensor has another value, so that a copy tells where it came from."""
-    flat = flatten_dict(students.shapes(TOY)["params"])
+    flat = flatten_dict(students.shapes(TINY if sdxl else TOY)["params"])
     return unflatten_dict({p: np.full(x.shape, i, x.dtype) for i, (p, x) in enumerate(flat.items())})
 
 
@@ -173,6 +328,22 @@ def test_take_copies_the_layers_that_are_kept():
             np.testing.assert_array_equal(taken[f"{here}/kernel"], whole[f"{there}/kernel"], err_msg=here)
 
 
+def test_take_copies_the_transformer_blocks_that_are_kept():
+    sources = {
+        "down_blocks.2/attentions.1/transformer_blocks.3": "down_blocks.2/attentions.1/transformer_blocks.6",
+        "up_blocks.0/attentions.2/transformer_blocks.9": "up_blocks.0/attentions.2/transformer_blocks.9",
+        "up_blocks.1/attentions.2/transformer_blocks.0": "up_blocks.1/attentions.2/transformer_blocks.0",
+    }
+    student, whole = students.get("ssd_1b"), flatten_dict(toy_teacher(sdxl=True), sep="/")
+    like = students.shapes(students.config(student, TINY))["params"]
+    taken = flatten_dict(students.take(student, toy_teacher(sdxl=True), like), sep="/")
+    assert set(taken) == set(flatten_dict(like, sep="/"))
+    same = ("mid_block/resnets.0/conv1/kernel", "add_embedding/linear_1/kernel")
+    sources = {f"{here}/attn2/to_k/kernel": f"{there}/attn2/to_k/kernel" for here, there in sources.items()}
+    for here, there in (sources | dict(zip(same, same, strict=True))).items():
+        np.testing.assert_array_equal(taken[here], whole[there], err_msg=here)
+
+
 @pytest.mark.parametrize("on_device", [False, True], ids=["numpy", "jax"])
 def test_take_shares_no_memory_with_the_teacher(on_device):
     student = students.get("sd_small")
@@ -202,7 +373,7 @@ def test_unknown_names_are_met_with_the_close_ones():
         students.get("sd-tiny")
     with pytest.raises(ValueError, match=r"did you mean .*'(sd|bk)_small'.*sd_small = bk_base"):
         students.get("small")
-    with pytest.raises(ValueError, match=r"did you mean 'bksdm'\?.*known: segmind, bksdm"):
+    with pytest.raises(ValueError, match=r"did you mean 'bksdm'\?.*known: segmind, bksdm, segmind_sdxl, koala"):
         students.feature_pairs(students.get("sd_tiny"), "bk-sdm")
 
 
@@ -226,6 +397,8 @@ def test_an_unsuited_teacher_is_refused(teacher, message):
 def test_the_diagram_shows_what_is_kept():
     assert students.diagram(None) == "01 01 01 01 | mid | 012 012 012 012"
     assert students.diagram(students.get("sd_tiny")) == "0. 0. 0. .. | ... | ... 0.2 0.2 0.2"
+    assert students.diagram(students.get("vega")) == "01 01 01 | res | 012 012 012"
+    assert students.diagram(students.get("koala_1b")) == "0. 0. 0. | mid | 0.2 0.2 0.2"
 
 
 def test_flops_agree_with_an_independent_count():
@@ -239,7 +412,8 @@ def test_flops_agree_with_an_independent_count():
 
 
 def test_printout_names_every_student_and_the_clash(monkeypatch, capsys):
-    monkeypatch.setattr(students.cutting, "cost", lambda config: (1_000 * config["layers_per_block"], 2e9))
+    cost = lambda config: (1_000 * config["layers_per_block"], config["sample_size"] * 1e9)
+    monkeypatch.setattr(students.cutting, "cost", cost)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     main()
     printed = capsys.readouterr().out
@@ -247,6 +421,11 @@ def test_printout_names_every_student_and_the_clash(monkeypatch, capsys):
         assert name in printed
     assert "sd_small = bk_base" in printed and students.CLASH in printed
     assert "1,000   50.0%" in printed
+    sections = printed.split("\n\n")
+    assert "sd_tiny" in sections[0] and "vega" not in sections[0]
+    assert "sd_tiny" not in sections[2] and "vega" in sections[2] and "128x128x4" in sections[2]
+    assert "which transformer blocks, estimated from its weights" in printed
+    assert "0 1 2 6 in" in printed and "transformer_blocks.0,1,2,3,4,5.attn1" in printed
     assert max(map(len, printed.splitlines())) <= 120
 
 

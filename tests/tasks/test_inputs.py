@@ -13,7 +13,7 @@ def inputs(**options):
              "input_ids": np.full((4096, 3), 7)}  # fmt: skip
     settings = dict(
         scaling_factor=0.5,
-        empty_ids=np.array([1, 2, 2]),
+        missing={"input_ids": np.array([[1, 2, 2]])},
         caption_dropout=0.0,
         noise_offset=0.0,
         snr_gamma=None,
@@ -44,7 +44,7 @@ def test_timesteps_are_weighted_by_min_snr_or_drawn_by_it():
 
 
 def test_caption_dropout_puts_the_empty_caption_in_a_share_of_rows():
-    ids = np.asarray(inputs(caption_dropout=0.25)[0].input_ids)
+    ids = np.asarray(inputs(caption_dropout=0.25)[0].conditions["input_ids"])
     empty = (ids == [1, 2, 2]).all(1)
     assert ((ids == 7).all(1) | empty).all()
     assert abs(empty.mean() - 0.25) < 0.03
