@@ -310,7 +310,7 @@ def test_a_broken_file_is_refused(change, message, tmp_path):
 @functools.cache
 def toy_teacher(sdxl: bool = False) -> dict:
     """Parameters of which every tensor has another value, so that a copy tells where it came from."""
-    flat = flatten_dict(students.shapes(TINY if sdxl else TOY)["params"])
+    flat = flatten_dict((full_size("sdxl", None) if sdxl else students.shapes(TOY))["params"])
     return unflatten_dict({p: np.full(x.shape, i, x.dtype) for i, (p, x) in enumerate(flat.items())})
 
 
@@ -350,7 +350,7 @@ def test_take_copies_the_transformer_blocks_that_are_kept():
         "up_blocks.1/attentions.2/transformer_blocks.0": "up_blocks.1/attentions.2/transformer_blocks.0",
     }
     student, whole = students.get("ssd_1b"), flatten_dict(toy_teacher(sdxl=True), sep="/")
-    like = students.shapes(students.config(student, TINY))["params"]
+    like = full_size("sdxl", student)["params"]
     taken = flatten_dict(students.take(student, toy_teacher(sdxl=True), like), sep="/")
     assert set(taken) == set(flatten_dict(like, sep="/"))
     same = ("mid_block/resnets.0/conv1/kernel", "add_embedding/linear_1/kernel")
