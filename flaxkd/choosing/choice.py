@@ -22,7 +22,6 @@ from flaxkd.pretrained import Folder
 from flaxkd.students import Student
 from flaxkd.tasks import distill
 
-EXAMPLES = 256
 GRAINS = 10**7  # of the teacher's FLOPs, to which a budget of FLOPs is exact
 
 
@@ -82,13 +81,13 @@ class Choice:
 
 
 def choose(config, folder: Folder, pictures: sources.Source, dtype, keep: float, *, of_flops: bool = False,
-           examples: int = EXAMPLES, beside: Sequence[str] = ()) -> Choice | None:  # fmt: skip
+           examples: int = 256, beside: Sequence[str] = ()) -> Choice | None:  # fmt: skip
     """The student with the least error that keeps at most this share of its teacher's parameters, or FLOPs.
 
     config: for data, seed and attention. folder: the teacher's. beside: names of other students to measure. All
     processes must call this; the first one computes, and the others get None.
     Raises ValueError if no student is that small, or none can be cut from the teacher."""
-    family, teacher_config = units.family_of(folder), folder.config("unet")
+    family, teacher_config = folder.family, folder.config("unet")
     others = {name: students.get(name) for name in beside}
     shares = {name: students.config(student, teacher_config) for name, student in others.items()}
     found = units.of(family, teacher_config)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from flaxkd import students
-from flaxkd.choosing import units
 from flaxkd.choosing.choice import choose
 from flaxkd.data import sources
 from flaxkd.machine import hosts
@@ -28,7 +27,7 @@ def settled(config, workdir: Path):
 def published(folder: Folder, keep: float) -> Student | None:
     """The row of the table whose share of this teacher's parameters is nearest to `keep`; None if none is near."""
     shares = {}
-    for student in students.of(units.family_of(folder)):
+    for student in students.of(folder.family):
         try:
             config = students.config(student, folder.config("unet"))
         except ValueError:  # a row for deeper teachers

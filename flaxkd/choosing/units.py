@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from flaxkd import students
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import FAMILIES, shapes
+from flaxkd.pretrained.families import Family
 from flaxkd.students import Published, Student
 from flaxkd.students.pairs import stages
 from flaxkd.students.row import ALL, RESNET
@@ -46,8 +47,8 @@ class Unit(NamedTuple):
         return all(gone.startswith(f"{module}.") for gone in self.modules)
 
 
-def of(family: str, teacher_config: dict) -> list[Unit]:
-    """The units of a teacher, in the order they run. family: a name in FAMILIES; teacher_config: `unet/config.json`.
+def of(family: Family, teacher_config: dict) -> list[Unit]:
+    """The units of a teacher, in the order they run. teacher_config: `unet/config.json`.
 
     Which layers can go is left to shapes: a layer must stay where its neighbours' channels fit no other one.
     Raises ValueError if no student can be cut from the teacher, as `students.config` does."""
@@ -57,7 +58,7 @@ def of(family: str, teacher_config: dict) -> list[Unit]:
     return [*found, *_transformer_blocks(unet)]
 
 
-def _fits(unit: Unit, family: str, teacher_config: dict) -> bool:
+def _fits(unit: Unit, family: Family, teacher_config: dict) -> bool:
     try:
         student = row((unit,), family, teacher_config)
         cut = students.config(student, teacher_config)
@@ -96,7 +97,7 @@ def _transformer_blocks(unet: UNetConfig) -> Iterator[Unit]:
                 yield Unit(f"{place}, attention {i}, transformer blocks", str(k), (name,))
 
 
-def row(removed: Iterable[Unit], family: str, teacher_config: dict, name: str = "chosen", title: str = "Chosen",
+def row(removed: Iterable[Unit], family: Family, teacher_config: dict, name: str = "chosen", title: str = "Chosen",
         basis: str = "chosen here") -> Student:  # fmt: skip
     """The row of the student that lacks these units. It is compared as the first of its family's rows is.
 
@@ -121,13 +122,9 @@ def row(removed: Iterable[Unit], family: str, teacher_config: dict, name: str = 
     mid = inside(ATTENTION, unet.mid.depths[0]) if unet.mid and unet.mid.depths else ALL
     mid = False if gone(MID) else RESNET if gone(f"{MID}.resnets.1") else True if mid is ALL else mid
     pairing = next(iter(students.of(family)[0].published))
+    families = tuple(name for name, each in FAMILIES.items() if each is family)
     return Student(path("down_blocks", unet.down), mid, path("up_blocks", unet.up),
-                   {pairing: Published(name, title)}, (family,), basis)  # fmt: skip
-
-
-def family_of(folder) -> str:
-    """The name in FAMILIES of a pipeline folder's family."""
-    return next(name for name, family in FAMILIES.items() if family is folder.family)
+                   {pairing: Published(name, title)}, families, basis)  # fmt: skip
 
 
 def parameters(units: Iterable[Unit], teacher_config: dict) -> np.ndarray:
@@ -136,7 +133,7 @@ def parameters(units: Iterable[Unit], teacher_config: dict) -> np.ndarray:
     return np.array([sum(n for name, n in sizes.items() if unit.removes(name)) for unit in units], np.int64)
 
 
-def flops(units: list[Unit], family: str, teacher_config: dict) -> np.ndarray:
+def flops(units: list[Unit], family: Family, teacher_config: dict) -> np.ndarray:
     """The FLOPs of a forward pass that go with each unit, as `students.cost` counts them: float64[units].
 
     A network is lowered for each kind of unit, which takes seconds. The transformer blocks of a block are alike, and

@@ -18,21 +18,18 @@ from pathlib import Path
 
 import jax
 
-from flaxkd import choosing
-from flaxkd.choosing.choice import EXAMPLES
-from flaxkd.data import sources
-from flaxkd.machine import command, sharding
+from flaxkd.machine import command
 from flaxkd.pretrained import ARCHITECTURES, FAMILIES, Folder
+from flaxkd.pretrained.families import Family
 from flaxkd.students import cutting
 from flaxkd.students.pairs import feature_pairs
 from flaxkd.students.row import CHOSEN, Student
 from flaxkd.students.table import CLASH, TABLE, diagram, of
 
 
-def size_table(family: str) -> str:
+def size_table(family: Family) -> str:
     """The students of a family as text: names, kept layers, parameters and FLOPs with their shares."""
-    row = FAMILIES[family]
-    teacher = ARCHITECTURES[row.shown]
+    teacher = ARCHITECTURES[family.shown]
     size, channels = teacher.unet["sample_size"], teacher.unet["in_channels"]
     head = f"{'down blocks | mid | up blocks':33}{'parameters':>14}{'share':>8}{'GFLOPs':>10}{'share':>8}"
     lines = [f"{teacher.title}, latents {size}x{size}x{channels}", f"  {'':20}{head}"]
@@ -42,7 +39,7 @@ def size_table(family: str) -> str:
         parameters, flops = cutting.cost(cutting.config(student, teacher.unet)) if student else whole
         shares = parameters / whole[0], flops / whole[1]
         numbers = f"{parameters:14,}{shares[0]:8.1%}{flops / 1e9:10,.1f}{shares[1]:8.1%}"
-        lines.append(f"  {name:20}{diagram(student, row):33}{numbers}")
+        lines.append(f"  {name:20}{diagram(student, family):33}{numbers}")
     return "\n".join(lines)
 
 
@@ -96,11 +93,16 @@ def wrapped(head: str, words: str, indent: str) -> list[str]:
 
 def choose(args: argparse.Namespace) -> None:
     """Writes the student that a teacher chooses, and prints why."""
+    from flaxkd import choosing  # a table needs none of it
+    from flaxkd.data import encoding, sources
+    from flaxkd.machine import sharding
+
     config = command.configuration("default", ["--config.student=None", f"--config.seed={args.seed}"])
     config.teacher, config.data.source = args.teacher, args.source
     folder = Folder.open(args.teacher, args.vae)
     config.data.resolution = args.resolution or folder.resolution
     pictures = sources.open_source(args.source, "train", resolution=config.data.resolution)
+    encoding.check_sizes(config, folder)
     dtype = sharding.compute_dtype(args.dtype)
     choice = choosing.choose(
         config, folder, pictures, dtype, args.keep, of_flops=args.flops, examples=args.examples, beside=args.students
@@ -124,8 +126,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     command.add(parser, "teacher", "vae")
     add("--source", default="openmoji", help="pictures, as config.data.source; default: %(default)s")
     add("--resolution", type=int, help="of the pictures in pixels; default: the teacher's own")
-    examples = f"pictures with a noise each; default: {EXAMPLES}"
-    add("--examples", type=int, default=EXAMPLES, help=examples)
+    add("--examples", type=int, default=256, help="pictures with a noise each, at least; default: %(default)s")
     command.add(parser, "students", default=(), help="also measure this student as cut; repeat for several")
     command.add(parser, "seed", "dtype")
     command.add(parser, "out", default=Path(CHOSEN[0]), help="the row; default: %(default)s")
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         choose(args)
         return
     jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and a run may be using it
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         print(size_table(family) + "\n", flush=True)
     print("Digits are layers kept, dots layers removed; res is the first resnet of a mid block.")
     print("GFLOPs: one forward pass, batch 1, 77 text tokens.")
