@@ -6,7 +6,12 @@ import numpy as np
 
 from flaxkd.drawing import figures
 
-KEPT, REMOVED, WORDS = "#1971c2", "#e8590c", "#59636e"
+WORDS = "#59636e"
+FATES = {  # what became of a unit: (color, filled, words)
+    "kept": ("#1971c2", True, "kept"),
+    "removed": ("#e8590c", False, "removed"),
+    "gone": ("#b9c0c8", False, "part of a removed one"),
+}
 
 
 def draw(choice, path: Path) -> None:
@@ -15,26 +20,29 @@ def draw(choice, path: Path) -> None:
     On the left is what the output loses without a unit, on the right how much that is for each million parameters, in
     which the budget is counted. The axis is logarithmic. choice: a Choice with units."""
     places = list(dict.fromkeys(unit.place for unit in choice.units))
-    figure, axes = figures.panels(2, height=1.4 + 0.3 * len(places))
+    figure, axes = figures.panels(2, height=1.4 + 0.36 * len(places))
     millions = choice.parameters / 1e6
     panels = {
         "error without this unit alone": choice.errors,
         "error for each million parameters": choice.errors / millions,
     }
+    fates = np.array(choice.fates)
     rows = np.array([places.index(unit.place) for unit in choice.units])
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
-        for gone, color, word in ((False, KEPT, "kept"), (True, REMOVED, "removed")):
-            mine = choice.removed == gone
-            style = dict(facecolors="white" if gone else color, edgecolors=color, s=34, linewidths=1.4, zorder=3)
-            axis.scatter(values[mine], rows[mine], label=f"{word} ({mine.sum()})", **style)
-        for unit, value, row in zip(choice.units, values, rows, strict=True):
-            axis.annotate(unit.label, (value, row), (0, 4.5), textcoords="offset points", ha="center", fontsize=6.5,
-                          color=WORDS)  # fmt: skip
+        for fate, (color, filled, words) in FATES.items():
+            mine = fates == fate
+            style = dict(facecolors=color if filled else "white", edgecolors=color, s=34, linewidths=1.4, zorder=3)
+            axis.scatter(values[mine], rows[mine], label=f"{words} ({mine.sum()})", **style)
+        for row in range(len(places)):
+            here = [i for i in np.argsort(values) if rows[i] == row]
+            for above, i in enumerate(here):  # labels of neighbours are above and below the line
+                style = dict(textcoords="offset points", ha="center", va="center", fontsize=6.5, color=WORDS)
+                axis.annotate(choice.units[i].label, (values[i], row), (0, 7 if above % 2 == 0 else -8), **style)
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(len(places) - 0.5, -0.8)
+        axis.set_ylim(len(places) - 0.4, -0.6)
         axis.set_yticks(range(len(places)), places if axis is axes[0] else [""] * len(places))
         figures.readable(axis, "x", values)
-    axes[0].legend(fontsize=8, loc="best")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     share, ratio = choice.shares[0], choice.measured / choice.expected if choice.expected else 1
     figure.suptitle(
         f"{choice.student.names[0]}: {share:.1%} of the parameters; error as cut {choice.measured:.3g}, "

@@ -52,6 +52,13 @@ class Choice:
         gone = self.parameters @ self.removed, self.flops @ self.removed
         return tuple(1 - less / whole for less, whole in zip(gone, self.teacher, strict=True))
 
+    @property
+    def fates(self) -> list[str]:
+        """What became of each unit: a row of chart.FATES. It may be gone as a part of a removed one."""
+        gone = [unit for unit, removed in zip(self.units, self.removed, strict=True) if removed]
+        inside = lambda unit: all(any(other.removes(module) for other in gone) for module in unit.modules)
+        return ["removed" if unit in gone else "gone" if inside(unit) else "kept" for unit in self.units]
+
     def write(self, path: os.PathLike) -> None:
         """Writes the row, which `students.get` reads; and beside it the picture and the table, as .png and .txt."""
         path = Path(path)
@@ -62,10 +69,9 @@ class Choice:
     def __str__(self) -> str:
         wide = max((len(unit.name) for unit in self.units), default=0)
         lines = [f"{'unit':{wide}}{'parameters':>14}{'GFLOPs':>10}{'error':>12}"]
-        for unit, n, flops, error, gone in zip(
-            self.units, self.parameters, self.flops, self.errors, self.removed, strict=True
-        ):
-            lines.append(f"{unit.name:{wide}}{n:14,}{flops / 1e9:10,.2f}{error:12.3e}  {'removed' if gone else 'kept'}")
+        columns = self.units, self.parameters, self.flops, self.errors, self.fates
+        for unit, n, flops, error, fate in zip(*columns, strict=True):
+            lines.append(f"{unit.name:{wide}}{n:14,}{flops / 1e9:10,.2f}{error:12.3e}  {fate}")
         parameters, flops = self.shares
         lines += [
             "",
@@ -84,8 +90,8 @@ def choose(config, folder: Folder, pictures: sources.Source, dtype, keep: float,
            examples: int = 256, beside: Sequence[str] = ()) -> Choice | None:  # fmt: skip
     """The student with the least error that keeps at most this share of its teacher's parameters, or FLOPs.
 
-    config: for data, seed and attention. folder: the teacher's. beside: names of other students to measure. All
-    processes must call this; the first one computes, and the others get None.
+    config: for data, seed and attention, whatever it trains. folder: the teacher's. beside: names of other students
+    to measure. All processes must call this; the first one computes, and the others get None.
     Raises ValueError if no student is that small, or none can be cut from the teacher."""
     family, teacher_config = folder.family, folder.config("unet")
     others = {name: students.get(name) for name in beside}
@@ -102,6 +108,8 @@ def choose(config, folder: Folder, pictures: sources.Source, dtype, keep: float,
         what = "FLOPs" if of_flops else "parameters"
         raise ValueError(f"no student of {folder.path} keeps as few as {keep:.1%} of its {what}: {error}") from error
 
+    config = config.copy_and_resolve_references()
+    config.update(student=None, keep=None, init="teacher")
     mesh = sharding.local_mesh()
     task = distill.task(config, folder, dtype, mesh)
     reader = encoding.open_data(task.batch, config, pictures, "train", folder, dtype)

@@ -45,9 +45,7 @@ def ensure(config, folder: Folder, pictures: sources.Source, dtype) -> None:
         return
     path = Path(config.student)
     if not path.exists():
-        teacher = config.copy_and_resolve_references()
-        teacher.student = teacher.keep = None
-        if choice := choose(teacher, folder, pictures, dtype, config.keep):
+        if choice := choose(config, folder, pictures, dtype, config.keep):
             choice.write(path)
             print(f"{choice}\n\nwrote {path}, and beside it {', '.join(students.CHOSEN[1:])}", flush=True)
     hosts.wait("student")

@@ -5,6 +5,7 @@ alone: a transformer block; a layer of a down block with one of its twin up bloc
 first resnet; the inner stage, as sd_tiny lacks it. Everything else here follows from the names of modules.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -50,36 +51,53 @@ class Unit(NamedTuple):
 def of(family: Family, teacher_config: dict) -> list[Unit]:
     """The units of a teacher, in the order they run. teacher_config: `unet/config.json`.
 
-    Which layers can go is left to shapes: a layer must stay where its neighbours' channels fit no other one.
     Raises ValueError if no student can be cut from the teacher, as `students.config` does."""
     unet = UNetConfig.from_dict(teacher_config)
     students.config(row((), family, teacher_config), teacher_config)
-    found = [unit for unit in _layers(unet) if _fits(unit, family, teacher_config)]
-    return [*found, *_transformer_blocks(unet)]
+    found = [*_layers(unet, _tensors(teacher_config)), *_around_mid(unet), *_transformer_blocks(unet)]
+    return [unit for unit in found if unit.residual or _fits(unit, family, teacher_config)]
 
 
 def _fits(unit: Unit, family: Family, teacher_config: dict) -> bool:
     try:
-        student = row((unit,), family, teacher_config)
-        cut = students.config(student, teacher_config)
-        students.view(student, shapes("unet", teacher_config), shapes("unet", cut))
+        students.config(row((unit,), family, teacher_config), teacher_config)
     except ValueError:
         return False
     return True
 
 
-def _layers(unet: UNetConfig) -> Iterator[Unit]:
-    """Every unit of whole layers, also where it fits no shapes."""
-    last = len(unet.down) - 1
+def _tensors(teacher_config: dict) -> dict[str, tuple[int, ...]]:
+    """{parameter: its shape}."""
+    flat = flatten_dict(shapes("unet", teacher_config))
+    return {".".join(path): x.shape for path, x in flat.items()}
+
+
+def _layers(unet: UNetConfig, tensors: dict[str, tuple[int, ...]]) -> Iterator[Unit]:
+    """A layer of each down block with one of its twin, whose neighbours then fit each other.
+
+    The last layer of a down block and layer 1 of an up block can always go, as from BK-SDM. Others can, where what
+    stays has the same shapes."""
     both = lambda block, i: (f"{block}.resnets.{i}", f"{block}.attentions.{i}")
+
+    def can_go(block: str, n: int, always: int) -> list[int]:
+        inside = lambda module: {name.removeprefix(module): x for name, x in tensors.items() if name.startswith(module)}
+        layers = [[inside(f"{module}.") for module in both(block, i)] for i in range(n)]
+        without = lambda i: layers[:i] + layers[i + 1 :]
+        return [i for i in range(n) if without(i) == without(always)]
+
     for block, stage in enumerate(unet.down):
-        twin = last - block
-        for down in range(len(stage.depths)):
-            for up in range(len(unet.up[twin].depths)):
-                modules = *both(f"down_blocks.{block}", down), *both(f"up_blocks.{twin}", up)
-                yield Unit(f"down {block} and up {twin}, layers", f"{down}+{up}", modules)
+        twin, n = len(unet.down) - 1 - block, len(stage.depths)
+        for i in can_go(f"down_blocks.{block}", n, n - 1):
+            for j in can_go(f"up_blocks.{twin}", n + 1, 1):
+                modules = *both(f"down_blocks.{block}", i), *both(f"up_blocks.{twin}", j)
+                yield Unit(f"down {block} and up {twin}, layers", f"{i}+{j}", modules)
+
+
+def _around_mid(unet: UNetConfig) -> Iterator[Unit]:
+    """The mid block, also without its first resnet or with the inner stage, whether they can go or not."""
+    last = len(unet.down) - 1
     if unet.mid.depths:
-        yield Unit("mid block", "all but a resnet", (ATTENTION, f"{MID}.resnets.1"))
+        yield Unit("mid block", "all but resnet 0", (ATTENTION, f"{MID}.resnets.1"))
     yield Unit("mid block", "all", (MID,))
     inner = f"down_blocks.{last}", MID, "up_blocks.0", f"down_blocks.{last - 1}.downsamplers.0"
     yield Unit(f"down {last}, mid block and up 0", "all", inner)
@@ -129,7 +147,7 @@ def row(removed: Iterable[Unit], family: Family, teacher_config: dict, name: str
 
 def parameters(units: Iterable[Unit], teacher_config: dict) -> np.ndarray:
     """The parameters that go with each unit: int64[units]. Those of units that fit together add up."""
-    sizes = {".".join(path): x.size for path, x in flatten_dict(shapes("unet", teacher_config)).items()}
+    sizes = {name: math.prod(shape) for name, shape in _tensors(teacher_config).items()}
     return np.array([sum(n for name, n in sizes.items() if unit.removes(name)) for unit in units], np.int64)
 
 

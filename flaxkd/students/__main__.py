@@ -97,24 +97,21 @@ def choose(args: argparse.Namespace) -> None:
     from flaxkd.data import encoding, sources
     from flaxkd.machine import sharding
 
-    config = command.configuration("default", ["--config.student=None", f"--config.seed={args.seed}"])
-    config.teacher, config.data.source = args.teacher, args.source
     folder = Folder.open(args.teacher, args.vae)
-    config.data.resolution = args.resolution or folder.resolution
-    pictures = sources.open_source(args.source, "train", resolution=config.data.resolution)
+    given = {"teacher": args.teacher, "vae": args.vae, "data.source": args.source, "seed": args.seed}
+    given |= {"data.resolution": args.resolution or folder.resolution}
+    typed = [f"--config.{key}={value}" for key, value in given.items() if value is not None]
+    config = command.configuration("default", ["--config.student=None", *typed])
     encoding.check_sizes(config, folder)
-    dtype = sharding.compute_dtype(args.dtype)
-    choice = choosing.choose(
-        config, folder, pictures, dtype, args.keep, of_flops=args.flops, examples=args.examples, beside=args.students
-    )
+    pictures = sources.open_source(config.data.source, "train", resolution=config.data.resolution)
+    options = dict(of_flops=args.flops, examples=args.examples, beside=args.students)
+    choice = choosing.choose(config, folder, pictures, sharding.compute_dtype(args.dtype), args.keep, **options)
     choice.write(args.out)
-    print(choice)
-    print(f"wrote {args.out}, and beside it {', '.join(str(args.out.with_suffix(e)) for e in ('.png', '.txt'))}")
-    flags = {"teacher": args.teacher, "vae": args.vae, "student": args.out, "data.source": args.source}
-    flags |= {"data.resolution": config.data.resolution, "pairing": next(iter(choice.student.published))}
-    flags = [f"--config.{key}={value}" for key, value in flags.items() if value is not None]
-    typed = shlex.join(["python", "-m", "flaxkd.train", "--config", "configs/small.py", *flags])
-    print(f"\nnext: look at {args.out.with_suffix('.png')}, then train this student, e.g.\n  {typed}")
+    picture, table = (args.out.with_suffix(ending) for ending in (".png", ".txt"))
+    typed += [f"--config.student={args.out}", f"--config.pairing={next(iter(choice.student.published))}"]
+    typed = shlex.join(["python", "-m", "flaxkd.train", "--config", "configs/small.py", *typed])
+    print(f"{choice}\n\nwrote {args.out}, {picture} and {table}")
+    print(f"\nnext: look at {picture}, then train this student, e.g.\n  {typed}")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -124,7 +121,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--keep", type=float, help="share of the teacher's parameters that the student keeps, at most: 0.5")
     add("--flops", action="store_true", help="--keep is a share of its FLOPs in a forward pass instead")
     command.add(parser, "teacher", "vae")
-    add("--source", default="openmoji", help="pictures, as config.data.source; default: %(default)s")
+    add("--source", help="of pictures, as config.data.source; default: openmoji")
     add("--resolution", type=int, help="of the pictures in pixels; default: the teacher's own")
     add("--examples", type=int, default=256, help="pictures with a noise each, at least; default: %(default)s")
     command.add(parser, "students", default=(), help="also measure this student as cut; repeat for several")
@@ -132,9 +129,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     command.add(parser, "out", default=Path(CHOSEN[0]), help="the row; default: %(default)s")
     args = parser.parse_args(arguments)
     if not args.choose:
-        if args.keep is not None:
-            parser.error("--keep is for --choose")
-        return args
+        return args if args.keep is None else parser.error("--keep is for --choose")
     if args.keep is None or not 0 < args.keep < 1:
         parser.error("--choose needs --keep, a share between 0 and 1, as 0.5")
     if args.examples < 1:
