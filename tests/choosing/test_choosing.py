@@ -1,22 +1,24 @@
 """Units, the knapsack against brute force, errors against networks that are really cut, and the student in a run."""
 
 import itertools
-import re
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import default, keep
-from flaxkd import choosing, pretrained, students, train
+from flaxkd import choosing, pretrained, students
 from flaxkd.choosing import solving, units
 from flaxkd.choosing.keep import published
 from flaxkd.data import sources
+from flaxkd.machine import files
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import FAMILIES, Folder
 from flaxkd.pretrained.families import count
-from flaxkd.training import settings
+from flaxkd.training import checkpoint, settings
 from tests import tiny
+from tests.running import finish, state
 
 XL = tiny.XL["unet"] | {"transformer_layers_per_block": [1, 2, 3]}
 TEACHERS = {"sd1": tiny.SD["unet"], "sdxl": XL}
@@ -28,10 +30,6 @@ def teacher(request):
     family, config = FAMILIES[request.param], TEACHERS[request.param]
     found = units.of(family, config)
     return family, config, found, list(solving.rules(found, config))
-
-
-def names(found):
-    return [unit.name for unit in found]
 
 
 def test_units_are_what_shapes_allow(teacher):
@@ -141,42 +139,44 @@ def test_prices_of_full_size_are_solved_exactly():
         assert errors @ solving.solve(errors, prices, least, []) == pytest.approx(best, rel=1e-9)
 
 
-def few(monkeypatch, *wanted):
-    """Lets only units of these names be found: each kind is a network to compile."""
-    all_of = units.of
-    monkeypatch.setattr(units, "of", lambda *of: [unit for unit in all_of(*of) if unit.name in wanted])
+def test_a_share_of_the_parameters_is_trained(command, tiny_pipeline, tmp_path):
+    """The student that was chosen before is taken again; another share is another run."""
+    folder = Folder.open(tiny_pipeline)
+    found = units.of(folder.family, folder.config("unet"))
+    gone = [unit for unit in found if (unit.label == "1+1" and unit.place[5] in "012") or unit.place == found[-1].place]
+    students.write(units.row(gone, folder.family, folder.config("unet")), tmp_path / students.CHOSEN[0])
+    keys = {"student": "None", "steps": 2, "validation.examples": 0, "sample.prompts": "()", "ema_decay": "None"}
+    output = finish(command(tmp_path, keep=0.25, **keys))
+    assert f"student   {tmp_path}/student.json" in output and (tmp_path / "diffusers" / "unet").is_dir()
+    assert state(tmp_path, 2)["params"]["unet"].keys().isdisjoint({"mid_block", "down_blocks.3"})
+    with pytest.raises(ValueError, match=r"keep: 0\.25 there, 0\.3 here"):
+        checkpoint.check_claim(tmp_path, files.read_json(tmp_path / "config.json") | {"keep": 0.3})
 
 
-def test_a_share_of_the_parameters_is_trained(monkeypatch, home, tiny_pipeline, tmp_path, capsys):
-    """The teacher chooses at the start. A resume takes the same student, and another share is refused."""
-    monkeypatch.setenv("FLAXKD_CACHE", str(home / "cache"))
-    few(monkeypatch, "down 0 and up 3, layers: 1+1", "mid block: all")
-    values = {"teacher": str(tiny_pipeline), "data.source": str(home / "pictures"), "data.resolution": 32}
-    values |= {"batch_size": 4, "keep": 0.93, "sample.prompts": (), "validation.examples": 0, "steps": 2}
+def test_the_teacher_chooses_once(monkeypatch, tiny_pipeline, tmp_path, capsys):
+    config = keep.get_config()
+    config.update_from_flattened_dict({"teacher": str(tiny_pipeline), "keep": 0.95})
+    config, calls = choosing.settled(config, tmp_path), []
+    row = units.row((), FAMILIES["sd1"], tiny.SD["unet"])
 
-    def run(**changes):
-        config = keep.get_config()
-        config.update_from_flattened_dict(values | changes)
-        train.run(config, tmp_path / "run")
-        return capsys.readouterr().out
+    def choose(config, *_):
+        calls.append(config.keep)
+        stand_in = types.SimpleNamespace(write=lambda path: students.write(row, path))
+        return stand_in
 
-    output = run()
-    student = students.get(tmp_path / "run" / "student.json")
-    assert not student.mid or list(student.down[0]) == [0]
-    assert f"student   {tmp_path}/run/student.json" in output
-    measured, expected = re.search(r"error as cut (\S+), the sum over its 1 units (\S+):", output).groups()
-    assert float(measured) == pytest.approx(float(expected), rel=1e-3) and float(expected) > 0
-    assert all((tmp_path / "run" / name).exists() for name in students.CHOSEN)
-    assert "all 2 steps were done before" in run()
-    with pytest.raises(ValueError, match=r"keep: 0\.93 there, 0\.9 here"):
-        run(keep=0.9)
+    monkeypatch.setattr(choosing.keep, "choose", lambda config, folder, pictures, dtype, share: choose(config))
+    for _ in range(2):
+        choosing.ensure(config, None, None, jnp.float32)
+    assert calls == [0.95] and students.get(config.student).blocks == row.blocks
+    assert config.student == str(tmp_path / "student.json") and "wrote" in capsys.readouterr().out
 
 
 def test_a_block_of_zeros_is_a_block_removed(monkeypatch, home, tiny_xl, tmp_path):
     """The teacher with zeros, which gives the error of the unit, is the student that is really cut: to 1e-5."""
     monkeypatch.setenv("FLAXKD_CACHE", str(home / "cache"))
     name = "up 0, attention 1, transformer blocks: 1"
-    few(monkeypatch, name)
+    all_of = units.of
+    monkeypatch.setattr(units, "of", lambda *of: [unit for unit in all_of(*of) if unit.name == name])
     config = default.get_config()
     config.update_from_flattened_dict({"data.source": str(home / "pictures"), "data.resolution": 32})
     pictures = sources.open_source(config.data.source, "train", resolution=32)
