@@ -109,7 +109,7 @@ def choose(config, folder: Folder, pictures: sources.Source, dtype, keep: float,
         raise ValueError(f"no student of {folder.path} keeps as few as {keep:.1%} of its {what}: {error}") from error
 
     config = config.copy_and_resolve_references()
-    config.update(student=None, keep=None, init="teacher")
+    config.student, config.keep, config.init = None, None, "teacher"
     mesh = sharding.local_mesh()
     task = distill.task(config, folder, dtype, mesh)
     reader = encoding.open_data(task.batch, config, pictures, "train", folder, dtype)
