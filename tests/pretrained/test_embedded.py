@@ -15,7 +15,7 @@ FOLDER = hub.EMBEDDED
 def test_it_is_a_small_whole_pipeline():
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     assert size < 25e6, f"{size / 1e6:.1f} MB"
-    for part in Folder.open(FOLDER).parts:
+    for part in pretrained.PARTS:
         tensors = Folder.open(FOLDER).tensors(part)
         assert {x.dtype for x in tensors.values()} == {np.dtype("float16")}, part
         Folder.open(FOLDER).load(part)  # strict: nothing missing, nothing unexpected
@@ -27,7 +27,7 @@ def test_students_can_be_cut_from_it():
     config = Folder.open(FOLDER).config("unet")
     assert len(UNetConfig.from_dict(config).down) == 4
     _, teacher = Folder.open(FOLDER).load("unet")
-    for student in (row for row in students.TABLE if "sd1" in row.families):
+    for student in students.of(Folder.open(FOLDER).family):
         shapes = pretrained.shapes("unet", students.config(student, config))
         params = students.take(student, teacher, shapes)
         assert len(jax.tree.leaves(params)) < len(jax.tree.leaves(teacher))

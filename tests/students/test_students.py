@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flaxkd import students
 from flaxkd.models.layers import features
 from flaxkd.models.unet import UNetConfig
-from flaxkd.pretrained.families import SD15, SD21, SDXL, count
+from flaxkd.pretrained.families import FAMILIES, SD15, SD21, SDXL, count
 from flaxkd.students import STUDENTS, TABLE
 from flaxkd.students.__main__ import main
 from flaxkd.students.pairs import modules
@@ -54,7 +54,7 @@ every_cut = pytest.mark.parametrize(
     [
         pytest.param(teacher, student, id=f"{teacher}-{'='.join(student.names)}")
         for teacher in TEACHERS
-        for student in students.of(FAMILY[teacher])
+        for student in students.of(FAMILIES[FAMILY[teacher]])
     ],
 )
 
@@ -126,7 +126,10 @@ def test_feature_pairs_are_the_published_ones():
 def test_feature_pairs_of_sdxl_are_the_published_ones():
     terms = {"segmind_sdxl": (26, 26, 16, 15, 16, 15), "koala": (34, 15, 30, 21, 46, 36), "segmind": (7, 7, 7, 6, 7, 6)}
     for pairing, expected in terms.items():
-        assert tuple(len(students.feature_pairs(student, pairing)) for student in students.of("sdxl")) == expected
+        assert (
+            tuple(len(students.feature_pairs(student, pairing)) for student in students.of(FAMILIES["sdxl"]))
+            == expected
+        )
     layers = [f"down_blocks.{i}.resnets.{j}" for i in range(3) for j in range(2)]
     layers += [f"down_blocks.{i}.attentions.{j}" for i in (1, 2) for j in range(2)] + ["mid_block"]
     layers += [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(3)]
