@@ -85,6 +85,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.image_column = placeholder(str)  # of the metadata; None: file_name, file, path, ...
     config.data.background = "white"  # color behind transparent pixels
     config.data.resolution = 64  # pixels; 512 for SD 1.x and 2.1-base, 768 for 2.1
+    # None: squares. Sizes ((height, width), ...) in pixels, or the preset "sdxl": the nine of SDXL, scaled to the
+    # resolution. Each picture is cropped to the one of the nearest aspect ratio; a batch has one size, which is a
+    # compiled program of its own
+    config.data.buckets = None
     # a pattern; an epoch uses one of the captions that differ in its matches alone
     config.data.variants = placeholder(str)
     config.data.random_flip = False  # mirror half of the pictures; wrong for text and flags

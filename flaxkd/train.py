@@ -12,7 +12,8 @@ import logging
 import shlex
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +42,10 @@ class Setup(NamedTuple):
     folder: Folder  # of the teacher
     task: Task
     batches: Any  # endless iterator of this process's rows of a batch, with a position
-    held_out: dict[str, jax.Array]
+    held_out: list[dict[str, jax.Array]]  # batches of one size each
     frozen: dict  # on the devices
     key: jax.Array
-    train_step: Future  # of the compiled step
+    train_steps: dict[tuple, Future]  # by `shape`: the compiled step of a batch
     evaluate: Any
     manager: Any  # of checkpoints
     sheet: Sheet
@@ -93,7 +94,7 @@ def set_up(
     if hosts.is_first():
         checkpoint.clear(workdir, config.to_dict())
     folder = open_teacher(config, workdir, pictures["train"])
-    folder.check_resolution(config.data.resolution, "data.resolution")
+    encoding.check_sizes(config, folder)
     if config.sample.guidance is not None:
         folder = dataclasses.replace(folder, drawn_with=config.sample.guidance)
     task = tasks.make(config, folder, dtype, mesh)
@@ -105,7 +106,7 @@ def set_up(
         metrics.note_start(workdir, command=typed, machine=machine)
         introduce(config, folder, task, machine, before)
 
-    batches, held_out = open_examples(config, task, pictures, folder, dtype, mesh)
+    batches, kinds, held_out = open_examples(config, task, pictures, folder, dtype, mesh)
     like = state_shapes(task, config, tx)
     frozen = sharding.put(task.frozen, sharding.params(mesh, task.frozen))
     train_step, evaluate = make_step(task, config, tx, mesh, like)
@@ -115,7 +116,8 @@ def set_up(
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
     left = config.steps - int(state.step)  # 0: there is only an export to make
-    compiled = compile_step(left, train_step, state, frozen, task.shapes(config.batch_size), key)
+    compiled = compile_steps(kinds if left else [], lambda batch: train_step.lower(state, frozen, batch, key))
+    held.callback(lambda: [step.cancel() for step in compiled.values()])  # those that have not begun
     sheet = Sheet(config, folder, task, begun, frozen, dtype, mesh)
     first = workdir if hosts.is_first() else None
     writer = metrics.Writer(first, int(state.step), config.steps, watchers, config.to_dict())
@@ -132,6 +134,7 @@ def open_pictures(config, split: str) -> sources.Source:
         config.data.source,
         split,
         resolution=config.data.resolution,
+        sizes=encoding.sizes(config),
         background=config.data.background,
         caption_column=config.data.caption_column,
         image_column=config.data.image_column,
@@ -152,21 +155,24 @@ def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
 
 
 def open_examples(config, task: Task, pictures: dict[str, sources.Source], folder: Folder, dtype, mesh) -> tuple:
-    """(endless batches of this process's rows, held-out examples on the devices): the fields of the task's batch.
+    """(endless batches of this process's rows, the shapes they may have, held-out batches on the devices): the fields
+    of the task's batch.
 
-    The second is {} for a run that does not validate: then those pictures need not be encoded."""
+    The last is [] for a run that does not validate: then those pictures need not be encoded."""
     reader = lambda split: encoding.open_data(task.batch, config, pictures[split], split, folder, dtype)
-    batches = reader("train").batches(
+    training = reader("train")
+    batches = training.batches(
         config.batch_size,
         config.seed,
         variants=config.data.variants,
         flip=config.data.random_flip,
         rows=sharding.rows(mesh, config.batch_size),  # a process reads the rows of its own devices
     )
+    kinds = training.shapes(config.batch_size)
     if not settings.validates(config):
-        return batches, {}
+        return batches, kinds, []
     held_out = reader("validation").examples(config.validation.examples)
-    return batches, sharding.put(held_out, sharding.replicated(mesh))
+    return batches, kinds, sharding.put(held_out, sharding.replicated(mesh))
 
 
 def begin_or_resume(config, task: Task, tx, mesh, like: State, manager, batches, dtype) -> tuple[State, dict]:
@@ -183,21 +189,22 @@ def begin_or_resume(config, task: Task, tx, mesh, like: State, manager, batches,
     return state, state.params
 
 
-def compile_step(steps: int, train_step, *arguments) -> Future:
-    """The step, None without `steps` to take.
+def shape(batch) -> tuple:
+    """What tells one compiled step from another: the shapes of its batch."""
+    return tuple(x.shape for x in jax.tree.leaves(batch))
 
-    It compiles, or loads a stored program, while the first pictures are drawn: training starts sooner."""
-    done: Future = Future()
-    if not steps:
-        done.set_result(None)
-        return done
+
+def compile_steps(kinds: list, lower: Callable) -> dict[tuple, Future]:
+    """{shape: the step} for each kind of batch, one after another. lower: of the step, from a batch as shapes.
+
+    They compile, or are loaded, while the first pictures are drawn and while the first ones train: training starts
+    sooner."""
+    pool = ThreadPoolExecutor(1)
+    compiled = {shape(batch): pool.submit(lambda batch=batch: lower(batch).compile()) for batch in kinds}
+    pool.shutdown(wait=False)
     if jax.process_count() > 1:  # processes must compile in the same order
         with progress.Bar(None, first=progress.COMPILING, leave=False, disable=not hosts.is_first()):
-            done.set_result(train_step.lower(*arguments).compile())
-        return done
-    pool = ThreadPoolExecutor(1)
-    compiled = pool.submit(lambda: train_step.lower(*arguments).compile())
-    pool.shutdown(wait=False)
+            wait(compiled.values())
     return compiled
 
 
@@ -216,11 +223,13 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
             figures = validate(s, state)
             draw_samples(s, state)
         stopping, owed = False, False
-        with s.writer.pause(progress.COMPILING):
-            train_step = s.train_step.result()
         for step in range(start + 1, config.steps + 1):
             batch = sharding.put_rows(next(s.batches), s.mesh, config.batch_size)
-            state, values = train_step(state, s.frozen, batch, s.key)
+            compiled = s.train_steps[shape(batch)]
+            if not compiled.done():
+                with s.writer.pause(progress.COMPILING):
+                    wait([compiled])
+            state, values = compiled.result()(state, s.frozen, batch, s.key)
             s.writer.add(step, values)
 
             if due(config, step, look):
@@ -293,12 +302,16 @@ def shown(state: State) -> dict:
 
 
 def validate(s: Setup, state: State) -> dict[str, float]:
-    """The loss on held-out examples, written and returned: {"validation/loss": float, ...}; {} without examples."""
+    """The loss on held-out examples, written and returned: {"validation/loss": float, ...}; {} without examples.
+
+    All examples count alike, whatever the sizes of their pictures."""
     if not s.held_out:
         return {}
     with s.writer.pause("validating"):
-        values = s.evaluate(shown(state), s.frozen, state.ema, s.held_out)
-        values = {f"validation/{name}": float(value) for name, value in values.items()}
+        found = [s.evaluate(shown(state), s.frozen, state.ema, batch) for batch in s.held_out]
+        counts = [len(jax.tree.leaves(batch)[0]) for batch in s.held_out]
+        mean = lambda name: float(np.average([np.float64(values[name]) for values in found], weights=counts))
+        values = {f"validation/{name}": mean(name) for name in found[0]}
     s.writer.write(int(state.step), values)
     return values
 
@@ -326,7 +339,7 @@ def end(s: Setup, state: State, figures: dict[str, float], started: float) -> No
     s.writer.close()
     assembled = s.task.assemble(shown(state), s.frozen)
     params = sharding.whole({part: assembled[part] for part in s.task.configs}, s.mesh)
-    held_out = s.held_out or sharding.put_rows(next(s.batches), s.mesh, s.config.batch_size)
+    held_out = s.held_out[0] if s.held_out else sharding.put_rows(next(s.batches), s.mesh, s.config.batch_size)
     configs = {**s.task.configs, **s.task.finish(params, held_out)}
     s.manager.close()
     if not hosts.is_first():

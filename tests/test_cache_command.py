@@ -10,7 +10,7 @@ from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder, hub
 from tests.data.image_sets import CAPTIONS, N, listed, tars
 
-TRAINING = ConfigDict(dict(data=dict(resolution=32, random_flip=False, background="white", caption_column=None)))
+TRAINING = ConfigDict(dict(data=dict(resolution=32, buckets=None, random_flip=False, background="white", caption_column=None)))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeyp
         assert opened(made, split, tiny_pipeline) == made / split
         for entry, where in ((found, made), (own, folder)):
             reader = loader.Records(opened(where, split, tiny_pipeline))
-            batch = reader.examples(N)
+            (batch,) = reader.examples(N)
             pairs = zip(batch["moments"], batch["input_ids"], strict=True)
             entry |= dict(zip(reader.captions(N), pairs, strict=True))
     assert set(found) == set(own) == set(CAPTIONS)

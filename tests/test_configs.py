@@ -163,6 +163,7 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "data.caption_column": "en_text",
         "vae": "stabilityai/sd-vae-ft-mse",
         "data.image_column": "file",
+        "data.buckets": ((64, 64), (96, 48)),
         "sample.sampler": "unipc",
         "sample.steps": 9,
         "sample.guidance": 3.0,

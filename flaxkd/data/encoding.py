@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 
-from flaxkd.data import filters, loader, records, sources
+from flaxkd.data import buckets, filters, loader, records, sources
 from flaxkd.machine import files, hosts, sharding
 from flaxkd.pretrained import Folder, families
 
@@ -26,10 +26,10 @@ def open_data(batch: Iterable[str], config, pictures: sources.Source, split: str
     fields = tuple(batch)
     if {*fields} <= {*loader.Pictures.fields}:
         return loader.Pictures(pictures, fields)
-    if {*fields} <= {*loader.Records.fields}:
+    known = ("moments", *folder.family.captions.values(), "time_ids")
+    if {*fields} <= {*known}:
         return loader.Records(ensure(config, pictures, split, folder, dtype), fields)
-    known = " or ".join(str(reader.fields) for reader in (loader.Pictures, loader.Records))
-    raise ValueError(f"a task's batch names {fields}, but a reader has {known}")
+    raise ValueError(f"a task's batch names {fields}, but a reader has {loader.Pictures.fields} or {known}")
 
 
 def fingerprint(folder: Folder) -> str:
@@ -61,8 +61,8 @@ def _contents(folder: Folder, part: str) -> Iterator[tuple[str, bytes]]:
 
 
 def encoder_fingerprint(folder: Folder, dtype) -> str:
-    """`fingerprint` with the precision, as recorded in a cache."""
-    return f"{fingerprint(folder)}-{np.dtype(dtype).name}"
+    """`fingerprint` with the precision, as recorded in a cache. dtype: as for `encoder`."""
+    return f"{fingerprint(folder)}-{np.dtype(folder.dtype('vae', dtype)).name}"
 
 
 @sharding.jit(static_argnames="vae")
@@ -72,7 +72,8 @@ def moments(vae, params, images) -> jax.Array:
 
 
 def encoder(folder: Folder, dtype, mesh) -> Callable[[np.ndarray], jax.Array]:
-    """uint8[b, H, W, 3] -> moments float[b, h, w, 2c], by the autoencoder of a pipeline folder, in `dtype`.
+    """uint8[b, H, W, 3] -> moments float[b, h, w, 2c], by the autoencoder of a pipeline folder, in `dtype`, or as
+    `Folder.dtype` says.
 
     b is a multiple of the number of devices in `mesh`, which split the batch. The first call reads the weights."""
     vae, data = folder.module("vae", dtype), sharding.batch(mesh)
@@ -90,7 +91,7 @@ def ensure(config, pictures: sources.Source, split: str, folder: Folder, dtype) 
     folder: its autoencoder encodes, in `dtype`. Every process encodes its share of the files on its own devices, then
     waits for the others. If they do not share one FLAXKD_CACHE folder, each then completes its own cache.
     Raises ValueError if a prebuilt cache does not fit the folder or the configuration."""
-    folder.check_resolution(config.data.resolution, "data.resolution")
+    check_sizes(config, folder)
     if pictures.cache is not None:
         check_made_before(config, pictures.cache, split, folder)
         return pictures.cache
@@ -112,6 +113,18 @@ def ensure(config, pictures: sources.Source, split: str, folder: Folder, dtype) 
     return made
 
 
+def sizes(config) -> tuple[tuple[int, int], ...]:
+    """The (height, width) in pixels of a training's pictures."""
+    return buckets.sizes(config.data.buckets, config.data.resolution)
+
+
+def check_sizes(config, folder: Folder) -> None:
+    """Raises ValueError unless each side of a training's pictures holds a whole number of latents."""
+    folder.check_resolution(config.data.resolution, "data.resolution")
+    for side in sorted({side for size in sizes(config) for side in size}):
+        folder.check_resolution(side, "data.buckets")
+
+
 def check_made_before(config, made: os.PathLike, split: str, folder: Folder) -> None:
     """Raises ValueError unless a cache built by flaxkd.cache fits the configuration and the folder."""
     about = records.read_about(made)
@@ -119,6 +132,12 @@ def check_made_before(config, made: os.PathLike, split: str, folder: Folder) -> 
         raise ValueError(
             f"{made} has pictures of {about['resolution']} pixels, data.resolution is {config.data.resolution}: change "
             "the setting, or build another cache"
+        )
+    there = buckets.sizes(about.get("buckets"), about["resolution"])
+    if there != sizes(config):
+        raise ValueError(
+            f"{made} has pictures of the sizes {there}, data.buckets asks for {sizes(config)}: change the setting, or "
+            "build another cache with `python -m flaxkd.cache --buckets`"
         )
     for key, here in (("background", config.data.background), ("caption_column", config.data.caption_column)):
         there = about.get(key, getattr(filters.Recipe, key))  # a cache of an earlier version has neither

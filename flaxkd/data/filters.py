@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxkd.data import openmoji, pictures
+from flaxkd.data import buckets, openmoji, pictures
 from flaxkd.data.chunks import Item, pick
 from flaxkd.data.metadata import CAPTIONS
 
@@ -19,6 +19,8 @@ class Recipe:
     """What to keep of a source, and how."""
 
     resolution: int  # pixels per side: the shorter side is resized to it, then the center is cropped
+    # sizes (height, width) in pixels, in place of squares: a picture goes to the nearest, see buckets.py
+    buckets: tuple[tuple[int, int], ...] | None = None
     flip: bool = False  # also keep mirrored pictures, in `train` alone
     validation: float = openmoji.VALIDATION_SHARE  # share of the captions, chosen by hash: equal captions stay together
     min_aesthetic: float | None = None  # score, on the source's scale
@@ -30,8 +32,9 @@ class Recipe:
 
 class Example(NamedTuple):
     name: str
-    image: np.ndarray  # uint8[r, r, 3]
+    image: np.ndarray  # uint8[H, W, 3]
     caption: str
+    crop: pictures.Crop
 
 
 class Left(NamedTuple):
@@ -71,7 +74,9 @@ def prepare(item: Item, recipe: Recipe) -> Example | Left:
         with pictures.opened(item.image() if callable(item.image) else item.image) as image:
             if recipe.min_size and None in size and min(image.size) < recipe.min_size:
                 return small
-            return Example(item.name, pictures.square(image, recipe.resolution, recipe.background), caption)
+            sizes = buckets.sizes(recipe.buckets, recipe.resolution)
+            image, crop = pictures.fit(image, sizes, recipe.background)
+            return Example(item.name, image, caption, crop)
     except Exception as error:  # any kind: decoders raise all sorts of errors on damaged pictures
         return left("skipped", "unreadable picture", f"{type(error).__name__}: {error}")
 

@@ -17,10 +17,8 @@ import contextlib
 import hashlib
 import json
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flaxkd.data import openmoji, records
+from flaxkd.data import batching, openmoji, records
 from flaxkd.data.chunks import Broken, Chunk
 from flaxkd.data.filters import Example, Left, Recipe, prepare
 from flaxkd.machine import files
@@ -44,7 +42,7 @@ def build(
     recipe: Recipe,
     *,
     encode: Callable[[np.ndarray], Any],
-    tokenize: Callable[[list[str]], np.ndarray],
+    tokenize: Callable[[list[str]], Mapping[str, np.ndarray]],
     batch_size: int,
     fingerprint: str,
     process_index: int = 0,
@@ -54,8 +52,8 @@ def build(
 ) -> dict | None:
     """Fills `out` with this process's chunks. Returns the result of `finish`: None while others' chunks are missing.
 
-    encode: uint8[b, r, r, 3] -> moments [b, h, w, 2c], always with b = batch_size; may be asynchronous, as in JAX.
-    tokenize: captions -> int32[b, l]. fingerprint: of both. threads: for decoding; None for one per core.
+    encode: uint8[b, H, W, 3] -> moments [b, h, w, 2c], always with b = batch_size; may be asynchronous, as in JAX.
+    tokenize: captions -> {field: int32[b, l]}. fingerprint: of both. threads: for decoding; None for one per core.
     Raises ValueError if `out` was begun with other settings or a split is empty, files.DiskFull, and OSError for an
     unreachable source. Finished chunks stay."""
     if not chunks:
@@ -63,7 +61,8 @@ def build(
     out = epath.Path(out)
     names = "\n".join(chunk.name.rpartition("/")[2] for chunk in chunks)  # hosts may see it under different paths
     plan = {"format": records.FORMAT, "source": hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()[:16]}
-    plan |= {"parts": len(chunks), "encoder": fingerprint} | asdict(recipe)
+    layout = records.layout_of(tokenize)
+    plan |= {"parts": len(chunks), "encoder": fingerprint, "fields": layout.fields} | asdict(recipe)
     _claim(out, plan)
     done = _done(out)
     mine = range(process_index, len(chunks), process_count)
@@ -74,9 +73,9 @@ def build(
     count = _Counts(bar)
     with bar, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for i in left:
-            results = _ahead(chunks[i], lambda item: prepare(item, recipe), pool, 2 * batch_size)
+            results = batching.ahead(chunks[i], lambda item: prepare(item, recipe), pool, 2 * batch_size)
             with contextlib.closing(results):
-                about = _fill(out, i, plan, chunks[i].name, results, encode, tokenize, batch_size, count)
+                about = _fill(out, i, plan, chunks[i].name, layout, results, encode, tokenize, batch_size, count)
             files.write_json(out / "done" / f"{_numbered(i, len(chunks))}.json", about)
             bar.update()
         count.show()
@@ -132,6 +131,7 @@ def _fill(
     i: int,
     plan: dict,
     name: str,
+    layout: records.Layout,
     results: Iterator[Example | Left],
     encode: Callable,
     tokenize: Callable,
@@ -140,6 +140,7 @@ def _fill(
 ) -> dict:
     """Writes the shards of chunk i, and returns its record for done/."""
     about = {"part": name, "train": 0, "validation": 0, "filtered": collections.Counter(), "skipped": []}
+    about["runs"] = {split: records.Runs() for split in SPLITS}
     kinds = [("train", "moments"), ("train", "flipped"), ("validation", "moments")]
     shards = {kind: out / kind[0] / records.shard_name(kind[1], i, plan["parts"]) for kind in kinds}
     if not plan["flip"]:
@@ -168,24 +169,27 @@ def _fill(
         write = {kind: stack.enter_context(records.writer(file)) for kind, file in shards.items()}
 
         def store(batch: list[Example], moments: Any, flipped: Any) -> None:
-            halves, bad = records.halved(moments, len(batch))
-            mirrored, worse = (halves, bad) if flipped is None else records.halved(flipped, len(batch))
-            ids = np.asarray(tokenize([example.caption for example in batch]), np.int32)
+            halves, bad = batching.halved(moments, len(batch))
+            mirrored, worse = (halves, bad) if flipped is None else batching.halved(flipped, len(batch))
+            ids, crops = tokenize([example.caption for example in batch]), [example.crop for example in batch]
+            plain = records.fields_of(halves, ids, crops)
+            other = records.fields_of(mirrored, ids, [crop.mirrored for crop in crops])
             for k, example in enumerate(batch):
                 if k in bad or k in worse:
                     leave(Left(example.name, "skipped", "moments that float16 cannot hold"))
                     continue
                 held = openmoji.caption_hash(example.caption) < plan["validation"]
                 split = "validation" if held else "train"
-                write[split, "moments"](records.pack(halves[k], ids[k], example.caption))
+                write[split, "moments"](layout.pack(plain[k], example.caption))
                 if (split, "flipped") in write:
-                    write[split, "flipped"](records.pack(mirrored[k], ids[k], example.caption))
+                    write[split, "flipped"](layout.pack(other[k], example.caption))
                 about[split] += 1
+                about["runs"][split].add(*example.crop.size)
                 count(split)
 
         waiting = None  # the devices work on this batch while the next one is assembled
-        for batch in _batches(kept(), batch_size):
-            images = records.filled(np.stack([example.image for example in batch]), batch_size)
+        for batch in batching.grouped(kept(), batch_size, lambda example: example.crop.size):
+            images = batching.filled(np.stack([example.image for example in batch]), batch_size)
             begun = (batch, encode(images), encode(images[:, :, ::-1]) if plan["flip"] else None)
             if waiting:
                 store(*waiting)
@@ -202,53 +206,10 @@ def _clear(file: epath.Path) -> None:
         stale.unlink()
 
 
-def _batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
-    batch = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _ahead(items: Iterable, work: Callable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
-    """work(item) for every item, in order. One thread reads and the pool works, at most `depth` items ahead."""
-    futures: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(entry: Any) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return futures.put(entry, timeout=0.1)
-
-    def read() -> None:
-        try:
-            for item in items:
-                put(pool.submit(work, item))
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # raised again in the consumer
-            put(error)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        while (entry := futures.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            yield entry.result()
-    finally:
-        stopped.set()
-        reader.join()
-
-
 def _read_part(file: epath.Path) -> dict:
     try:
         part = files.read_json(file)
-        return {key: part[key] for key in ("part", *SPLITS, "filtered", "skipped")}
+        return {key: part[key] for key in ("part", *SPLITS, "runs", "filtered", "skipped")}
     except (ValueError, KeyError, TypeError) as error:
         remedy = "delete it and run the same command again, which makes this part anew"
         raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
@@ -278,8 +239,9 @@ def finish(out: epath.Path, plan: dict) -> dict | None:
             "larger --validation for a small set, and another --out"
             + "".join(f"\n  {reason}, such as {example}" for reason, example in examples.items())
         )
-    keys = ("format", "source", "encoder", "resolution", "background", "caption_column")
+    keys = ("format", "source", "encoder", "fields", "resolution", "buckets", "background", "caption_column")
     for split in reversed(SPLITS):  # train last: its file implies the other
         about = {key: plan[key] for key in keys} | {"flip": plan["flip"] and split == "train"}
-        files.write_json(out / split / "cache.json", about | {"size": sizes[split], "shards": n})
+        about |= {"size": sizes[split], "shards": n, "runs": records.joined(part["runs"][split] for part in parts)}
+        files.write_json(out / split / "cache.json", about)
     return sizes | left

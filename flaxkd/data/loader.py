@@ -1,10 +1,16 @@
-"""Grain batches of pictures or of cached latents: shuffled, endless and deterministic, with a position to save."""
+"""Grain batches of pictures or of cached latents: shuffled, endless and deterministic, with a position to save.
 
+A batch has pictures of one size. Where a cache has several (buckets.py), each batch is of one bucket.
+"""
+
+import collections
+import functools
 import os
 import re
 from collections.abc import Sequence
 
 import grain
+import jax
 import numpy as np
 from etils import epath
 
@@ -12,6 +18,7 @@ from flaxkd.data import records, sources
 from flaxkd.machine import files
 
 OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+WIDE = {"float16": "float32"}  # dtype of a record: that of a batch, where it is another
 
 
 class Pictures:
@@ -20,7 +27,11 @@ class Pictures:
     fields = ("images",)
 
     def __init__(self, source: sources.Source, fields: Sequence[str] = fields):
-        """Reads all pictures once, since unreadable ones are left out: see `sources.readable`."""
+        """Reads all pictures once, since unreadable ones are left out: see `sources.readable`.
+
+        Raises ValueError for pictures of several sizes."""
+        if len(source.sizes) > 1:
+            raise ValueError("data.buckets: a task that reads pictures takes squares alone; buckets are for latents")
         self.source, self.readable = source, sources.readable(source, range(len(source)))
 
     def batches(self, batch_size: int, seed: int, *, rows: Sequence[int] | None = None, **_) -> grain.DatasetIterator:
@@ -29,21 +40,32 @@ class Pictures:
         order = _endless(len(self.readable), seed)
         return iter(order.batch(batch_size).map(load).to_iter_dataset(OPTIONS))
 
-    def examples(self, n: int) -> dict[str, np.ndarray]:
-        """The first n examples (all, if there are fewer) in one batch."""
-        return {"images": self._stack(range(min(n, len(self.readable))))}
+    def examples(self, n: int) -> list[dict[str, np.ndarray]]:
+        """The first n examples (all, if there are fewer), in one batch."""
+        return [{"images": self._stack(range(min(n, len(self.readable))))}]
+
+    def shapes(self, n: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """The batches of n examples that `batches` may give, as shapes."""
+        return _shapes(self.examples(1), n)
 
     def _stack(self, indices: Sequence[int]) -> np.ndarray:
         return np.stack([self.source[self.readable[i]]["image"] for i in indices])
 
 
 class Records:
-    """Examples {"moments": float32[h, w, 2c], "input_ids": int32[l]} of a cache of latents."""
+    """Examples {"moments": float32[h, w, 2c], and int32: "input_ids" [l], perhaps "input_ids_2" [l], "time_ids" [6]}
+    of a cache of latents."""
 
-    fields = ("moments", "input_ids")
-
-    def __init__(self, cache: os.PathLike, fields: Sequence[str] = fields):
-        self.cache, self.about, self.wanted = cache, records.read_about(cache), tuple(fields)
+    def __init__(self, cache: os.PathLike, fields: Sequence[str] | None = None):
+        """fields: the wanted ones, None for all. Raises ValueError for those that the cache does not have."""
+        self.cache, self.about = cache, records.read_about(cache)
+        self.layout = self.about["layout"]
+        self.wanted = tuple(self.layout.fields if fields is None else fields)
+        if missing := [name for name in self.wanted if name not in self.layout.fields]:
+            raise ValueError(
+                f"the records of {cache} have {', '.join(self.layout.fields)}, and {', '.join(missing)} is needed too: "
+                "build the cache again with `python -m flaxkd.cache` and this teacher"
+            )
 
     def batches(
         self,
@@ -57,9 +79,10 @@ class Records:
         """Endless iterator of batches {name: array with the batch as first axis}.
 
         Every epoch has each example once. Its order depends on the seed alone and changes from epoch to epoch; a batch
-        may reach into the next epoch. If the cache has mirrored pictures (and flip is not False), each example is
-        mirrored at random. variants: a regular expression. Examples whose captions differ only in what it matches
-        count as one, and one of them is sampled each time.
+        may reach into the next epoch. Buckets have epochs of their own, and as many batches as fit their sizes. If the
+        cache has mirrored pictures (and flip is not False), each example is mirrored at random. variants: a regular
+        expression. Examples of a bucket whose captions differ only in what it matches count as one, and one of them is
+        sampled each time.
 
         batch_size: of the global batch, which is the same for any number of processes. A process reads only its own
         `rows` of it (None: all), in their order. `get_state()` is the position, a JSON dict that is the same for any
@@ -68,40 +91,90 @@ class Records:
         size, flip = self.about["size"], self.about["flip"] and flip is not False
         stored = open_records(self.cache, self.about, "moments")
         mirrored = open_records(self.cache, self.about, "flipped") if flip else None
-        families = None if variants is None else _families(stored, variants)
+        buckets = self._buckets()
+        if variants is not None:
+            buckets = [self._families(stored, numbers, variants) for numbers in buckets]
 
-        def choose(family: int, rng: np.random.Generator) -> int:
-            index = family if families is None else int(rng.choice(families[family]))
+        def choose(bucket: Sequence, i: int, rng: np.random.Generator) -> int:
+            index = int(bucket[i] if variants is None else rng.choice(bucket[i]))
             return index + size * int(flip and rng.integers(2))  # mirrored pictures are numbered from `size`
+
+        # Shuffles numbers, not pictures: each process sees those of the whole batch and reads only its own rows.
+        def order(bucket: Sequence) -> grain.MapDataset:
+            numbers = _endless(len(bucket), seed)
+            if flip or variants is not None:
+                return numbers.random_map(functools.partial(choose, bucket)).batch(batch_size)
+            return numbers.batch(batch_size).map(bucket.__getitem__)  # at once: it takes a fifth of the time less
 
         def load(indices: np.ndarray) -> dict:
             mine = _own(indices, rows).tolist()
             return self._stack([stored[i] if i < size else mirrored[i - size] for i in mine])
 
-        # Shuffles numbers, not pictures: each process sees those of the whole batch and reads only its own rows.
-        order = _endless(size if families is None else len(families), seed)
-        if flip or families is not None:  # otherwise it would cost a fifth of the time for nothing
-            order = order.random_map(choose)
-        return iter(order.batch(batch_size).map(load).to_iter_dataset(OPTIONS))
+        orders = [order(bucket) for bucket in buckets]
+        mixed = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [len(bucket) for bucket in buckets])
+        return iter(mixed.map(load).to_iter_dataset(OPTIONS))
 
-    def examples(self, n: int) -> dict[str, np.ndarray]:
-        """The first n examples (all, if there are fewer) in one batch."""
+    def examples(self, n: int) -> list[dict[str, np.ndarray]]:
+        """The first n examples (all, if there are fewer), in one batch for each bucket. Buckets have equal shares."""
         stored = open_records(self.cache, self.about, "moments")
-        return self._stack([stored[i] for i in range(min(n, self.about["size"]))])
+        return [self._stack([stored[i] for i in numbers]) for numbers in self._first(n)]
 
     def captions(self, n: int) -> list[str]:
-        """The captions of the first n examples (all, if there are fewer)."""
+        """The captions of these examples, in their order."""
         stored = open_records(self.cache, self.about, "moments")
-        return [records.unpack(stored[i])["caption"] for i in range(min(n, self.about["size"]))]
+        return [self.layout.caption(stored[i]) for numbers in self._first(n) for i in numbers]
+
+    def shapes(self, n: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """The batches of n examples that `batches` may give, as shapes."""
+        stored = open_records(self.cache, self.about, "moments")
+        return _shapes([self._stack([stored[numbers[0]]]) for numbers in self._buckets()], n)
+
+    def _buckets(self) -> list[np.ndarray]:
+        """The numbers of the records of each size, int[n], ascending."""
+        found, start = collections.defaultdict(list), 0
+        for height, width, number in self.about["runs"]:
+            found[height, width].append(np.arange(start, start + number))
+            start += number
+        return [np.concatenate(found[size]) for size in sorted(found)]
+
+    def _first(self, n: int) -> list[np.ndarray]:
+        """The numbers of the first n records, for each bucket: as large a share of each as of the others."""
+        buckets = self._buckets()
+        place = np.concatenate([(np.arange(len(bucket)) + 0.5) / len(bucket) for bucket in buckets])
+        chosen = np.argsort(place, kind="stable")[:n]
+        ends = np.cumsum([len(bucket) for bucket in buckets])
+        counts = np.bincount(np.searchsorted(ends, chosen, "right"), minlength=len(buckets))
+        return [bucket[:count] for bucket, count in zip(buckets, counts, strict=True) if count]
+
+    def _families(self, stored, numbers: np.ndarray, variants: str) -> list[list[int]]:
+        """The numbers of the records, grouped by caption without the matches of `variants`."""
+        families = {}
+        for index in numbers.tolist():
+            families.setdefault(re.sub(variants, "", self.layout.caption(stored[index])), []).append(index)
+        return list(families.values())
 
     def _stack(self, chosen: list[bytes]) -> dict[str, np.ndarray]:
-        views = [records.view(record) for record in chosen]
-        # Each record goes straight into the batch: the cast to float32 is half the work, so it is done only once.
-        batch = {"moments": np.empty((len(views), *views[0][0].shape), np.float32)}
-        batch["input_ids"] = np.empty((len(views), *views[0][1].shape), np.int32)
-        for i, (moments, input_ids) in enumerate(views):
-            batch["moments"][i], batch["input_ids"][i] = moments, input_ids
-        return {name: batch[name] for name in self.wanted}
+        """A batch. Raises ValueError for records that are not as cache.json says."""
+        try:
+            views = [self.layout.view(record) for record in chosen]
+            batch = {}
+            for name in self.wanted:
+                first = views[0][name]
+                # Each record goes straight into the batch: the cast to float32 is half the work, so it is done once.
+                batch[name] = np.empty((len(views), *first.shape), WIDE.get(first.dtype.name, first.dtype.name))
+                for i, view in enumerate(views):
+                    batch[name][i] = view[name]
+            return batch
+        except ValueError as error:
+            raise ValueError(
+                f"the records of {self.cache} are not as its cache.json says ({error}): delete the folder and build "
+                "the cache again"
+            ) from error
+
+
+def _shapes(batches: list[dict], n: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Batches as shapes, with n examples."""
+    return [jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype), batch) for batch in batches]
 
 
 def _endless(size: int, seed: int) -> grain.MapDataset:
@@ -163,12 +236,3 @@ def open_records(cache: os.PathLike, about: dict, kind: str) -> grain.sources.Ar
         size = about["size"]
         raise ValueError(f"{cache} has {len(found)} {kind}, its cache.json says {size}: delete the folder")
     return found
-
-
-def _families(stored, variants: str) -> list[list[int]]:
-    """The numbers of the records, grouped by caption without the matches of `variants`."""
-    families = {}
-    for index in range(len(stored)):
-        caption = records.unpack(stored[index])["caption"]
-        families.setdefault(re.sub(variants, "", caption), []).append(index)
-    return list(families.values())

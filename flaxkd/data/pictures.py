@@ -1,12 +1,16 @@
-"""Picture files: which are known, and how one of any mode, depth and shape becomes a square of 8-bit RGB."""
+"""Picture files: which are known, and how one of any mode, depth and shape becomes 8-bit RGB of a given size."""
 
 import functools
 import io
 import logging
 import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
+
+from flaxkd.data import buckets
 
 FORMATS = {  # Pillow's name of a format: its endings. Formats that start other programs (EPS) are not among them.
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -25,7 +29,8 @@ ENDINGS = (*(ending for endings in FORMATS.values() for ending in endings), *FOR
 
 # White in grey pictures whose files do not say what it is: the least of these that holds all values.
 WHITE = (1, 2**8 - 1, 2**16 - 1, 2**31 - 1, 2**32 - 1)
-EXTREME = 8  # of a picture longer than this many times its width only the middle is resized, for the sake of memory
+# Of a picture this many times longer than it has to be only the middle is resized, for the sake of memory.
+EXTREME = 8
 
 
 class Unreadable(ValueError):
@@ -71,15 +76,48 @@ def opened(content: bytes | os.PathLike) -> Image.Image:
     return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_formats())
 
 
-def square(image: Image.Image, resolution: int, background: str = "white") -> np.ndarray:
-    """Shorter side resized to `resolution` (bilinear), center cropped: uint8[resolution, resolution, 3].
+class Crop(NamedTuple):
+    """Where a picture of one size is in another, which it covers: each is (height, width) in pixels."""
+
+    original: tuple[int, int]  # as read, upright, before it was resized
+    resized: tuple[int, int]
+    corner: tuple[int, int]  # top and left of what is kept, after the picture was resized
+    size: tuple[int, int]  # of what is kept
+
+    @property
+    def mirrored(self) -> "Crop":
+        """The same part of the mirrored picture."""
+        top, left = self.corner
+        return self._replace(corner=(top, self.resized[1] - self.size[1] - left))
+
+    @property
+    def time_ids(self) -> np.ndarray:
+        """int32[6], as Stable Diffusion XL reads them: original size, corner and size."""
+        return np.array([*self.original, *self.corner, *self.size], np.int32)
+
+
+def center(original: tuple[int, int], size: tuple[int, int]) -> Crop:
+    """The center of a picture resized to cover `size` (height, width), and no larger."""
+    (h, w), (height, width) = original, size
+    resized = (height, height * w // h) if height * w >= width * h else (width * h // w, width)
+    top, left = (round((whole - kept) / 2) for whole, kept in zip(resized, size, strict=True))
+    return Crop(original, resized, (top, left), size)
+
+
+def fit(image: Image.Image, sizes: Sequence[tuple[int, int]], background: str = "white") -> tuple[np.ndarray, Crop]:
+    """(uint8[H, W, 3], where it was cropped): resized to cover (bilinear) one of `sizes` (height, width), then center
+    cropped to it. It is the size whose aspect ratio is the nearest: see `buckets.nearest`.
 
     Grey of 16 or 32 bits is scaled to 8. Transparent pixels show the `background`."""
-    short, read = min(image.size), image
+    read = image
     if image.getexif().get(0x0112, 1) != 1:  # orientation
         image = ImageOps.exif_transpose(image)
-    if max(image.size) > EXTREME * short:
-        width, height = (min(side, EXTREME * short) for side in image.size)
+    width, height = image.size
+    size = buckets.nearest((height, width), sizes)
+    crop = center((height, width), size)
+    most = EXTREME * min(image.size) * max(size) // min(size)
+    if max(image.size) > most:
+        width, height = (min(side, most) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     image.load()  # transparency may be known only then
@@ -90,13 +128,9 @@ def square(image: Image.Image, resolution: int, background: str = "white") -> np
         below.alpha_composite(image.convert("RGBA"))
         image = below
     image = image if image.mode == "RGB" else image.convert("RGB")
-    width, height = image.size
-    if (width, height) != (resolution, resolution):
-        width, height = resolution * width // short, resolution * height // short
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = round((width - resolution) / 2), round((height - resolution) / 2)
-        image = image.crop((left, top, left + resolution, top + resolution))
-    return np.asarray(image)
+    _, (rows, columns), (top, left), (height, width) = center((height, width), size)  # of the middle, if it is extreme
+    image = image.resize((columns, rows), Image.Resampling.BILINEAR)
+    return np.asarray(image.crop((left, top, left + width, top + height))), crop
 
 
 def _eight_bits(values: np.ndarray, image: Image.Image) -> np.ndarray:

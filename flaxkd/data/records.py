@@ -1,11 +1,12 @@
-"""VAE moments and token ids of a source, computed once and kept as ArrayRecord: the train step never encodes.
+"""VAE moments, token ids and sizes of a source, computed once and kept as ArrayRecord: the train step never encodes.
 
 A cache is a folder with
 
-    moments-00000-of-00001.array_record   records of `pack`, in the order of the source
+    moments-00000-of-00001.array_record   records of a `Layout`, in the order of the source, or in batches of one size
     flipped-00000-of-00001.array_record   the same for mirrored pictures, only if requested
     unreadable-00000-of-00001.json        pictures of a shard that cannot be read and are left out, if there are any
-    cache.json                            sizes and fingerprints, written last: the cache is complete
+    runs-00000-of-00001.json              which records of a shard are of which size, if there are several: see `Runs`
+    cache.json                            fields, sizes and fingerprints, written last: the cache is complete
 
 Every file is written under a temporary name and renamed when complete. A killed build resumes at the unfinished
 shard. Processes that build the same cache at once write the same files. Processes that know of each other split
@@ -15,28 +16,97 @@ the shards between them.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from flaxkd.data import pictures
+from flaxkd.data import batching, pictures
 from flaxkd.machine import files
 from flaxkd.machine.progress import COMPILING, Bar
 
-FORMAT = 1  # increase it when the records change
+FORMAT = 2  # increase it when the records change
 SHARD = 8192  # records per file; 64 KiB each at 512 pixels
 # One record per group: random access reads nothing else. To a compressor moments are mostly noise: zstd would save a
 # fifth of the disk, and take a third of the reading time.
 OPTIONS = "group_size:1,uncompressed"
 PLAN = "plan.json"  # in a folder filled by large.py
+
+MOMENTS = {"moments": ("float16", (None, None, None))}  # h, w, 2c
+TIME_IDS = {"time_ids": ("int32", (6,))}  # of pictures.Crop
+FORMAT_1 = MOMENTS | {"input_ids": ("int32", (None,))}  # what records had, before cache.json said so
+
+
+class Layout:
+    """The fields of a record, in its order: {name: (dtype, shape)}. None in a shape: a size that each record states.
+
+    A record is the sizes it states as int32, the fields one after another, and the caption in UTF-8; little-endian.
+    This is the only description of a record: cache.json has it as `fields`. Raises ValueError or TypeError for what is
+    no description."""
+
+    def __init__(self, fields: Mapping[str, tuple[str, Sequence[int | None]]]):
+        self.fields = {name: (dtype, tuple(shape)) for name, (dtype, shape) in dict(fields).items()}
+        shapes = [shape for _, shape in self.fields.values()]
+        if not all(n is None or (type(n) is int and n > 0) for shape in shapes for n in shape):
+            raise ValueError(f"no shapes: {shapes}")
+        self.dtypes = {name: np.dtype(dtype).newbyteorder("<") for name, (dtype, _) in self.fields.items()}
+        self.head = 4 * sum(shape.count(None) for shape in shapes)  # bytes
+        self._places = functools.cache(self._find)
+
+    def pack(self, example: Mapping[str, np.ndarray], caption: str) -> bytes:
+        """A record. Raises ValueError for an array of another shape than the layout says."""
+        arrays, stated = [], []
+        for name, (_, shape) in self.fields.items():
+            arrays.append(np.asarray(example[name], self.dtypes[name]))
+            for size, known in zip(arrays[-1].shape, shape, strict=True):
+                if known is None:
+                    stated.append(size)
+                elif known != size:
+                    raise ValueError(f"{name} has the shape {arrays[-1].shape}, must be {shape}")
+        return b"".join(part.tobytes() for part in (np.array(stated, "<i4"), *arrays)) + caption.encode()
+
+    def view(self, record: bytes) -> dict[str, np.ndarray]:
+        """The fields of a record, without a copy. Raises ValueError for a record that is too short."""
+        places, _ = self._places(record[: self.head])
+        return {name: np.frombuffer(record, dtype, size, at).reshape(shape) for name, dtype, size, at, shape in places}
+
+    def caption(self, record: bytes) -> str:
+        return record[self._places(record[: self.head])[1] :].decode()
+
+    def _find(self, head: bytes) -> tuple[list[tuple], int]:
+        """(name, dtype, number of elements, first byte, shape) of each field in a record, and where its caption begins.
+
+        head: the sizes it states. Few records differ in them."""
+        stated, at, places = iter(np.frombuffer(head, "<i4", self.head // 4).tolist()), self.head, []
+        for name, (_, shape) in self.fields.items():
+            shape = [next(stated) if known is None else known for known in shape]
+            places.append((name, self.dtypes[name], math.prod(shape), at, shape))
+            at += math.prod(shape) * self.dtypes[name].itemsize
+        return places, at
+
+
+def layout_of(tokenize: Callable[[list[str]], Mapping[str, np.ndarray]]) -> Layout:
+    """That of the records which `ensure` and large.py write."""
+    return Layout(MOMENTS | {name: ("int32", ids.shape[1:]) for name, ids in tokenize([""]).items()} | TIME_IDS)
+
+
+class Runs(list):
+    """Neighbouring records of one size as [height, width, number], in the order of the records. In pixels."""
+
+    def add(self, height: int, width: int, number: int = 1) -> None:
+        if self and self[-1][:2] == [height, width]:
+            self[-1][2] += number
+        else:
+            self.append([height, width, number])
 
 
 def ensure(
@@ -44,7 +114,7 @@ def ensure(
     folder: Path,
     *,
     encode: Callable[[np.ndarray], np.ndarray],
-    tokenize: Callable[[list[str]], np.ndarray],
+    tokenize: Callable[[list[str]], Mapping[str, np.ndarray]],
     batch_size: int,
     fingerprint: str,
     flip: bool = False,
@@ -56,8 +126,8 @@ def ensure(
 ) -> Path:
     """Returns the cache of a source, a folder inside `folder`. Builds it if it is missing.
 
-    source: see sources.Source. encode: uint8[b, r, r, 3] -> VAE moments float32[b, h, w, 2c], always called
-    with b = batch_size. tokenize: captions -> int32[b, l]. fingerprint: of the encoder and the tokenizer.
+    source: see sources.Source. encode: uint8[b, H, W, 3] -> VAE moments float32[b, h, w, 2c], always called
+    with b = batch_size. tokenize: captions -> {field: int32[b, l]}. fingerprint: of the encoder and the tokenizers.
     flip: also keep mirrored pictures. shard_size: records per file. process_index, process_count: every process
     builds its share of the files and calls `wait` once, which returns when all have called it. It then builds any
     files still missing: none, if all processes see the same folder.
@@ -66,7 +136,9 @@ def ensure(
     """
     if len(source) == 0:
         raise ValueError("the source has no pictures")
+    layout = layout_of(tokenize)
     inputs = {"format": FORMAT, "source": source.fingerprint, "encoder": fingerprint, "flip": flip}
+    inputs["fields"] = layout.fields
     cache = Path(folder) / hashlib.sha256(json.dumps([inputs, shard_size]).encode()).hexdigest()[:20]
     if (cache / "cache.json").exists():
         wait()
@@ -86,15 +158,18 @@ def ensure(
                     bar.skip(size)
                     continue
                 indices = range(shard * shard_size, shard * shard_size + size)
-                faults: list[str] = []
+                faults, runs = [], Runs()
                 batches = _encoded(source, indices, encode, tokenize, batch_size, kind == "flipped", faults)
                 with writer(file) as write:
                     for examples in batches:
-                        for example in examples:
-                            write(pack(*example))
+                        for fields, example in examples:
+                            write(layout.pack(fields, example["caption"]))
+                        runs.add(*example["crop"].size, len(examples))
                         bar.update(len(examples))
                     if faults:
                         files.write_json(cache / f"unreadable-{shard:05d}-of-{shards:05d}.json", faults)
+                    if len(source.sizes) > 1:
+                        files.write_json(cache / f"runs-{shard:05d}-of-{shards:05d}.json", runs)
 
     make(wanted[process_index::process_count], "encoding")
     wait()
@@ -103,6 +178,8 @@ def ensure(
     faults = _unreadable(cache)
     pictures.report_unreadable(faults, len(source), progress)
     about = {**inputs, "size": len(source) - len(faults), "shards": shards, "shard_size": shard_size}
+    if len(source.sizes) > 1:
+        about["runs"] = joined(files.read_json(file) for file in sorted(cache.glob("runs-*")))
     files.write_json(cache / "cache.json", about)
     return cache
 
@@ -111,62 +188,40 @@ def _unreadable(cache: Path) -> list[str]:
     return [fault for file in sorted(cache.glob("unreadable-*.json")) for fault in files.read_json(file)]
 
 
+def joined(parts: Iterable[list]) -> Runs:
+    """The runs of several shards as one."""
+    runs = Runs()
+    for part in parts:
+        for run in part:
+            runs.add(*run)
+    return runs
+
+
 def shard_name(kind: str, shard: int, shards: int) -> str:
     """File name of a shard. kind: "moments" or "flipped"."""
     return f"{kind}-{shard:05d}-of-{shards:05d}.array_record"
 
 
 def read_about(cache: Path) -> dict:
-    """cache.json as a dict. Raises FileNotFoundError if the folder is no complete cache, ValueError if damaged."""
+    """cache.json as a dict, with its `Layout` as "layout" and its `Runs` as "runs".
+
+    Raises FileNotFoundError if the folder is no complete cache, ValueError if damaged."""
     file = epath.Path(cache) / "cache.json"
     if not file.is_file():
         raise FileNotFoundError(f"{cache} is not a complete cache: it has no cache.json; build it again")
     try:
         about = files.read_json(file)
-        if not isinstance(about["size"], int) or not isinstance(about["shards"], int) or about["format"] != FORMAT:
-            raise ValueError(f"{file} is of format {about['format']}, not {FORMAT}")
-        return about | {"flip": bool(about["flip"])}
+        if not isinstance(about["size"], int) or not isinstance(about["shards"], int):
+            raise ValueError("its numbers are no integers")
+        if about["format"] not in (1, FORMAT):
+            raise ValueError(f"it is of format {about['format']}, not {FORMAT}")
+        fields = FORMAT_1 if about["format"] == 1 else about["fields"]
+        runs = joined([about.get("runs", [[0, 0, about["size"]]])])  # sizes do not matter if there is one
+        if sum(number for *_, number in runs) != about["size"] or min(number for *_, number in runs) < 1:
+            raise ValueError("its runs are not those of all its records")
+        return about | {"flip": bool(about["flip"]), "layout": Layout(fields), "runs": runs}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be used ({error}): delete {cache} and build the cache again") from error
-
-
-def pack(moments: np.ndarray, input_ids: np.ndarray, caption: str) -> bytes:
-    """One record: sizes h, w, 2c, l; moments [h, w, 2c] as float16; ids [l] as int32; caption in UTF-8."""
-    sizes = np.array([*moments.shape, len(input_ids)], "<i4")
-    parts = sizes, moments.astype("<f2"), input_ids.astype("<i4")
-    return b"".join(part.tobytes() for part in parts) + caption.encode()
-
-
-def view(record: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """(moments float16[h, w, 2c], input_ids int32[l]) of a record of `pack`, without a copy."""
-    *shape, length = np.frombuffer(record, "<i4", 4).tolist()
-    size = math.prod(shape)
-    moments = np.frombuffer(record, "<f2", size, 16).reshape(shape)
-    return moments, np.frombuffer(record, "<i4", length, 16 + 2 * size)
-
-
-def unpack(record: bytes) -> dict:
-    """{"moments": float32[h, w, 2c], "input_ids": int32[l], "caption": str} of a record of `pack`."""
-    moments, input_ids = view(record)
-    return {
-        "moments": moments.astype(np.float32),
-        "input_ids": input_ids.astype(np.int32),
-        "caption": record[16 + moments.nbytes + input_ids.nbytes :].decode(),
-    }
-
-
-def filled(images: np.ndarray, batch_size: int) -> np.ndarray:
-    """The pictures uint8[n, r, r, 3], n <= batch_size, padded to batch_size by repeating the last.
-
-    An encoder then compiles for one shape only."""
-    return np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
-
-
-def halved(moments, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first n of moments [b, h, w, 2c] as float16, and the indices of those with non-finite values."""
-    with np.errstate(over="ignore"):
-        moments = np.asarray(moments)[:n].astype(np.float16)
-    return moments, np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
 
 
 @contextlib.contextmanager
@@ -185,35 +240,40 @@ def writer(file: os.PathLike) -> Iterator[Callable[[bytes], None]]:
 
 def _encoded(
     source, indices: range, encode, tokenize, batch_size: int, mirrored: bool, faults: list[str]
-) -> Iterator[list]:
-    """Lists of (moments, input_ids, caption), batch by batch. The next batch is read while one is encoded.
+) -> Iterator[list[tuple[dict, dict]]]:
+    """Lists of (fields of a record, example of the source), of one size each. Pictures are read ahead meanwhile.
 
     Unreadable pictures are left out and added to `faults`."""
-    starts = range(indices.start, indices.stop, batch_size)
+
+    def read(i: int) -> tuple[int, Any]:
+        try:
+            return i, source[i]
+        except pictures.Unreadable as error:
+            return i, error
+
+    def readable(found: Iterator) -> Iterator[tuple[int, dict]]:
+        for i, example in found:
+            if isinstance(example, pictures.Unreadable):
+                faults.append(str(example))
+            else:
+                yield i, example
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with contextlib.closing(batching.ahead(indices, read, pool, 2 * batch_size)) as found:
+            for batch in batching.grouped(readable(found), batch_size, lambda entry: entry[1]["crop"].size):
+                numbers, examples = zip(*batch, strict=True)
+                images = np.stack([example["image"] for example in examples])
+                images = images[:, :, ::-1] if mirrored else images
+                moments, bad = batching.halved(encode(batching.filled(images, batch_size)), len(images))
+                if bad.size:
+                    where = f"picture {numbers[bad[0]]}, {examples[bad[0]]['caption']!r}"
+                    raise ValueError(f"{where}: its moments are not finite in float16; check the VAE's weights")
+                crops = [example["crop"].mirrored if mirrored else example["crop"] for example in examples]
+                fields = fields_of(moments, tokenize([example["caption"] for example in examples]), crops)
+                yield list(zip(fields, examples, strict=True))
 
-        def read(start: int) -> list:
-            stop = min(start + batch_size, indices.stop)
-            return [pool.submit(source.__getitem__, i) for i in range(start, stop)]
 
-        following = read(starts[0])
-        for start in starts:
-            examples, numbers = [], []
-            for i, future in enumerate(following, start):
-                try:
-                    examples.append(future.result())
-                    numbers.append(i)
-                except pictures.Unreadable as error:
-                    faults.append(str(error))
-            if start + batch_size < indices.stop:
-                following = read(start + batch_size)
-            if not examples:
-                continue
-            images = np.stack([example["image"] for example in examples])
-            images = images[:, :, ::-1] if mirrored else images
-            moments, bad = halved(encode(filled(images, batch_size)), len(images))
-            if bad.size:
-                where = f"picture {numbers[bad[0]]}, {examples[bad[0]]['caption']!r}"
-                raise ValueError(f"{where}: its moments are not finite in float16; check the VAE's weights")
-            captions = [example["caption"] for example in examples]
-            yield list(zip(moments, np.asarray(tokenize(captions), np.int32), captions, strict=True))
+def fields_of(moments: np.ndarray, ids: Mapping[str, np.ndarray], crops: Sequence[pictures.Crop]) -> list[dict]:
+    """The fields of each record, from those of a batch."""
+    batch = {"moments": moments, **ids, "time_ids": [crop.time_ids for crop in crops]}
+    return [{name: values[k] for name, values in batch.items()} for k in range(len(crops))]

@@ -3,7 +3,7 @@
 
 A folder (or a zip of one) has its captions in metadata.jsonl, as Hugging Face's imagefolder, or beside the pictures:
 see folders.py. Pictures become squares as in diffusers' training scripts: the shorter side is resized (bilinear), then
-the center is cropped.
+the center is cropped. With buckets (buckets.py) they become rectangles, each of the nearest size, in the same way.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 
 from flaxkd.data import filters, folders, openmoji, pictures, records
-from flaxkd.data.pictures import Unreadable, square
+from flaxkd.data.pictures import Unreadable
 from flaxkd.machine import files, hosts
 from flaxkd.machine.progress import Bar
 
@@ -29,10 +29,10 @@ METADATA = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class Source:
-    """A sequence of {"image": uint8[resolution, resolution, 3], "caption": str}.
+    """A sequence of {"image": uint8[H, W, 3], "caption": str, "crop": pictures.Crop}.
 
     load: raises Unreadable for a damaged picture. fingerprint: equal if and only if the pictures, the captions and the
-    resolution are the same. cache: a prebuilt cache of moments, or None. With one there are no pictures, and `load`
+    sizes are the same. cache: a prebuilt cache of moments, or None. With one there are no pictures, and `load`
     raises ValueError. captions: all of them; None: as `load` has them.
     """
 
@@ -42,6 +42,7 @@ class Source:
     cache: os.PathLike | None = None
     captions: list[str] | None = None
     sound: bool = False  # every picture is known to be readable
+    sizes: tuple[tuple[int, int], ...] = ()  # (height, width) in pixels; several: each picture has one of them
 
     def __len__(self) -> int:
         return self.size
@@ -89,6 +90,7 @@ def open_source(
     data_dir: str | Path | None = None,
     resolution: int = 64,
     *,
+    sizes: Sequence[tuple[int, int]] | None = None,
     background: str = "white",
     caption_column: str | None = None,
     image_column: str | None = None,
@@ -96,14 +98,16 @@ def open_source(
     """Opens "openmoji" (built on first use), the image folder or zip `name`, or a folder of `python -m flaxkd.cache`.
 
     split: "train" or "validation", by a hash of the caption. data_dir: of TFDS, `default_data_dir()` if None.
-    resolution: pixels per side. background: color behind transparent pixels. caption_column, image_column: of metadata;
-    None for the usual names. Raises FileNotFoundError or ValueError that names the faulty lines.
+    resolution: pixels per side. sizes: several (height, width) in place of its squares, see buckets.py. background:
+    color behind transparent pixels. caption_column, image_column: of metadata; None for the usual names. Raises
+    FileNotFoundError or ValueError that names the faulty lines.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'validation'")
     pictures.color(background)
+    sizes = tuple(sizes or [(resolution, resolution)])
     if name == openmoji.OpenMoji.name:
-        return _openmoji(split, Path(data_dir) if data_dir else default_data_dir(), resolution)
+        return _openmoji(split, Path(data_dir) if data_dir else default_data_dir(), sizes)
     path = epath.Path(name).expanduser()
     if is_cache(path):
         return _made_before(path, split)
@@ -113,7 +117,7 @@ def open_source(
         other = f"; for a {path.suffix}, run `python -m flaxkd.cache --source {name}` first" if path.is_file() else ""
         raise FileNotFoundError(f"no data set {name!r}: give 'openmoji' or a folder with {METADATA}{other}")
     path = folders.of_split(path, "train")
-    return _image_folder(path, split, resolution, background, caption_column, image_column)
+    return _image_folder(path, split, sizes, background, caption_column, image_column)
 
 
 def is_cache(folder: os.PathLike) -> bool:
@@ -144,28 +148,29 @@ def _made_before(folder: epath.Path, split: str) -> Source:
     return Source(about["size"], load, about["source"], folder / split)
 
 
-def _openmoji(split: str, data_dir: Path, resolution: int) -> Source:
+def _openmoji(split: str, data_dir: Path, sizes: tuple) -> Source:
     import tensorflow_datasets as tfds
 
     builder = openmoji.build(data_dir)
     # Decoded in `load`: TFDS would warn at every start that OpenCV is missing.
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    digest = hashlib.sha256(f"openmoji {split} {resolution}".encode())
+    digest = hashlib.sha256(f"openmoji {split} {sizes}".encode())
     for file in sorted(Path(builder.data_path).glob(f"*-{split}.array_record*")):
         digest.update(file.read_bytes())
 
     def load(index: int) -> dict:
         record = records[index]
         with Image.open(io.BytesIO(record["image"])) as image:
-            return {"image": square(image, resolution), "caption": record["caption"].decode()}
+            image, crop = pictures.fit(image, sizes)
+            return {"image": image, "caption": record["caption"].decode(), "crop": crop}
 
-    return Source(len(records), load, digest.hexdigest(), sound=True)
+    return Source(len(records), load, digest.hexdigest(), sound=True, sizes=sizes)
 
 
 def _image_folder(
     folder: epath.Path,
     split: str,
-    resolution: int,
+    sizes: tuple,
     background: str,
     caption_column: str | None,
     image_column: str | None,
@@ -175,7 +180,7 @@ def _image_folder(
         logging.warning("%d pictures are left out:\n%s", len(left), pictures.shown(left))
     entries = _in_split(entries, split, folder)
     # size and time stand for the contents: reading a million pictures takes hours
-    digest = hashlib.sha256(f"image_folder 2 {resolution} {pictures.color(background)}".encode())
+    digest = hashlib.sha256(f"image_folder 3 {sizes} {pictures.color(background)}".encode())
     for _, file, caption in entries:
         digest.update(f"{file}\0{caption}\0{tree.stamp(file)}\n".encode(errors="surrogatepass"))
 
@@ -183,14 +188,16 @@ def _image_folder(
         place, file, caption = entries[index]
         try:
             with pictures.opened(tree.read(file)) as image:
-                return {"image": square(image, resolution, background), "caption": caption}
+                image, crop = pictures.fit(image, sizes, background)
+                return {"image": image, "caption": caption, "crop": crop}
         except Exception as error:  # any kind: decoders raise all sorts of errors on damaged pictures
             where, line = (f"{place}: ", " or remove the line") if place else (f"{folder}: ", "")
             raise Unreadable(
                 f"{where}{file} cannot be read as a picture ({type(error).__name__}: {error}); replace the file{line}"
             ) from error
 
-    return Source(len(entries), load, digest.hexdigest(), captions=[caption for _, _, caption in entries])
+    captions = [caption for _, _, caption in entries]
+    return Source(len(entries), load, digest.hexdigest(), captions=captions, sizes=sizes)
 
 
 def _entries(folder: epath.Path, caption_column: str | None, image_column: str | None) -> tuple:

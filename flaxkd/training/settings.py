@@ -5,6 +5,7 @@ be split, a resolution, the blocks that a student keeps.
 """
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flaxkd import students
-from flaxkd.data import pictures
+from flaxkd.data import buckets, pictures
 from flaxkd.diffusion import samplers
 from flaxkd.machine import diffusers_flags, dtypes
 from flaxkd.models.attention import FORMS
@@ -79,12 +80,12 @@ def or_none(rule: Rule, meaning: str, *others: Any) -> Rule:
     return Rule(lambda x: allowed(x) or rule.holds(x), f"{rule.words}; None is {meaning}", rule.known)
 
 
-def _read_by(function: Callable, wrong: type[Exception]) -> Callable[[Any], bool]:
-    """Whether a value is a text that `function` reads without the error `wrong`."""
+def _read_by(function: Callable, wrong: type[Exception], kind=str) -> Callable[[Any], bool]:
+    """Whether a value is a text, or of another `kind`, that `function` reads without the error `wrong`."""
 
     def holds(x: Any) -> bool:
         try:
-            return isinstance(x, str) and (function(x), True)[1]
+            return isinstance(x, kind) and (function(x), True)[1]
         except wrong:
             return False
 
@@ -95,6 +96,11 @@ FLAG = Rule(lambda x: isinstance(x, bool | np.bool_), "must be True or False")
 TEXT = Rule(lambda x: isinstance(x, str) and bool(x.strip()), "must be a text that is not empty")
 PATTERN = Rule(_read_by(re.compile, re.error), "is no regular expression")
 COLOR = Rule(_read_by(pictures.color, ValueError), 'must be a color such as "white" or "#ffcc00"')
+BUCKETS = Rule(
+    _read_by(functools.partial(buckets.sizes, resolution=64), ValueError, str | tuple | list),
+    f"must be (height, width) pairs in pixels, or of {', '.join(buckets.PRESETS)}",
+    tuple(buckets.PRESETS),
+)
 DICT = Rule(lambda x: isinstance(x, dict | ConfigDict) and bool(x), "must be a dict")
 EVERY = or_none(whole(0), "never, as is 0")
 AXIS = Rule(
@@ -151,6 +157,7 @@ RULES = {
     "data.image_column": or_none(TEXT, "file_name, file or path", ""),
     "data.background": COLOR,
     "data.resolution": whole(1),
+    "data.buckets": or_none(BUCKETS, "squares", ""),
     "data.variants": or_none(PATTERN, "none", ""),
     "data.random_flip": FLAG,
     "log_every": EVERY,

@@ -25,7 +25,7 @@ def encode(images):
 
 
 def tokenize(captions):
-    return np.array([[len(c), *c.encode()[-3:]] for c in captions], np.int32)
+    return {"input_ids": np.array([[len(c), *c.encode()[-3:].ljust(3)] for c in captions], np.int32)}
 
 
 def picture(i, size=(8, 8)):
@@ -112,8 +112,9 @@ def make(source, out, recipe=RECIPE, rows=10, **changes):
 def contents(out, split="train", kind="moments"):
     """{caption: (moments, ids)} of a finished cache, which a training can open."""
     about = records.read_about(sources.open_source(str(out), split).cache)
-    found = [records.unpack(record) for record in loader.open_records(out / split, about, kind)]
-    return {record["caption"]: (record["moments"], record["input_ids"]) for record in found}
+    layout, found = about["layout"], loader.open_records(out / split, about, kind)
+    views = {layout.caption(record): layout.view(record) for record in found}
+    return {caption: (view["moments"].astype(np.float32), view["input_ids"]) for caption, view in views.items()}
 
 
 def check_complete(out, brightness=lambda caption: int(caption.split()[1])):
@@ -123,7 +124,7 @@ def check_complete(out, brightness=lambda caption: int(caption.split()[1])):
     for caption, (moments, ids) in (train | validation).items():
         want = encode(np.asarray(Image.open(io.BytesIO(picture(brightness(caption)))))[None])[0]
         np.testing.assert_allclose(moments, want, atol=1e-4)
-        np.testing.assert_array_equal(ids, tokenize([caption])[0])
+        np.testing.assert_array_equal(ids, tokenize([caption])["input_ids"][0])
 
 
 def files(out):

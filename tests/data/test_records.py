@@ -22,7 +22,8 @@ def encode(images):
 
 
 def tokenize(captions):
-    return np.array([[len(c), *c.encode()[:4].ljust(4)] for c in captions], np.int32)
+    ids = np.array([[len(c), *c.encode()[:4].ljust(4)] for c in captions], np.int32)
+    return {"input_ids": ids, "input_ids_2": ids[:, :3] + 1}
 
 
 def numbered(size, fingerprint="numbers"):
@@ -31,7 +32,7 @@ def numbered(size, fingerprint="numbers"):
     def load(i):
         image = np.full((8, 8, 3), i, np.uint8)
         image[:, 4:] = 2 * i
-        return {"image": image, "caption": f"picture {i}"}
+        return {"image": image, "caption": f"picture {i}", "crop": pictures.center((9, 10 + i), (8, 8))}
 
     return sources.Source(size, load, fingerprint)
 
@@ -47,12 +48,45 @@ def order(batch):
 
 
 def test_record_round_trip():
-    moments = np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float16)
-    found = records.unpack(records.pack(moments, np.arange(7, dtype=np.int32), "piñata"))
-    np.testing.assert_array_equal(found["moments"], moments.astype(np.float32))
-    np.testing.assert_array_equal(found["input_ids"], np.arange(7))
-    assert found["moments"].dtype == np.float32 and found["input_ids"].dtype == np.int32
-    assert found["caption"] == "piñata"
+    layout, moments = records.layout_of(tokenize), np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float16)
+    example = {"moments": moments, **{name: ids[0] for name, ids in tokenize(["piñata"]).items()}}
+    example["time_ids"] = np.array([900, 1200, 0, 170, 512, 512])
+    again = records.Layout(json.loads(json.dumps(layout.fields)))
+    assert again.fields == layout.fields
+    record = layout.pack(example, "piñata")
+    found = again.view(record)
+    assert {name: (array.dtype.name, array.shape) for name, array in found.items()} == {
+        "moments": ("float16", (4, 3, 8)),
+        "input_ids": ("int32", (5,)),
+        "input_ids_2": ("int32", (3,)),
+        "time_ids": ("int32", (6,)),
+    }
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, example[name])
+    assert again.caption(record) == "piñata"
+    with pytest.raises(ValueError, match=r"time_ids has the shape \(5,\), must be \(6,\)"):
+        layout.pack(example | {"time_ids": np.arange(5)}, "")
+
+
+def write_format_1(folder):
+    """A cache as flaxkd wrote it when its records were moments, one row of ids and the caption."""
+    moments, ids = encode(numbered(5)[3]["image"][None])[0], tokenize(["picture 3"])["input_ids"][0]
+    sizes = np.array([*moments.shape, len(ids)], "<i4")
+    with records.writer(folder / records.shard_name("moments", 0, 1)) as write:
+        write(b"".join(x.tobytes() for x in (sizes, moments.astype("<f2"), ids.astype("<i4"))) + b"picture 3")
+    (folder / "cache.json").write_text('{"format": 1, "size": 1, "shards": 1, "flip": false}')
+    return moments, ids
+
+
+def test_a_cache_of_the_first_format_is_read_for_the_fields_it_has(tmp_path):
+    moments, ids = write_format_1(tmp_path)
+    reader = loader.Records(tmp_path, ("moments", "input_ids"))
+    (batch,) = reader.examples(9)
+    np.testing.assert_allclose(batch["moments"][0], moments, atol=1e-4)
+    np.testing.assert_array_equal(batch["input_ids"][0], ids)
+    assert reader.captions(9) == ["picture 3"] and next(reader.batches(2, seed=0)).keys() == batch.keys()
+    with pytest.raises(ValueError, match=r"have moments, input_ids, and input_ids_2, time_ids is needed .* again with"):
+        loader.Records(tmp_path, ("moments", "input_ids", "input_ids_2", "time_ids"))
 
 
 def test_cache_holds_what_the_encoder_says_and_is_reused(tmp_path):
@@ -64,13 +98,15 @@ def test_cache_holds_what_the_encoder_says_and_is_reused(tmp_path):
 
     folder = ensure(source, tmp_path, encode=counted, shard_size=6)
     assert calls == [(4, 8, 8, 3)] * 4  # 6 + 5 pictures: always full batches
-    found = loader.Records(folder).examples(99)
+    (found,) = loader.Records(folder).examples(99)
     want = [source[i] for i in range(11)]
     captions = loader.Records(folder).captions(99)
     assert captions == [example["caption"] for example in want]
     np.testing.assert_allclose(found["moments"], encode(np.stack([e["image"] for e in want])), atol=1e-4)
-    np.testing.assert_array_equal(found["input_ids"], tokenize(captions))
-    assert loader.Records(folder).examples(3)["moments"].shape == (3, 2, 2, 6)
+    for name, ids in tokenize(captions).items():
+        np.testing.assert_array_equal(found[name], ids)
+    np.testing.assert_array_equal(found["time_ids"][3], [9, 13, 0, 2, 8, 8])  # 9 x 13 pixels, resized to 8 x 11
+    assert loader.Records(folder, ["moments"]).examples(3)[0]["moments"].shape == (3, 2, 2, 6)
     assert ensure(source, tmp_path, encode=counted, shard_size=6) == folder and len(calls) == 4
     others = {
         ensure(source, tmp_path, fingerprint="another vae", shard_size=6),

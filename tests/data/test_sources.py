@@ -9,6 +9,7 @@ from PIL import Image
 
 from flaxkd.data import sources
 from tests.data.test_openmoji import SPLITS
+from tests.data.test_pictures import square
 
 
 def image_folder(folder, captions, sizes=None):
@@ -35,10 +36,10 @@ def test_data_dir_follows_the_environment(monkeypatch):
 def test_square_resizes_the_shorter_side_and_crops_the_center():
     image = Image.new("RGB", (40, 10), "red")
     image.paste("blue", (15, 0, 25, 10))  # the square in the middle
-    assert (sources.square(image, 10) == [0, 0, 255]).all()
-    large = sources.square(image, 20)
+    assert (square(image, 10) == [0, 0, 255]).all()
+    large = square(image, 20)
     assert large.shape == (20, 20, 3) and (large[:, 2:-2] == [0, 0, 255]).all()
-    assert sources.square(Image.new("RGBA", (7, 31)), 16).shape == (16, 16, 3)
+    assert square(Image.new("RGBA", (7, 31)), 16).shape == (16, 16, 3)
 
 
 def test_square_rounds_as_torchvision():
@@ -46,7 +47,7 @@ def test_square_rounds_as_torchvision():
     pixels = np.random.default_rng(0).integers(0, 256, (53, 38, 3), np.uint8)
     image = Image.fromarray(pixels)
     want = image.resize((24, 33), Image.Resampling.BILINEAR).crop((0, 4, 24, 28))
-    np.testing.assert_array_equal(sources.square(image, 24), want)
+    np.testing.assert_array_equal(square(image, 24), want)
 
 
 def test_image_folder(tmp_path):

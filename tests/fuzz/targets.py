@@ -82,8 +82,8 @@ def _link(path: Path, copy: Path) -> None:
 # -- Image sets ------------------------------------------------------------------------------------------------------
 
 
-def _tokenize(captions: list[str]) -> np.ndarray:
-    return np.zeros((len(captions), 4), np.int32)
+def _tokenize(captions: list[str]) -> dict[str, np.ndarray]:
+    return {"input_ids": np.zeros((len(captions), 4), np.int32)}
 
 
 def _cached(folder: Path, scratch: Path, victim: Path) -> None:
@@ -101,7 +101,7 @@ def _trained_on(folder: Path, scratch: Path, victim: Path) -> None:
         options = {"encode": image_sets.encode, "tokenize": _tokenize, "batch_size": 4}
         cache = records.ensure(source, scratch / "cache", **options, fingerprint="vae", progress=False)
         reader = loader.Records(cache)
-        found |= dict(zip(reader.captions(N), reader.examples(N)["moments"], strict=True))
+        found |= dict(zip(reader.captions(N), reader.examples(N)[0]["moments"], strict=True))
     _check(found, victim, None)
 
 

@@ -54,6 +54,8 @@ WRONG = [
     ("dtype", "fp8", "dtype = 'fp8' is unknown .known: float32"),
     ("dtype", "fp16", "unless the loss is scaled, .*bfloat16"),
     ("dtype", "half", "unless the loss is scaled"),
+    ("data.buckets", "sdxxl", "data.buckets = 'sdxxl' must be .height, width. pairs .*did you mean 'sdxl'"),
+    ("data.buckets", ((64, 64), 32), "data.buckets = .* must be .height, width. pairs in pixels, or of sdxl; None is"),
     ("mesh.fsdp", 0, "mesh.fsdp = 0 must be a whole number of at least 1, or -1 for the rest"),
     ("mesh.data", 0, "mesh.data = 0"),
     ("mesh.data", -2, "mesh.data = -2"),
