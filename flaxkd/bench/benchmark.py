@@ -40,7 +40,8 @@ def run(config, *, names: list[str] | None, against: list[str], unet: dict, roun
     """Times everything, writes bench.json, .md and .png to `out`, and returns the content of the first.
 
     names: students; None: all that the table has for the teacher. against: of torch_works.EAGER and COMPILED. unet:
-    keys of the teacher's configuration to replace. steps: of the sampler. Raises ValueError before any compute for settings that do not fit."""
+    keys of the teacher's configuration to replace. steps: of the sampler. Raises ValueError before any compute for
+    settings that do not fit."""
     if rounds < 5:
         raise ValueError(f"rounds = {rounds}: a median needs at least 5 to be worth reporting")
     if against:

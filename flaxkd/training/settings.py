@@ -19,6 +19,7 @@ from flaxkd import students
 from flaxkd.data import buckets, pictures
 from flaxkd.diffusion import samplers
 from flaxkd.machine import diffusers_flags, dtypes
+from flaxkd.models import unet
 from flaxkd.models.attention import FORMS
 from flaxkd.pretrained import families, fresh
 from flaxkd.training import step
@@ -101,6 +102,11 @@ BUCKETS = Rule(
     f"must be (height, width) pairs in pixels, or of {', '.join(buckets.PRESETS)}",
     tuple(buckets.PRESETS),
 )
+REMAT = Rule(
+    lambda x: FLAG.holds(x) or (isinstance(x, str) and x in unet.REMAT),
+    f"must be True, False or one of {', '.join(map(repr, unet.REMAT[2:]))}",
+    unet.REMAT[2:],
+)
 DICT = Rule(lambda x: isinstance(x, dict | ConfigDict) and bool(x), "must be a dict")
 EVERY = or_none(whole(0), "never, as is 0")
 AXIS = Rule(
@@ -146,7 +152,7 @@ RULES = {
     "bad_steps.in_a_row": whole(1),
     "ema_decay": or_none(number(0, 1, below=True), "no average"),
     "dtype": or_none(word(*dtypes.NAMES, *dtypes.SPELLINGS), "bfloat16, or float32 on a CPU", ""),
-    "remat": FLAG,
+    "remat": REMAT,
     "attention": or_none(word(*FORMS), "the one that pays on the device", ""),
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
