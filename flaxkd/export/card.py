@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from flaxkd.diffusion import samplers
 from flaxkd.machine import files
+from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import Folder, count
 
 PREVIEW = "samples.png"
@@ -43,7 +44,7 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=teacher if name != plain else None,
-        tags=["text-to-image", "diffusers", "stable-diffusion"] + ["knowledge-distillation"] * bool(run.get("student")),
+        tags=["text-to-image", "diffusers", source.family.tag] + ["knowledge-distillation"] * bool(run.get("student")),
     )
     blocks = [f"---\n{front.to_yaml()}\n---", f"# {title}", text]
     if (workdir / PREVIEW).is_file():
@@ -54,6 +55,7 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
     prompts = run.get("sample", {}).get("prompts") or ["a photograph of a red bicycle leaning on a wall"]
     blocks += [
         counts(parts, source),
+        depths(parts.get("unet", source.config("unet"))),
         _usage(parts, source, prompts[0]),
         figures(files.read_jsonl(workdir / "metrics.jsonl")),
         measured(workdir, "evaluation"),
@@ -80,6 +82,7 @@ def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, s
     """(title, one or two sentences). run: its config.json; {} for a conversion. name, plain: from `names`."""
     student, what = run.get("student"), ", ".join(parts)
     if student:
+        student = Path(student).stem  # the name of a row, or its file
         title = f"{student}, distilled from {plain}"
         text = (
             f"The UNet is the student `{student}`, distilled from {name}: whole blocks and layers were taken "
@@ -112,6 +115,21 @@ def counts(parts: dict[str, dict], source: Folder) -> str:
     for part, config in parts.items():
         lines.append(f"| {part} | {count(part, config):,} | {source.count(part):,} |")
     return "\n".join(lines)
+
+
+def depths(unet: dict) -> str:
+    """The transformer blocks of a UNet's attentions, for those who build it elsewhere; "" if each has one.
+
+    unet: its config.json. Until diffusers 0.22 an up block was as deep as its twin, and a mid block had attention."""
+    c = UNetConfig.from_dict(unet)
+    numbers = lambda stages: ", ".join(" ".join("-" if n is None else str(n) for n in stage.depths) for stage in stages)
+    paths = {"down": c.down, "mid": [c.mid] if c.mid else [], "up": c.up}
+    if all(n in (None, 1) for stages in paths.values() for stage in stages for n in stage.depths):
+        return ""
+    found = "; ".join(f"{path} {numbers(stages) or 'none'}" for path, stages in paths.items())
+    new = c.reverse_transformer_layers_per_block or c.mid_block_type == "UNetMidBlock2D"
+    needed = " It needs diffusers 0.22 or newer: older versions build other layers." if new else ""
+    return f"Transformer blocks of each layer, `-` for a layer without attention: {found}.{needed}"
 
 
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:

@@ -41,7 +41,9 @@ def test_a_denoising_step_of_sdxl_has_all_that_conditions_its_unet(tiny_xl):
     shapes = [(8, 8, 8, 4), (8,), (8, 16, 32), (8, 12), (8, 6)]  # twice the batch
     assert [x.shape for x in subject.inputs] == shapes
     unet = subject.folder.module("unet")
-    ours = jax.eval_shape(lambda params, *inputs: unet.apply({"params": params}, *inputs), subject.unet, *subject.inputs)
+    ours = jax.eval_shape(
+        lambda params, *inputs: unet.apply({"params": params}, *inputs), subject.unet, *subject.inputs
+    )
     theirs = torch_works._denoise(subject, torch_works._networks(subject), compiled=False)()
     assert ours.shape == (8, 8, 8, 4) and theirs.shape == (8, 4, 8, 8) and bool(theirs.isfinite().all())
 
