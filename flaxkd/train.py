@@ -94,7 +94,7 @@ def set_up(
     if hosts.is_first():
         checkpoint.clear(workdir, config.to_dict())
     folder = open_teacher(config, workdir, pictures["train"])
-    encoding.check_sizes(config, folder)
+    encoding.check_sizes(folder, config.data.resolution, encoding.sizes(config), "data.")
     if config.sample.guidance is not None:
         folder = dataclasses.replace(folder, drawn_with=config.sample.guidance)
     task = tasks.make(config, folder, dtype, mesh)
@@ -197,7 +197,7 @@ def shape(batch) -> tuple:
 def compile_steps(kinds: list, lower: Callable) -> dict[tuple, Future]:
     """{shape: the step} for each kind of batch, one after another. lower: of the step, from a batch as shapes.
 
-    They compile, or are loaded, while the first pictures are drawn and while the first ones train: training starts
+    They compile, or load stored programs, while the first pictures are drawn and while others train: training starts
     sooner."""
     pool = ThreadPoolExecutor(1)
     compiled = {shape(batch): pool.submit(lambda batch=batch: lower(batch).compile()) for batch in kinds}
@@ -223,6 +223,7 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
             figures = validate(s, state)
             draw_samples(s, state)
         stopping, owed = False, False
+        s.writer.restart()
         for step in range(start + 1, config.steps + 1):
             batch = sharding.put_rows(next(s.batches), s.mesh, config.batch_size)
             compiled = s.train_steps[shape(batch)]
