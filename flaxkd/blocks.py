@@ -12,7 +12,7 @@ import jax
 
 from flaxkd import students
 from flaxkd.machine import command, files
-from flaxkd.pretrained import ARCHITECTURES
+from flaxkd.pretrained import ARCHITECTURES, FAMILIES
 from flaxkd.students import picture
 
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     out, teacher = args.out, ARCHITECTURES[args.teacher]
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     with files.whole(out) as path:
-        picture.draw(path, students.of(teacher.family), teacher.unet, teacher.title, out.suffix[1:])
+        picture.draw(path, students.of(FAMILIES[teacher.family]), teacher.unet, teacher.title, out.suffix[1:])
     print(f"wrote {out}")
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 
-from flaxkd import students
 from flaxkd.bench import benchmark, torch_works
 from flaxkd.diffusion import samplers
 from flaxkd.machine import command, cpu
@@ -18,7 +17,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.bench", benchmark.__doc__)
     add = parser.add_argument
     command.add(parser, "config", default="configs/small.py", help="its training step is timed, its student ignored")
-    everyone = [student.names[0] for student in students.TABLE]
     command.add(parser, "students")
     add("--against", choices=["eager", "torch"], help="compare with PyTorch: eager, or also torch.compile")
     changes = "replace a key of the teacher's unet/config.json, with random weights; repeat for several"
@@ -33,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     cpu.keep_memory()
     benchmark.run(
         config,
-        names=everyone * bool(config.student) if args.students is None else args.students,
+        names=args.students if config.student or args.students else [],
         against=RIVALS[args.against],
         unet=benchmark.changes(args.unet),
         rounds=args.rounds,

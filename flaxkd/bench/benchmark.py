@@ -36,11 +36,12 @@ OURS = "flaxkd"
 PAUSE = 0.05  # seconds; threads of another library may spin for a while after their work and slow the next one
 
 
-def run(config, *, names: list[str], against: list[str], unet: dict, rounds: int, steps: int, out: Path) -> dict:
+def run(config, *, names: list[str] | None, against: list[str], unet: dict, rounds: int, steps: int, out: Path) -> dict:
     """Times everything, writes bench.json, .md and .png to `out`, and returns the content of the first.
 
-    names: students. against: of torch_works.EAGER and COMPILED. unet: keys of the teacher's configuration to
-    replace. steps: of the sampler. Raises ValueError before any compute for settings that do not fit."""
+    names: students; None: all that the table has for the teacher. against: of torch_works.EAGER and COMPILED. unet:
+    keys of the teacher's configuration to replace. steps: of the sampler. Raises ValueError before any compute for
+    settings that do not fit."""
     if rounds < 5:
         raise ValueError(f"rounds = {rounds}: a median needs at least 5 to be worth reporting")
     if against:
@@ -50,6 +51,8 @@ def run(config, *, names: list[str], against: list[str], unet: dict, rounds: int
         if unet:
             folder = other_architecture(folder, unet, Path(scratch) / "pipeline", config.seed)
         teacher_config = folder.config("unet")
+        if names is None:
+            names = [student.names[0] for student in students.of(folder.family)]
         for name in names:
             students.config(students.get(name), teacher_config)
         rows = []

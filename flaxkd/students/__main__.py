@@ -12,16 +12,16 @@ import jax
 
 from flaxkd.machine import command
 from flaxkd.pretrained import ARCHITECTURES, FAMILIES
+from flaxkd.pretrained.families import Family
 from flaxkd.students import cutting
 from flaxkd.students.pairs import feature_pairs
 from flaxkd.students.row import Student
 from flaxkd.students.table import CLASH, TABLE, diagram, of
 
 
-def size_table(family: str) -> str:
+def size_table(family: Family) -> str:
     """The students of a family as text: names, kept layers, parameters and FLOPs with their shares."""
-    row = FAMILIES[family]
-    teacher = ARCHITECTURES[row.shown]
+    teacher = ARCHITECTURES[family.shown]
     size, channels = teacher.unet["sample_size"], teacher.unet["in_channels"]
     head = f"{'down blocks | mid | up blocks':33}{'parameters':>14}{'share':>8}{'GFLOPs':>10}{'share':>8}"
     lines = [f"{teacher.title}, latents {size}x{size}x{channels}", f"  {'':20}{head}"]
@@ -31,7 +31,7 @@ def size_table(family: str) -> str:
         parameters, flops = cutting.cost(cutting.config(student, teacher.unet)) if student else whole
         shares = parameters / whole[0], flops / whole[1]
         numbers = f"{parameters:14,}{shares[0]:8.1%}{flops / 1e9:10,.1f}{shares[1]:8.1%}"
-        lines.append(f"  {name:20}{diagram(student, row):33}{numbers}")
+        lines.append(f"  {name:20}{diagram(student, family):33}{numbers}")
     return "\n".join(lines)
 
 
@@ -87,7 +87,7 @@ def wrapped(head: str, words: str, indent: str) -> list[str]:
 def main(arguments: Sequence[str] = ()) -> None:
     command.parser("flaxkd.students", __doc__).parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and a run may be using it
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         print(size_table(family) + "\n", flush=True)
     print("Digits are layers kept, dots layers removed; res is the first resnet of a mid block.")
     print("GFLOPs: one forward pass, batch 1, 77 text tokens.")

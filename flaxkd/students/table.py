@@ -6,7 +6,7 @@ feature pairs (pairs.py), its size and cost. `python -m flaxkd.students` prints 
 
 import difflib
 
-from flaxkd.pretrained.families import Family
+from flaxkd.pretrained.families import FAMILIES, Family
 from flaxkd.students.row import ALL, RESNET, Published, Student, first, read
 
 # Kim et al. 2023 (BK-SDM, arXiv:2305.15798) cut Stable Diffusion this way, and so does Segmind's distill-sd.
@@ -59,9 +59,9 @@ STUDENTS = {name: student for student in TABLE for name in student.names}
 CLASH = "mind that Segmind's SD-Small is sd_small = bk_base (with a mid block), and BK-SDM-Small is bk_small"
 
 
-def of(family: str) -> tuple[Student, ...]:
-    """The rows that can be cut from a UNet of this family, a name in FAMILIES."""
-    return tuple(student for student in TABLE if family in student.families)
+def of(family: Family) -> tuple[Student, ...]:
+    """The rows that can be cut from a UNet of this family."""
+    return tuple(student for student in TABLE if family in map(FAMILIES.get, student.families))
 
 
 def get(name: str) -> Student:

@@ -109,12 +109,17 @@ AXIS = Rule(
 SAMPLER = Rule(
     _read_by(samplers.name_of, ValueError), f"is unknown (known: {', '.join(samplers.KINDS)})", samplers.KINDS
 )
+STUDENT = Rule(
+    lambda x: isinstance(x, str) and (x in students.STUDENTS or x.endswith(".json")),
+    f"is unknown (known: {', '.join(students.STUDENTS)}, and a student's file, FILE.json)",
+    tuple(students.STUDENTS),
+)
 
 RULES = {
     "teacher": or_none(TEXT, "the embedded miniature", ""),
     "vae": or_none(TEXT, "the teacher's own", ""),
     "clip_skip": whole(0),
-    "student": or_none(word(*students.STUDENTS), "the teacher itself", ""),
+    "student": or_none(STUDENT, "the teacher itself", ""),
     "task": or_none(TEXT, "the task that trains these parts", ""),
     "train": texts(word(*families.PARTS), f"parts: {', '.join(families.PARTS)}", least=1),
     "init": word("teacher", "random"),

@@ -27,7 +27,7 @@ def test_students_can_be_cut_from_it():
     config = Folder.open(FOLDER).config("unet")
     assert len(UNetConfig.from_dict(config).down) == 4
     _, teacher = Folder.open(FOLDER).load("unet")
-    for student in (row for row in students.TABLE if "sd1" in row.families):
+    for student in students.of(Folder.open(FOLDER).family):
         shapes = pretrained.shapes("unet", students.config(student, config))
         params = students.take(student, teacher, shapes)
         assert len(jax.tree.leaves(params)) < len(jax.tree.leaves(teacher))

@@ -5,12 +5,12 @@ from PIL import Image
 
 from flaxkd import blocks, students
 from flaxkd.models.unet import UNetConfig
-from flaxkd.pretrained.families import ARCHITECTURES, SD15, SDXL
+from flaxkd.pretrained.families import ARCHITECTURES, FAMILIES, SD15, SDXL
 from flaxkd.students import TABLE, picture
 
 
 def test_every_student_keeps_the_layers_of_its_row():
-    for student in students.of("sd1"):
+    for student in students.of(FAMILIES["sd1"]):
         kept = picture.kept(student, SD15)
         resnets = sum(map(len, (*student.down.values(), *student.up.values()))) + 2 * student.mid
         assert sum(".resnets." in module for module in kept) == resnets
