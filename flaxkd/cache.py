@@ -1,4 +1,4 @@
-"""Turns a large image set into a cache of latents and token ids. Training reads it in place of pictures.
+"""Turns a large image set into a cache of latents, token ids and sizes. Training reads it in place of pictures.
 
     python -m flaxkd.cache --source laion/ --teacher OWNER/NAME --out cache/ [--min-aesthetic 6.5] [--flip]
     python -m flaxkd.train --config configs/small.py:sd15 --config.data.source=cache/

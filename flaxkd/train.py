@@ -116,7 +116,7 @@ def set_up(
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
     left = config.steps - int(state.step)  # 0: there is only an export to make
-    compiled = compile_steps(kinds if left else [], lambda batch: train_step.lower(state, frozen, batch, key))
+    compiled = compile_steps(kinds if left else [], lambda batch: train_step.lower(like, frozen, batch, key))
     held.callback(lambda: [step.cancel() for step in compiled.values()])  # those that have not begun
     sheet = Sheet(config, folder, task, begun, frozen, dtype, mesh)
     first = workdir if hosts.is_first() else None
@@ -189,8 +189,8 @@ def begin_or_resume(config, task: Task, tx, mesh, like: State, manager, batches,
     return state, state.params
 
 
-def shape(batch) -> tuple:
-    """What tells one compiled step from another: the shapes of its batch."""
+def shape(batch: dict) -> tuple:
+    """The shapes of a batch, which tell one compiled step from another."""
     return tuple(x.shape for x in jax.tree.leaves(batch))
 
 

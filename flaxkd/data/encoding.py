@@ -1,5 +1,5 @@
-"""Pictures are encoded once. The train step reads the moments of their latents and the token ids of their captions,
-computed on the accelerator before the first step and reused by every later run with the same inputs.
+"""Pictures are encoded once. The train step reads the moments of their latents, the token ids of their captions and
+their sizes, computed on the accelerator before the first step and reused by every later run with the same inputs.
 """
 
 import functools
