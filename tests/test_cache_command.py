@@ -10,7 +10,8 @@ from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder, hub
 from tests.data.image_sets import CAPTIONS, N, listed, tars
 
-TRAINING = ConfigDict(dict(data=dict(resolution=32, buckets=None, random_flip=False, background="white", caption_column=None)))
+DATA = dict(resolution=32, buckets=None, random_flip=False, background="white", caption_column=None)
+TRAINING = ConfigDict(dict(data=DATA))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,11 @@ def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeyp
 def test_what_does_not_fit_a_training_is_refused(made, tiny_pipeline):
     for key, value, message in [
         ("resolution", 64, "has pictures of 32 pixels, data.resolution is 64"),
+        (
+            "buckets",
+            ((32, 32), (32, 48)),
+            r"has pictures of the sizes \(\(32, 32\),\), .*`python -m flaxkd.cache --buckets`",
+        ),
         ("background", "black", "was made with background 'white', data.background is 'black'"),
         ("caption_column", "alt", r"was made with caption_column None, .* `python -m flaxkd.cache --caption-column`"),
         ("random_flip", True, r"has no mirrored pictures.*`python -m flaxkd.cache --flip`"),
@@ -77,6 +83,8 @@ def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
     assert "encoding: 4/4 chunks (100%)" in said.err
     for other, message in [
         (["--flip"], "flip: False there, True here"),
+        (["--buckets", "((32, 32), (32, 42))"], "--buckets = 42 pixels is no multiple of 4"),
+        (["--buckets", "((32, 32), (32, 48))"], "buckets: None there"),
         (["--resolution", "30"], "--resolution = 30 pixels is no multiple of 4"),
         (["--source", "gone/"], "there is no gone/"),
         (["--source", str(tmp_path)], "has no pictures, tars or tables"),

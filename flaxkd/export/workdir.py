@@ -29,11 +29,12 @@ def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict], step:
 
     step: that of the finished export in the workdir.
 
-    The embedded teacher and a folder in the workdir are not written as absolute paths: the workdir can be moved to
+    An embedded teacher and a folder in the workdir are not written as absolute paths: the workdir can be moved to
     another machine."""
     path, here = source.path.resolve(), Path(workdir).resolve()
-    written = None if path == hub.EMBEDDED.resolve() else source.path.absolute()
-    if written is not None and path.is_relative_to(here):
+    is_embedded, name = hub.embedded(path)
+    written = name if is_embedded else source.path.absolute()
+    if not is_embedded and path.is_relative_to(here):
         written = path.relative_to(here)
     content = {"source": None if written is None else str(written), "parts": dict(parts), "step": step}
     content["guidance"] = source.guidance

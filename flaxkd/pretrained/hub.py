@@ -9,6 +9,7 @@ from flaxkd.pretrained import tensors
 from flaxkd.pretrained.families import PARTS, TOKENIZERS, published
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "teacher"  # the miniature in the package
+MINIATURES = {"miniature_xl": EMBEDDED.with_name("teacher_xl")}  # further ones, by name
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 # Patterns of the files to download.
@@ -24,6 +25,8 @@ AUTOENCODER = ["config.json", f"{PARTS['vae'].stem}*.safetensors", "vae/*.json",
 def resolve(model: str | os.PathLike | None) -> Path:
     """The pipeline folder of `model`: a folder, a hub id (owner/name), or None for the embedded teacher.
 
+    A name in MINIATURES is another embedded teacher, unless there is a folder of that name.
+
     The small files and the safetensors of a hub id are downloaded into huggingface_hub's store, or reused from there;
     HF_HUB_OFFLINE and HF_HOME are honoured. The address of a model's page is taken as its id. A folder beside existing
     ones is never taken for an id. Raises FileNotFoundError with the remedy if the folder, its model_index.json or the
@@ -35,6 +38,8 @@ def resolve(model: str | os.PathLike | None) -> Path:
         return _path(model)
     elif _path(model).is_dir():
         folder, origin = _path(model), "a pipeline folder of diffusers"
+    elif model in MINIATURES:
+        folder, origin = MINIATURES[model], "an embedded teacher"
     elif file := _hub_file(str(model)):
         return _download(file[0], [file[1]]) / file[1]
     elif hub_id := _hub_id(str(model)):
@@ -47,6 +52,12 @@ def resolve(model: str | os.PathLike | None) -> Path:
             "vae/, text_encoder/, tokenizer/ and scheduler/, not one of these."
         )
     return folder
+
+
+def embedded(path: Path) -> tuple[bool, str | None]:
+    """(whether a folder is an embedded teacher, the name that stands for it: None or one in MINIATURES)."""
+    names = {folder.resolve(): name for name, folder in {None: EMBEDDED, **MINIATURES}.items()}
+    return path.resolve() in names, names.get(path.resolve())
 
 
 def resolve_vae(vae: str | os.PathLike) -> Path:

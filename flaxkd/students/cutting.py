@@ -88,7 +88,8 @@ def _check_teacher(student: Student, teacher_config: dict) -> UNetConfig:
         like = " and ".join(FAMILIES[name].title for name in student.families)
         raise ValueError(
             f"{student.names[0]} can only be cut from a whole UNet like that of {like}, but in "
-            f"this teacher {'; '.join(wrong)}. If it is itself a student, give the model it was cut from"
+            f"this teacher {'; '.join(wrong)}. If it is itself a student, give the model it was cut from; if it is of "
+            "another family, take one of its own students (python -m flaxkd.students)"
         )
     return teacher
 

@@ -13,7 +13,7 @@ from flaxkd import students
 from flaxkd.models.layers import features
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained.families import FAMILIES, SD15, SD21, SDXL, count
-from flaxkd.students import STUDENTS, TABLE
+from flaxkd.students import STUDENTS
 from flaxkd.students.__main__ import main
 from flaxkd.students.pairs import modules
 from tests.running import ROOT
@@ -22,6 +22,8 @@ from tests.running import ROOT
 TINY = SDXL | {"sample_size": 8, "block_out_channels": [8, 16, 32], "norm_num_groups": 8, "cross_attention_dim": 8,
                "attention_head_dim": [1, 2, 4], "addition_time_embed_dim": 8,
                "projection_class_embeddings_input_dim": 6 * 8 + 16}  # fmt: skip
+TOY = {**SD15, "sample_size": 8, "block_out_channels": [8, 16, 24, 24], "norm_num_groups": 4,
+       "attention_head_dim": [1, 2, 2, 2], "cross_attention_dim": 8}  # fmt: skip
 TEACHERS = {"sd15": SD15, "sd21": SD21, "sdxl": TINY}
 FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 
@@ -32,14 +34,15 @@ PARAMETERS = {
 }
 
 
-# Those of diffusers' UNet with the published numbers of layers and transformer blocks.
-SDXL_PARAMETERS = {
-    "ssd_1b": 1_331_334_404,
-    "vega": 745_225_604,
-    "koala_1b": 1_161_184_324,
-    "koala_700m": 782_822_724,
-    "bk_sdxl_base": 1_717_277_764,
-    "bk_sdxl_small": 1_304_160_324,
+# Those of diffusers' UNet with the published numbers of layers and transformer blocks; and GFLOPs, as printed.
+SDXL_SIZES = {
+    "teacher": (2_567_463_684, 6771.2),
+    "ssd_1b": (1_331_334_404, 4200.4),
+    "vega": (745_225_604, 2802.8),
+    "koala_1b": (1_161_184_324, 3428.4),
+    "koala_700m": (782_822_724, 2698.5),
+    "bk_sdxl_base": (1_717_277_764, 4507.9),
+    "bk_sdxl_small": (1_304_160_324, 3710.6),
 }
 
 
@@ -60,7 +63,7 @@ every_cut = pytest.mark.parametrize(
 
 
 def test_both_namings_name_the_same_networks():
-    assert set(STUDENTS) == {"sd_small", "sd_tiny", "bk_base", "bk_small", "bk_tiny", *SDXL_PARAMETERS}
+    assert set(STUDENTS) == {"sd_small", "sd_tiny", "bk_base", "bk_small", "bk_tiny", *SDXL_SIZES} - {"teacher"}
     assert students.get("sd_small") is students.get("bk_base")
     assert students.get("sd_tiny") is students.get("bk_tiny")
     assert students.get("sd_small") is not students.get("bk_small")
@@ -73,9 +76,10 @@ def test_parameters_are_the_published_ones(teacher):
         assert sum(x.size for x in jax.tree.leaves(params)) == expected, name
 
 
-@pytest.mark.parametrize("name", SDXL_PARAMETERS)
-def test_parameters_of_the_students_of_sdxl(name):
-    assert count("unet", students.config(students.get(name), SDXL)) == SDXL_PARAMETERS[name]
+@pytest.mark.parametrize("name", SDXL_SIZES)
+def test_parameters_of_sdxl_and_its_students(name):
+    config = SDXL if name == "teacher" else students.config(students.get(name), SDXL)
+    assert count("unet", config) == SDXL_SIZES[name][0]
 
 
 @every_cut
@@ -125,11 +129,9 @@ def test_feature_pairs_are_the_published_ones():
 
 def test_feature_pairs_of_sdxl_are_the_published_ones():
     terms = {"segmind_sdxl": (26, 26, 16, 15, 16, 15), "koala": (34, 15, 30, 21, 46, 36), "segmind": (7, 7, 7, 6, 7, 6)}
+    rows = students.of(FAMILIES["sdxl"])
     for pairing, expected in terms.items():
-        assert (
-            tuple(len(students.feature_pairs(student, pairing)) for student in students.of(FAMILIES["sdxl"]))
-            == expected
-        )
+        assert tuple(len(students.feature_pairs(student, pairing)) for student in rows) == expected
     layers = [f"down_blocks.{i}.resnets.{j}" for i in range(3) for j in range(2)]
     layers += [f"down_blocks.{i}.attentions.{j}" for i in (1, 2) for j in range(2)] + ["mid_block"]
     layers += [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(3)]
@@ -226,17 +228,27 @@ CHOSEN = students.Student(
 )
 
 
-def test_a_student_may_keep_as_many_layers_of_each_block_as_it_likes():
-    cut = students.config(CHOSEN, TINY)
-    expected = {
+CHOSEN_SD = students.Student(
+    {0: (1,), 1: (0, 1), 2: (0,), 3: (0, 1)},
+    True,
+    {0: (0, 1, 2), 1: (0, 2), 2: (0, 1, 2), 3: (0, 2)},
+    {"bksdm": students.Published("chosen_sd", "chosen by the teacher")},
+)
+UNEVEN = {
+    "sd": (CHOSEN_SD, TOY, {"layers_per_block": [1, 2, 1, 2]}),
+    "sdxl": (CHOSEN, TINY, {
         "layers_per_block": [2, 2, 1],
         "transformer_layers_per_block": [1, [1, 2], 3],
-        "reverse_transformer_layers_per_block": [[10, 1], 2, 1],
-    }
-    assert cut == TINY | expected
-    whole, sources = flatten_dict(full_size("sdxl", None)["params"]), []
-    for path, tensor in flatten_dict(students.shapes(cut)["params"]).items():
-        sources.append(students.teacher_path(CHOSEN, path))
+        "reverse_transformer_layers_per_block": [[10, 1], 2, 1]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("student, teacher, cut", UNEVEN.values(), ids=UNEVEN)
+def test_a_student_may_keep_as_many_layers_of_each_block_as_it_likes(student, teacher, cut):
+    assert students.config(student, teacher) == teacher | cut
+    whole, sources = flatten_dict(toy_teacher(sdxl=teacher is TINY)), []
+    for path, tensor in flatten_dict(students.shapes(teacher | cut)["params"]).items():
+        sources.append(students.teacher_path(student, path))
         assert whole[sources[-1]].shape == tensor.shape, path
     assert len(set(sources)) == len(sources)
 
@@ -266,6 +278,10 @@ def test_a_student_may_come_from_a_file(tmp_path):
         students.write(student, file)
         facts = lambda s: (s.blocks, s.names, s.families, s.basis, *s.published)
         assert facts(students.get(str(file))) == facts(student)
+    text = (ROOT / "docs" / "using.md").read_text().partition("```json\n")[2].partition("```")[0]
+    file.write_text(text)
+    koala = students.config(students.get("koala_700m"), SDXL)
+    assert students.config(students.get(str(file)), SDXL) == koala | {"transformer_layers_per_block": [1, 2, 5]}
     with pytest.raises(ValueError, match="sd_tiny = bk_tiny is in the table"):
         students.write(students.get("sd_tiny"), file)
 
@@ -291,14 +307,10 @@ def test_a_broken_file_is_refused(change, message, tmp_path):
         students.get(str(tmp_path / "chosen.json"))
 
 
-TOY = {**SD15, "sample_size": 8, "block_out_channels": [8, 16, 24, 24], "norm_num_groups": 4,
-       "attention_head_dim": [1, 2, 2, 2], "cross_attention_dim": 8}  # fmt: skip
-
-
 @functools.cache
 def toy_teacher(sdxl: bool = False) -> dict:
     """Parameters of which every tensor has another value, so that a copy tells where it came from."""
-    flat = flatten_dict(students.shapes(TINY if sdxl else TOY)["params"])
+    flat = flatten_dict((full_size("sdxl", None) if sdxl else students.shapes(TOY))["params"])
     return unflatten_dict({p: np.full(x.shape, i, x.dtype) for i, (p, x) in enumerate(flat.items())})
 
 
@@ -338,7 +350,7 @@ def test_take_copies_the_transformer_blocks_that_are_kept():
         "up_blocks.1/attentions.2/transformer_blocks.0": "up_blocks.1/attentions.2/transformer_blocks.0",
     }
     student, whole = students.get("ssd_1b"), flatten_dict(toy_teacher(sdxl=True), sep="/")
-    like = students.shapes(students.config(student, TINY))["params"]
+    like = full_size("sdxl", student)["params"]
     taken = flatten_dict(students.take(student, toy_teacher(sdxl=True), like), sep="/")
     assert set(taken) == set(flatten_dict(like, sep="/"))
     same = ("mid_block/resnets.0/conv1/kernel", "add_embedding/linear_1/kernel")
@@ -414,6 +426,11 @@ def test_flops_agree_with_an_independent_count():
     assert flops == pytest.approx(2 * (223.7e9 + 37.8e9), rel=0.025)
 
 
+def test_flops_of_a_student_of_sdxl():
+    parameters, flops = students.cost(students.config(students.get("koala_700m"), SDXL))
+    assert (parameters, round(flops / 1e9, 1)) == SDXL_SIZES["koala_700m"]
+
+
 def test_printout_names_every_student_and_the_clash(monkeypatch, capsys):
     cost = lambda config: (1_000 * config["layers_per_block"], config["sample_size"] * 1e9)
     monkeypatch.setattr(students.cutting, "cost", cost)
@@ -435,8 +452,14 @@ def test_printout_names_every_student_and_the_clash(monkeypatch, capsys):
 def test_the_readme_has_the_compute_of_today():
     readme = (ROOT / "README.md").read_text()
     whole = students.cost(SD15)[1]
-    for student in TABLE:
-        share = students.cost(students.config(student, SD15))[1] / whole
-        for name in student.names:
-            (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
-            assert f"| {share:.1%} |".replace("%", " %") in row, name
+    shares = {
+        name: students.cost(students.config(student, SD15))[1] / whole
+        for student in students.of(FAMILIES["sd1"])
+        for name in student.names
+    }
+    shares |= {name: flops / SDXL_SIZES["teacher"][1] for name, (_, flops) in SDXL_SIZES.items() if name in STUDENTS}
+    assert shares.keys() == STUDENTS.keys()
+    for name, share in shares.items():
+        (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"| {share:.1%} |".replace("%", " %") in row, name
+        assert name not in SDXL_SIZES or f"| {SDXL_SIZES[name][0]:,} |" in row

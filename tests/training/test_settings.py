@@ -114,6 +114,7 @@ def test_a_setting_that_cannot_work_is_refused(key, value, message):
         ("bad_steps.spike", None),
         ("checkpoint.keep", None),
         ("student", ""),
+        ("student", "mine.json"),
         ("optimizer", dict(name="sgd", momentum=0.9)),
         ("optimizer", dict(name="adafactor")),
         ("learning_rate", dict(schedule="piecewise_constant_schedule", init_value=1e-3)),
