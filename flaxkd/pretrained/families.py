@@ -176,6 +176,7 @@ class Family:
     penultimate: bool = False  # whether the states are those before the last layer of the encoders
     upcasts: bool = False  # whether its autoencoder computes in float32 where its config.json asks for it
     guidance: float = 7.5  # diffusers' default for its pipeline
+    tag: str = "stable-diffusion"  # of its models on the hub
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -213,7 +214,7 @@ FAMILIES = {
                    {"use_linear_projection": True, "addition_embed_type": True}, two_text_states, _BESIDE_SDXL,
                    stages=3, layers=2, shown="sdxl", open_clip=False,
                    modelspec={"epsilon": "stable-diffusion-xl-v1-base", "v_prediction": "stable-diffusion-xl-v1-base"},
-                   sizes=True, penultimate=True, upcasts=True, guidance=5.0),
+                   sizes=True, penultimate=True, upcasts=True, guidance=5.0, tag="stable-diffusion-xl"),
 }  # fmt: skip
 
 

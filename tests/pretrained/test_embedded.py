@@ -15,7 +15,7 @@ FOLDER = hub.EMBEDDED
 def test_it_is_a_small_whole_pipeline():
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     assert size < 25e6, f"{size / 1e6:.1f} MB"
-    for part in Folder.open(FOLDER).parts:
+    for part in pretrained.PARTS:
         tensors = Folder.open(FOLDER).tensors(part)
         assert {x.dtype for x in tensors.values()} == {np.dtype("float16")}, part
         Folder.open(FOLDER).load(part)  # strict: nothing missing, nothing unexpected
