@@ -37,7 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.weight.feature = 1.0
     # features compared: "segmind" (9 or 6 pairs) or "bksdm" (8 or 6); of SDXL "segmind_sdxl" (26) or "koala" (30 or 21)
     config.pairing = "segmind"
-    # divide each pair by the teacher's mean square (LAPTOP-Diff); neither original does; docs/ablation.md says why
+    # divide each pair by the teacher's mean square (LAPTOP-Diff); neither original does; docs/ablation.md says why.
+    # "token": compare positions scaled to unit length (PPCL)
     config.normalize_features = True
     # "epsilon" or "v_prediction"; None: as in the teacher's scheduler
     config.prediction_type = placeholder(str)

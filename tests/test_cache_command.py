@@ -1,5 +1,7 @@
 """The command that makes a cache of a large image set, with a real autoencoder, and what a training takes it for."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -8,7 +10,7 @@ from flaxkd import cache
 from flaxkd.data import encoding, loader, sources
 from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder, hub
-from tests.data.image_sets import CAPTIONS, N, listed, tars
+from tests.data.image_sets import CAPTIONS, N, listed, picture, tars, write_tar
 
 DATA = dict(resolution=32, buckets=None, random_flip=False, background="white", caption_column=None)
 TRAINING = ConfigDict(dict(data=DATA))
@@ -96,3 +98,27 @@ def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
     assert "give --source and --out, or --bench DIR" in capsys.readouterr().err
     cache.main(["--bench", str(made), "--seconds", "0.1"])
     assert "images/s in batches of 256" in capsys.readouterr().out
+
+
+def test_a_cache_for_stable_diffusion_xl(tiny_xl, tmp_path):
+    """Both rows of token ids, and sizes of pictures that were 24 x 8 pixels; its autoencoder is in float32."""
+    out, folder = tmp_path / "cache", Folder.open(tiny_xl)
+    (tmp_path / "tars").mkdir()
+    samples = [(str(i), {"png": picture(i, (24, 8)), "txt": caption.encode()}) for i, caption in enumerate(CAPTIONS)]
+    write_tar(tmp_path / "tars" / "0.tar", samples)
+    arguments = ["--source", tmp_path / "tars", "--teacher", tiny_xl, "--out", out, "--validation", 0.2]
+    cache.main([*map(str, arguments), "--dtype", "bfloat16", "--buckets", "((32, 32), (32, 64))"])
+    config = TRAINING.copy_and_resolve_references()
+    config.data.buckets = ((32, 32), (32, 64))
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+    batch = {"moments": shape(8, 8, 8), "input_ids": shape(16), "input_ids_2": shape(16), "time_ids": shape(6)}
+    pictures = sources.open_source(str(out), "train")
+    reader = encoding.open_data(batch, config, pictures, "train", folder, jnp.bfloat16)
+    assert reader.about["encoder"].endswith("-float32") and reader.about["buckets"] == [[32, 32], [32, 64]]
+    (found,) = reader.examples(3)
+    assert found.keys() == batch.keys() and found["moments"].shape == (3, 8, 16, 8)
+    np.testing.assert_array_equal(found["time_ids"], [[8, 24, 0, 16, 32, 64]] * 3)
+    for name, ids in folder.tokenize(reader.captions(3)).items():
+        np.testing.assert_array_equal(found[name], ids)
+    with pytest.raises(ValueError, match=r"a task's batch names \('depths',\), but a reader has .*'input_ids_2'"):
+        encoding.open_data({"depths": shape(6)}, config, pictures, "train", folder, jnp.bfloat16)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,26 +97,25 @@ def test_an_autoencoder_is_trained_on_pixels(plain, command, tmp_path):
 
 
 def test_a_run_with_buckets_resumes_bit_for_bit(plain, tmp_path, monkeypatch):
-    """Half of its pictures are squares, the others wide. One run ends in between, and goes on."""
+    """Half of its pictures are squares, the others wide. It is resumed in the middle."""
     monkeypatch.setenv("FLAXKD_CACHE", str(tmp_path / "cache"))
     image_folder(tmp_path / "pictures", [f"thing {i}" for i in range(40)], [(40, 40), (90, 60)] * 20)
     taken = []
     monkeypatch.setattr(train, "shape", lambda batch, real=train.shape: taken.append(real(batch)) or real(batch))
+    config = tiny.get_config()
+    keys = {"data.source": str(tmp_path / "pictures"), "data.buckets": ((32, 32), (32, 48)), "data.resolution": 32}
+    keys |= {"teacher": str(plain["teacher"]), "student": "", "batch_size": 4, "steps": 6, "checkpoint.every": 3}
+    config.update_from_flattened_dict(keys | {"validation.every": 0, "sample.every": 0, "ema_decay": 0.9})
 
-    def run(workdir, steps):
-        config = tiny.get_config()
-        keys = {"data.source": str(tmp_path / "pictures"), "data.buckets": ((32, 32), (32, 48)), "data.resolution": 32}
-        keys |= {"batch_size": 4, "steps": steps, "validation.every": 0, "sample.every": 0, "ema_decay": 0.9}
-        keys |= {"learning_rate.decay_steps": 6, "teacher": str(plain["teacher"]), "student": "", "log_every": 1}
-        config.update_from_flattened_dict(keys)
-        return train.run(config, workdir)
-
-    run(tmp_path / "straight", 6)
-    compiled, first, last = ([moments for _, moments in taken[i : i + n]] for i, n in ((0, 2), (2, 3), (5, 3)))
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    train.run(config, straight)
+    compiled, first, last = ([moments for _, moments in taken[i:j]] for i, j in ((0, 2), (2, 5), (5, 8)))
     assert {*compiled} == {*first} == {*last} == {(4, 8, 8, 8), (4, 8, 12, 8)}
-    for steps in (3, 6):
-        run(tmp_path / "again", steps)
-    assert_same_bits(state(tmp_path / "again", 6), state(tmp_path / "straight", 6))
+    shutil.copytree(straight, again)
+    shutil.rmtree(again / "checkpoints" / "6")
+    (again / "export.json").unlink()
+    train.run(config, again)
+    assert_same_bits(state(again, 6), state(straight, 6))
 
 
 def test_validation_counts_each_example_once_whatever_its_size():

@@ -41,6 +41,7 @@ def check(config) -> None:
         "ema_decay": bool(config.ema_decay),
         "accumulate": config.accumulate != 1,
         "remat": bool(config.remat),
+        "normalize_features": config.normalize_features == "token",
         "snr_gamma": config.snr_gamma is not None,
         "noise_offset": bool(config.noise_offset),
         "caption_dropout": bool(config.caption_dropout),

@@ -9,9 +9,10 @@ from huggingface_hub import ModelCardData
 from flaxkd.diffusion import samplers
 from flaxkd.machine import files
 from flaxkd.models.unet import UNetConfig
-from flaxkd.pretrained import Folder, count
+from flaxkd.pretrained import Folder, count, hub
 
 PREVIEW = "samples.png"
+MINIATURES = {None: "the miniature teacher of flaxkd", "miniature_xl": "the miniature of Stable Diffusion XL in flaxkd"}
 
 OPENMOJI = """\
 Pictures of [OpenMoji](https://openmoji.org), the open-source emoji and icon project, went into these weights.
@@ -32,12 +33,13 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
     of the teacher. step: of the checkpoint. averaged: whether the weights are the moving average."""
     run = _read_json(workdir / "config.json")  # empty for a workdir of convert.from_diffusers
     teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source.path))
-    openmoji = (teacher is None and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
+    miniature = teacher is None or teacher in hub.MINIATURES
+    openmoji = (miniature and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
     name, plain = names(teacher)
     title, text = headline(run, name, plain, list(parts))
     inherited = _licence(source.path)
     licences = {"cc-by-sa-4.0"} if openmoji else set()
-    licences |= {inherited} if inherited else set() if teacher is None else {"other"}
+    licences |= {inherited} if inherited else set() if miniature else {"other"}
     [licence] = licences if len(licences) == 1 else ["other"]  # two licences together have no name
     front = ModelCardData(
         license=licence,
@@ -63,15 +65,15 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
     ]
     blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
     foreign = FOREIGN.format(teacher=name, licence=f" ({inherited})" if inherited else "")
-    notes = [foreign] if teacher is not None else [] if openmoji else [OWN]
+    notes = [foreign] if not miniature else [] if openmoji else [OWN]
     blocks.append("\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])]))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def names(teacher: str | None) -> tuple[str, str]:
     """The name of `config.teacher` for a reader: (in Markdown, as plain text)."""
-    if teacher is None:
-        return ("the miniature teacher of flaxkd",) * 2
+    if teacher is None or teacher in hub.MINIATURES:
+        return (MINIATURES[teacher],) * 2
     path = Path(teacher)
     if not path.exists() and teacher.count("/") == 1:
         return f"[{teacher}](https://huggingface.co/{teacher})", teacher

@@ -31,7 +31,7 @@ OPEN = {
 
 
 # Switches that may also be one of these words.
-WORDS = {"remat": ("blocks", "transformer_blocks")}
+WORDS = {"remat": ("blocks", "transformer_blocks"), "normalize_features": ("token",)}
 
 
 def own() -> Path:

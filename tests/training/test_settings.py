@@ -50,7 +50,7 @@ WRONG = [
     ("init", "scratch", "neither 'teacher' nor 'random'"),
     ("train", ("unnet",), "train = .'unnet',. must be a tuple of parts: unet, vae, text_encoder"),
     ("train", (), "must be a tuple of parts"),
-    ("remat", "layers", "remat = 'layers' must be True, False or one of 'blocks', 'transformer_blocks'"),
+    ("remat", "layers", "remat = 'layers' must be True, False, 'blocks' or 'transformer_blocks'"),
     ("attention", "flash", "attention = 'flash' is unknown .known: plain"),
     ("dtype", "fp8", "dtype = 'fp8' is unknown .known: float32"),
     ("dtype", "fp16", "unless the loss is scaled, .*bfloat16"),
