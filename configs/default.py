@@ -21,7 +21,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # layers left out at the end of its text encoder, in training and in the exported pipeline; diffusers' clip_skip:
     # 1 is the last layer, what other programs call clip skip 2
     config.clip_skip = 0
-    config.student = "sd_small"  # a row of `python -m flaxkd.students`; None: the teacher itself is trained
+    config.student = "sd_small"  # a row of `python -m flaxkd.students`, or FILE.json; None: the teacher itself
+    # or a share of the teacher's parameters, 0.65: a published student of that size, else one whose layers the teacher
+    # chooses at the start; with student = None alone
+    config.keep = placeholder(float)
     # a row of flaxkd/tasks/__init__.py, or your own "module:function"; None: the row for the parts below
     config.task = placeholder(str)
     config.train = ("unet",)  # trained parts: ("unet",), ("unet", "text_encoder") or ("vae",)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from flaxkd import export, tasks
+from flaxkd import choosing, export, tasks
 from flaxkd.data import encoding, sources
 from flaxkd.drawing import grids
 from flaxkd.machine import checkpoints, command, configuration, cpu, hosts, progress, sharding, streams
@@ -63,6 +63,7 @@ def run(config, workdir: Path, typed: str | None = None, watchers: tuple[str, ..
     process trains in `workdir`, Stopped after SIGTERM, SIGHUP or Ctrl-C."""
     started = time.monotonic()
     settings.check(config)
+    config = choosing.settled(config, workdir)
     before = checkpoint.check_claim(workdir, config.to_dict())
     if not hosts.any_of(export.exported_step(workdir) != config.steps):
         figures = last_figures(workdir)
@@ -97,6 +98,7 @@ def set_up(
     encoding.check_sizes(folder, config.data.resolution, encoding.sizes(config), "data.")
     if config.sample.guidance is not None:
         folder = dataclasses.replace(folder, drawn_with=config.sample.guidance)
+    choosing.ensure(config, folder, pictures["train"], dtype)
     task = tasks.make(config, folder, dtype, mesh)
 
     held.enter_context(checkpoint.claimed(workdir, config.to_dict()))

@@ -10,7 +10,8 @@ from tests.running import ROOT
 
 FOLDERS = ("flaxkd", "configs", "convert", "tests")
 
-# A folder imports from lines above its own and from itself; the files at the root, the commands, from all of them.
+# A folder imports from lines above its own and from itself; the commands, files at the root and every __main__.py, from
+# all of them.
 ORDER = (
     ("models", "machine"),  # networks know neither files nor losses nor data; a machine knows nothing of ours
     ("pretrained",),
@@ -19,7 +20,7 @@ ORDER = (
     ("drawing",),
     ("training",),
     ("tasks",),
-    ("evaluate", "plan"),
+    ("evaluate", "plan", "choosing"),
     ("bench", "ablation", "convert"),
 )
 
@@ -56,11 +57,11 @@ def skipped_without(name: str) -> set[str]:
 
 
 def rank(name: str) -> int | None:
-    """The line of ORDER of a module's folder; None for a command at the root."""
+    """The line of ORDER of a module's folder; None for a command."""
     folder, *inside = name.removeprefix("flaxkd.").split(".")
     found = [i for i, line in enumerate(ORDER) if folder in line]
     assert found or not (inside or FILES[name].name == "__init__.py"), f"{folder} has no place in ORDER: give it one"
-    return found[0] if found else None
+    return found[0] if found and inside != ["__main__"] else None
 
 
 def test_every_import_points_up():

@@ -1,11 +1,12 @@
 """Students: THE TABLE (table) and what a row says (row), cutting one from its teacher, feature pairs, a picture."""
 
-from flaxkd.students.cutting import config, cost, shapes, take, teacher_path
+from flaxkd.students.cutting import config, cost, shapes, take, teacher_path, view
 from flaxkd.students.pairs import PAIRINGS, feature_pairs
-from flaxkd.students.row import Published, Student, read, write
+from flaxkd.students.row import CHOSEN, Published, Student, read, write
 from flaxkd.students.table import CLASH, STUDENTS, TABLE, diagram, get, of
 
 __all__ = [
+    "CHOSEN",
     "CLASH",
     "PAIRINGS",
     "STUDENTS",
@@ -22,5 +23,6 @@ __all__ = [
     "shapes",
     "take",
     "teacher_path",
+    "view",
     "write",
 ]

@@ -1,21 +1,29 @@
 """Prints the table of students for every family: what each keeps, its size and cost, and the feature pairs.
 
-python -m flaxkd.students
+    python -m flaxkd.students
+
+With --choose, a teacher chooses what its student keeps, by the error of its output without each part (LAPTOP-Diff,
+arXiv:2404.11098): see docs/choosing.md. `--config.student=FILE.json` then trains it.
+
+    python -m flaxkd.students --choose --keep 0.5 [--teacher DIR] [--source DIR] [--out FILE.json]
 """
 
+import argparse
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import jax
 
 from flaxkd.machine import command
-from flaxkd.pretrained import ARCHITECTURES, FAMILIES
+from flaxkd.pretrained import ARCHITECTURES, FAMILIES, Folder
 from flaxkd.pretrained.families import Family
 from flaxkd.students import cutting
 from flaxkd.students.pairs import feature_pairs
-from flaxkd.students.row import Student
+from flaxkd.students.row import CHOSEN, Student
 from flaxkd.students.table import CLASH, TABLE, diagram, of
 
 
@@ -83,9 +91,61 @@ def wrapped(head: str, words: str, indent: str) -> list[str]:
     return textwrap.wrap(words, break_on_hyphens=False, break_long_words=False, **wrap)
 
 
+def choose(args: argparse.Namespace) -> None:
+    """Writes the student that a teacher chooses, and prints why."""
+    from flaxkd import choosing  # a table needs none of it
+    from flaxkd.data import encoding, sources
+    from flaxkd.machine import sharding
+
+    folder = Folder.open(args.teacher, args.vae)
+    given = {"teacher": args.teacher, "vae": args.vae, "data.source": args.source, "seed": args.seed}
+    given |= {"data.resolution": args.resolution or folder.resolution}
+    typed = [f"--config.{key}={value}" for key, value in given.items() if value is not None]
+    config = command.configuration("default", ["--config.student=None", *typed])
+    encoding.check_sizes(config, folder)
+    pictures = sources.open_source(config.data.source, "train", resolution=config.data.resolution)
+    options = dict(of_flops=args.flops, examples=args.examples, beside=args.students)
+    choice = choosing.choose(config, folder, pictures, sharding.compute_dtype(args.dtype), args.keep, **options)
+    choice.write(args.out)
+    picture, table = (args.out.with_suffix(ending) for ending in (".png", ".txt"))
+    typed += [f"--config.student={args.out}", f"--config.pairing={next(iter(choice.student.published))}"]
+    typed = shlex.join(["python", "-m", "flaxkd.train", "--config", "configs/small.py", *typed])
+    print(f"{choice}\n\nwrote {args.out}, {picture} and {table}")
+    print(f"\nnext: look at {picture}, then train this student, e.g.\n  {typed}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = command.parser("flaxkd.students", __doc__)
+    add = parser.add_argument
+    add("--choose", action="store_true", help="let a teacher choose its student; the other flags are for this alone")
+    add("--keep", type=float, help="share of the teacher's parameters that the student keeps, at most: 0.5")
+    add("--flops", action="store_true", help="--keep is a share of its FLOPs in a forward pass instead")
+    command.add(parser, "teacher", "vae")
+    add("--source", help="of pictures, as config.data.source; default: openmoji")
+    add("--resolution", type=int, help="of the pictures in pixels; default: the teacher's own")
+    add("--examples", type=int, default=256, help="pictures with a noise each, at least; default: %(default)s")
+    command.add(parser, "students", default=(), help="also measure this student as cut; repeat for several")
+    command.add(parser, "seed", "dtype")
+    command.add(parser, "out", default=Path(CHOSEN[0]), help="the row; default: %(default)s")
+    args = parser.parse_args(arguments)
+    if not args.choose:
+        return args if args.keep is None else parser.error("--keep is for --choose")
+    if args.keep is None or not 0 < args.keep < 1:
+        parser.error("--choose needs --keep, a share between 0 and 1, as 0.5")
+    if args.examples < 1:
+        parser.error("--examples must be at least 1")
+    if args.out.suffix != ".json":
+        parser.error(f"--out {args.out} must end in .json")
+    return args
+
+
 @command.reported()
 def main(arguments: Sequence[str] = ()) -> None:
-    command.parser("flaxkd.students", __doc__).parse_args(arguments)
+    args = parse(arguments)
+    if args.choose:
+        command.keep_compiled_programs()
+        choose(args)
+        return
     jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and a run may be using it
     for family in FAMILIES.values():
         print(size_table(family) + "\n", flush=True)

@@ -132,8 +132,16 @@ def teacher_path(student: Student, path: tuple[str, ...]) -> tuple[str, ...]:
 def take(student: Student, teacher_params: dict, student_shapes: dict) -> dict:
     """The student's parameters as cut: each is a copy of one of the teacher's, in the teacher's dtype.
 
-    teacher_params: nested dict of numpy or jax arrays; student_shapes: the student's parameters as shapes.
     The copies share no memory with the teacher's: the train step donates them, and the teacher must outlive that.
+    Arguments and errors are those of `view`.
+    """
+    return jax.tree.map(lambda x: x.copy(), view(student, teacher_params, student_shapes))
+
+
+def view(student: Student, teacher_params: dict, student_shapes: dict) -> dict:
+    """The student's parameters as cut: each is one of the teacher's itself.
+
+    teacher_params: nested dict of arrays or shapes; student_shapes: the student's parameters as shapes.
     Raises ValueError that lists every parameter the teacher lacks or has in another shape.
     """
     teacher, new, wrong = flatten_dict(teacher_params), {}, []
@@ -144,7 +152,7 @@ def take(student: Student, teacher_params: dict, student_shapes: dict) -> dict:
         elif teacher[source].shape != like.shape:
             wrong.append(f"{'.'.join(path)}: {like.shape}, but {teacher[source].shape} in the teacher")
         else:
-            new[path] = teacher[source].copy()
+            new[path] = teacher[source]
     if wrong:
         found = "\n  ".join(wrong)
         raise ValueError(f"this teacher lacks {len(wrong)} of the student's parameters:\n  {found}")

@@ -25,6 +25,7 @@ class Published(NamedTuple):
 
 Layers = tuple[int, ...] | dict[int, tuple[int, ...] | None]
 ALL = None  # transformer blocks of an attention
+CHOSEN = ("student.json", "student.png", "student.txt")  # of a student that a run chose, in its workdir
 RESNET = "resnet"  # all that is left of a mid block: mid_block.resnets.0
 MIDS = {True: {0: ALL, 1: ALL}, False: {}, RESNET: {0: ()}}
 

@@ -94,6 +94,8 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
 
 def _check(config, folder: Folder) -> None:
     """Raises ValueError for settings that do not fit together, or not the teacher."""
+    if config.keep and not config.student:
+        raise ValueError(f"keep = {config.keep}: flaxkd.train chooses the student. Here, name it: --config.student")
     if "unet" not in config.train:
         raise ValueError(f"train = {tuple(config.train)}: a text encoder is trained together with the 'unet'")
     if absent := [part for part in config.train if part not in folder.parts]:

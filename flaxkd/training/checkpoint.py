@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flaxkd import export
+from flaxkd import export, students
 from flaxkd.machine import checkpoints, files, hosts, owners
 from flaxkd.training import metrics
 from flaxkd.training.step import State
@@ -36,7 +36,7 @@ FREE = (
 
 CONFIG = "config.json"
 # What a run writes before its first step, beside its claim.
-BEGUN = (metrics.FILE, "tensorboard", "samples", "samples.png", "curves.png", "blank")
+BEGUN = (metrics.FILE, "tensorboard", "samples", "samples.png", "curves.png", "blank", *students.CHOSEN)
 
 
 def reached(workdir: Path) -> int:

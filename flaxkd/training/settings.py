@@ -126,6 +126,7 @@ RULES = {
     "vae": or_none(TEXT, "the teacher's own", ""),
     "clip_skip": whole(0),
     "student": or_none(STUDENT, "the teacher itself", ""),
+    "keep": or_none(number(0, 1, above=True, below=True), "the student by its name"),
     "task": or_none(TEXT, "the task that trains these parts", ""),
     "train": texts(word(*families.PARTS), f"parts: {', '.join(families.PARTS)}", least=1),
     "init": word("teacher", "random"),
@@ -240,6 +241,13 @@ def _together(config: ConfigDict) -> Iterator[str]:
     """What is wrong with settings that are each in their range."""
     if config.student and not any((config.weight.noise, config.weight.output, config.weight.feature)):
         yield "weight.noise, weight.output and weight.feature are all 0: there is nothing to learn from"
+    if config.keep and config.student:
+        yield (
+            f"keep = {config.keep} and student = {config.student!r} are both given: --config.student=None lets keep "
+            "choose, as configs/keep.py does"
+        )
+    if config.keep and config.blank:
+        yield f"keep = {config.keep} and blank are both given: only a trained teacher can choose what to keep"
     if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
         yield "timestep_sampling = 'min_snr' samples by the weights of snr_gamma: give it, 5.0 is usual"
     if config.dtype and dtypes.spelt(config.dtype) == "float16":
