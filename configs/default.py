@@ -38,8 +38,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.weight.noise = 1.0
     config.weight.output = 1.0
     config.weight.feature = 1.0
-    config.pairing = "segmind"  # features compared: "segmind" (9 or 6 pairs) or "bksdm" (8 or 6)
-    # divide each pair by the teacher's mean square (LAPTOP-Diff); neither original does; docs/ablation.md says why
+    # features compared: "segmind" (9 or 6 pairs) or "bksdm" (8 or 6); of SDXL "segmind_sdxl" (26) or "koala" (30 or 21)
+    config.pairing = "segmind"
+    # divide each pair by the teacher's mean square (LAPTOP-Diff); neither original does; docs/ablation.md says why.
+    # "token": compare positions scaled to unit length (PPCL)
     config.normalize_features = True
     # "epsilon" or "v_prediction"; None: as in the teacher's scheduler
     config.prediction_type = placeholder(str)
@@ -49,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.timestep_sampling = "uniform"
     # standard deviation of a constant added to the noise per channel (0.1 is usual)
     config.noise_offset = 0.0
-    # share of captions replaced by ""; 0.1 to train from scratch for guidance
+    # share of captions replaced by "", or zeros for SDXL; 0.1 to train from scratch for guidance
     config.caption_dropout = 0.0
     config.kl_weight = 2e-3  # for train = ("vae",) alone
 
@@ -70,7 +72,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # The machine.
     config.dtype = placeholder(str)  # of the compute, "bfloat16" (on accelerators) or "float32" (on a CPU)
-    config.remat = False  # recompute blocks in the backward pass: less memory, a third more compute for what is trained
+    # recompute in the backward pass: less memory, a third more compute for what is trained. True or "blocks": down, mid
+    # and up blocks, each as a whole; "transformer_blocks": these and resnets one by one, for SDXL's deep blocks
+    config.remat = False
     # of long self-attention: "plain", "blocked", "splash" (TPU) or "cudnn" (GPU); None: chosen for the device
     config.attention = placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all the others
@@ -87,7 +91,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.caption_column = placeholder(str)  # of the metadata; None: text, caption or prompt
     config.data.image_column = placeholder(str)  # of the metadata; None: file_name, file, path, ...
     config.data.background = "white"  # color behind transparent pixels
-    config.data.resolution = 64  # pixels; 512 for SD 1.x and 2.1-base, 768 for 2.1
+    config.data.resolution = 64  # pixels; 512 for SD 1.x and 2.1-base, 768 for 2.1, 1024 for SDXL
     # None: squares. Sizes ((height, width), ...) in pixels, or the preset "sdxl": the nine of SDXL, scaled to the
     # resolution. Each picture is cropped to the one of the nearest aspect ratio; a batch has one size, which is a
     # compiled program of its own
@@ -114,7 +118,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # of `python -m flaxkd.generate --sampler`; None: the teacher's own
     config.sample.sampler = placeholder(str)
     config.sample.steps = placeholder(int)  # of the sampler; None: as in all commands
-    # of classifier-free guidance, kept in the export as the student's own; None: the teacher's own, 7.5 if it has none
+    # of classifier-free guidance, kept in the export as the student's own; None: the teacher's own, else its pipeline's
     config.sample.guidance = placeholder(float)
     # Keeps the newest `keep` (None: all). With 0 for `every`, the last step and a stopped run are still saved.
     config.checkpoint = ConfigDict(dict(every=500, keep=3))

@@ -35,6 +35,12 @@ def embedded(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def embedded_xl(config: ConfigDict) -> ConfigDict:
+    """A student of the embedded miniature of Stable Diffusion XL, in minutes on two CPU cores."""
+    config.teacher = "miniature_xl"
+    return embedded(config)
+
+
 def segmind(config: ConfigDict, steps: int) -> ConfigDict:
     """Segmind's distill-sd with Stable Diffusion 1.5: Realistic Vision 4.0 as the teacher, 512 px, weights 1/0.5/0.5.
 
@@ -62,6 +68,42 @@ def bksdm(config: ConfigDict) -> ConfigDict:
     config.ema_decay = 0.9999
     config.data.random_flip = True
     return photographs(config)
+
+
+def segmind_sdxl(config: ConfigDict) -> ConfigDict:
+    """Segmind's SSD-1B, by its card and distill_sdxl.py (segmind/SSD-1B@3bf633b): weights 1/0.5/0.5, 251K steps of 128.
+
+    The learning rate is the card's; the script's default is 1e-4. SDXL 1.0 was the first of three teachers there, then
+    came its fine-tunes ZavyChromaXL and JuggernautXL: `--config.teacher=OWNER/NAME`. Both students draw at guidance 9.
+    """
+    config.steps = 251_000
+    config.learning_rate = dict(schedule="warmup_constant_schedule", init_value=0.0, peak_value=1e-5, warmup_steps=500)
+    config.weight.output = 0.5
+    config.weight.feature = 0.5
+    config.normalize_features = False
+    config.sample.guidance = 9.0
+    return sdxl(config)
+
+
+def koala(config: ConfigDict) -> ConfigDict:
+    """KOALA (Lee et al. 2023, arXiv:2312.04005): self-attention is compared. 500K steps of 128, as KOALA-Lightning's.
+
+    Neither code nor weights of the loss are published. The three are BK-SDM's 1/1/1. Each of the 30 or 21 terms is
+    divided by the teacher's mean square: as they are, so many would drown the other two losses.
+    """
+    config.steps = 500_000
+    config.learning_rate = dict(schedule="constant_schedule", value=1e-5)
+    config.sample.guidance = 7.5
+    return sdxl(config)
+
+
+def sdxl(config: ConfigDict) -> ConfigDict:
+    """Stable Diffusion XL 1.0 as the teacher, in squares of 1024 px."""
+    photographs(config)
+    config.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.batch_size = 128  # 32 x 4 accumulation steps of Segmind; 8 x 4 on 4 devices of KOALA-Lightning
+    config.data.resolution = 1024
+    return config
 
 
 def photographs(config: ConfigDict) -> ConfigDict:

@@ -2,10 +2,10 @@
 
     python -m convert.from_diffusers --model DIR|FILE|HUB_ID [--vae DIR|FILE|HUB_ID] --out DIR
 
-OUT gets the JSON files, tokenizer/ and scheduler/ of the model, export.json, and checkpoints/0 with the tree
-{"params": {"unet": ..., "vae": ..., "text_encoder": ...}} in the dtypes of the files. `convert.to_diffusers`
-turns it back into a pipeline folder. Training takes the pipeline folder itself: this is for use of the weights
-elsewhere."""
+OUT gets the JSON files, tokenizers and scheduler/ of the model, export.json, and checkpoints/0 with the tree
+{"params": {"unet": ..., "vae": ..., "text_encoder": ...}} of all networks, in the dtypes of the files.
+`convert.to_diffusers` turns it back into a pipeline folder. Training takes the pipeline folder itself: this is for use
+of the weights elsewhere."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from flaxkd import export
 from flaxkd.machine import command, files
 from flaxkd.pretrained import Folder
-from flaxkd.pretrained.folder import CONFIGS
+from flaxkd.pretrained.folder import CONFIGS, SHARED
 from flaxkd.pretrained.writing import write_tokenizer
 
 
@@ -28,7 +28,8 @@ def convert(model: str | None, out: Path, vae: str | None = None) -> dict[str, t
     configs = {part: source.config(part) for part in source.parts}
     params = {part: source.stored(part) for part in source.parts}
     with files.whole_folder(out) as new:
-        files.write_json(new / "model_index.json", source.index)
+        index = {name: value for name, value in source.index.items() if name != SHARED}  # all of it is here now
+        files.write_json(new / "model_index.json", index)
         write_tokenizer(source, new)
         for part, config in (configs | {"scheduler": source.config("scheduler")}).items():
             files.write_json(new / part / CONFIGS[part], config)

@@ -5,10 +5,10 @@
     python -m convert.to_diffusers --workdir DIR --single-file FILE.safetensors [--for comfyui|a1111|sd.cpp]
     python -m convert.to_diffusers --model DIR|FILE|HUB_ID [--vae DIR|FILE|HUB_ID] --out DIR or --single-file FILE
 
-The parts in the newest readable checkpoint replace those of the source. StableDiffusionPipeline.from_pretrained
-loads the folder. A run exports itself at its end: this command is for checkpoints in between. --push-to-hub
-uploads the folder too; log in with `hf auth login` first. --single-file writes one file by the original names, for
-ComfyUI and other programs; docs/using.md says who reads which student."""
+The parts in the newest readable checkpoint replace those of the source. diffusers loads the folder. A run exports
+itself at its end: this command is for checkpoints in between. --push-to-hub uploads the folder too; log in with
+`hf auth login` first. --single-file writes one file by the original names, for ComfyUI and other programs;
+docs/using.md says who reads which student."""
 
 import argparse
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import numpy as np
 from flaxkd import export
 from flaxkd.export import single_file
 from flaxkd.machine import command
-from flaxkd.pretrained import save
+from flaxkd.pretrained import Folder, save
 
 
 @command.reported()
@@ -58,7 +58,7 @@ def write_folder(args: argparse.Namespace, dtype) -> None:
     address = upload(args.out) if upload else None
     for path in sorted(args.out.glob("*/*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
-    print(f'wrote {args.out}; try: StableDiffusionPipeline.from_pretrained("{args.out}")')
+    print(f'wrote {args.out}; try: {Folder(args.out).family.pipeline}.from_pretrained("{args.out}")')
     if address:
         print(f"uploaded to {address}")
 

@@ -1,4 +1,4 @@
-"""Turns a large image set into a cache of latents and token ids. Training reads it in place of pictures.
+"""Turns a large image set into a cache of latents, token ids and sizes. Training reads it in place of pictures.
 
     python -m flaxkd.cache --source laion/ --teacher OWNER/NAME --out cache/ [--min-aesthetic 6.5] [--flip]
     python -m flaxkd.train --config configs/small.py:sd15 --config.data.source=cache/
@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from flaxkd.data import encoding, large, loader, openmoji, pictures, readers
+from flaxkd.data import buckets, encoding, large, loader, openmoji, pictures, readers
 from flaxkd.data.filters import Recipe
-from flaxkd.machine import command, files, hosts, owners, sharding, streams
+from flaxkd.machine import command, configuration, files, hosts, owners, sharding, streams
 from flaxkd.pretrained import Folder
 
 CONSUMED = 270  # images/s read from a cache by a v5e-8 in Segmind's recipe, an estimate
@@ -41,8 +41,12 @@ def run(args: argparse.Namespace) -> dict | None:
     chunks = readers.open_chunks(args.source, split=args.split, image_column=args.image_column)
     folder = Folder.open(args.teacher, args.vae)
     mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
+    resolution = args.resolution or folder.resolution
+    sizes = buckets.sizes(args.buckets, resolution)
+    encoding.check_sizes(folder, resolution, sizes, "--")
     recipe = Recipe(
-        resolution=args.resolution or folder.resolution,
+        resolution=resolution,
+        buckets=args.buckets and sizes,
         flip=args.flip,
         validation=args.validation,
         min_aesthetic=args.min_aesthetic,
@@ -51,13 +55,13 @@ def run(args: argparse.Namespace) -> dict | None:
         caption_column=args.caption_column,
         aesthetic_column=args.aesthetic_column,
     )
-    folder.check_resolution(recipe.resolution, "--resolution")
     if jax.process_index() == 0:
         print(
             f"source    {args.source}, {len(chunks):,} chunks\nteacher   {folder.path}\n"
             f"machine   {jax.process_count()} x {mesh.size} x {mesh.devices.flat[0].device_kind}, "
             f"{np.dtype(dtype).name}\n"
-            f"pictures  {recipe.resolution} pixels, {args.batch_size * mesh.size} at a time in each process",
+            f"pictures  {', '.join(f'{height} x {width}' for height, width in sizes)} pixels, "
+            f"{args.batch_size * mesh.size} at a time in each process",
             flush=True,
         )
     with held(args.out):
@@ -111,6 +115,7 @@ def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
     flags += [f"--config.vae={args.vae}"] if args.vae else []
     flags += [f"--config.data.source={args.out}", f"--config.data.resolution={recipe.resolution}"]
     flags += [f"--config.data.random_flip={recipe.flip}"]
+    flags += [f"--config.data.buckets={args.buckets}"] if args.buckets else []
     typed = shlex.join(["python", "-m", "flaxkd.train", "--config", *flags])
     print(f"\nnext: train with this teacher, e.g.\n  {typed}")
 
@@ -139,6 +144,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add(parser, "vae")
     command.add(parser, "out", type=str, help="folder of the cache, may be gs://")
     add("--resolution", type=int, help="pixels (default: the teacher's own)")
+    sizes = f"sizes '((height, width), ...)' in pixels, or {' or '.join(buckets.PRESETS)}, in place of squares"
+    add("--buckets", type=configuration.literal, help=sizes)
     add("--background", default=Recipe.background, help="color behind transparent pixels (default: %(default)s)")
     add("--flip", action="store_true", help="add mirrored pictures, for data.random_flip: twice the size")
     share = {"type": float, "default": openmoji.VALIDATION_SHARE}

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "vae")
     add("--prompt", action="append", default=[], help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
-    add("--negative-prompt", help="what not to draw")
+    add("--negative-prompt", help='what not to draw; default: nothing, which with Stable Diffusion XL is not ""')
     add("--emphasis", action="store_true", help="read (word:1.2), ((word)) and [word] as weights; default: as text")
     add(
         "--long-prompts",

@@ -95,7 +95,7 @@ def set_up(
     if hosts.is_first():
         checkpoint.clear(workdir, config.to_dict())
     folder = open_teacher(config, workdir, pictures["train"])
-    encoding.check_sizes(config, folder)
+    encoding.check_sizes(folder, config.data.resolution, encoding.sizes(config), "data.")
     if config.sample.guidance is not None:
         folder = dataclasses.replace(folder, drawn_with=config.sample.guidance)
     choosing.ensure(config, folder, pictures["train"], dtype)
@@ -118,7 +118,7 @@ def set_up(
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
     left = config.steps - int(state.step)  # 0: there is only an export to make
-    compiled = compile_steps(kinds if left else [], lambda batch: train_step.lower(state, frozen, batch, key))
+    compiled = compile_steps(kinds if left else [], lambda batch: train_step.lower(like, frozen, batch, key))
     held.callback(lambda: [step.cancel() for step in compiled.values()])  # those that have not begun
     sheet = Sheet(config, folder, task, begun, frozen, dtype, mesh)
     first = workdir if hosts.is_first() else None
@@ -191,15 +191,15 @@ def begin_or_resume(config, task: Task, tx, mesh, like: State, manager, batches,
     return state, state.params
 
 
-def shape(batch) -> tuple:
-    """What tells one compiled step from another: the shapes of its batch."""
+def shape(batch: dict) -> tuple:
+    """The shapes of a batch, which tell one compiled step from another."""
     return tuple(x.shape for x in jax.tree.leaves(batch))
 
 
 def compile_steps(kinds: list, lower: Callable) -> dict[tuple, Future]:
     """{shape: the step} for each kind of batch, one after another. lower: of the step, from a batch as shapes.
 
-    They compile, or are loaded, while the first pictures are drawn and while the first ones train: training starts
+    They compile, or load stored programs, while the first pictures are drawn and while others train: training starts
     sooner."""
     pool = ThreadPoolExecutor(1)
     compiled = {shape(batch): pool.submit(lambda batch=batch: lower(batch).compile()) for batch in kinds}
@@ -225,6 +225,7 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
             figures = validate(s, state)
             draw_samples(s, state)
         stopping, owed = False, False
+        s.writer.restart()
         for step in range(start + 1, config.steps + 1):
             batch = sharding.put_rows(next(s.batches), s.mesh, config.batch_size)
             compiled = s.train_steps[shape(batch)]

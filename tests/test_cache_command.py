@@ -1,5 +1,7 @@
 """The command that makes a cache of a large image set, with a real autoencoder, and what a training takes it for."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -8,11 +10,10 @@ from flaxkd import cache
 from flaxkd.data import encoding, loader, sources
 from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder, hub
-from tests.data.image_sets import CAPTIONS, N, listed, tars
+from tests.data.image_sets import CAPTIONS, N, listed, picture, tars, write_tar
 
-TRAINING = ConfigDict(
-    dict(data=dict(resolution=32, buckets=None, random_flip=False, background="white", caption_column=None))
-)
+DATA = dict(resolution=32, buckets=None, random_flip=False, background="white", caption_column=None)
+TRAINING = ConfigDict(dict(data=DATA))
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,11 @@ def test_a_training_reads_it_like_its_own(made, tiny_pipeline, tmp_path, monkeyp
 def test_what_does_not_fit_a_training_is_refused(made, tiny_pipeline):
     for key, value, message in [
         ("resolution", 64, "has pictures of 32 pixels, data.resolution is 64"),
+        (
+            "buckets",
+            ((32, 32), (32, 48)),
+            r"has pictures of the sizes \(\(32, 32\),\), .*`python -m flaxkd.cache --buckets`",
+        ),
         ("background", "black", "was made with background 'white', data.background is 'black'"),
         ("caption_column", "alt", r"was made with caption_column None, .* `python -m flaxkd.cache --caption-column`"),
         ("random_flip", True, r"has no mirrored pictures.*`python -m flaxkd.cache --flip`"),
@@ -79,6 +85,8 @@ def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
     assert "encoding: 4/4 chunks (100%)" in said.err
     for other, message in [
         (["--flip"], "flip: False there, True here"),
+        (["--buckets", "((32, 32), (32, 42))"], "--buckets = 42 pixels is no multiple of 4"),
+        (["--buckets", "((32, 32), (32, 48))"], "buckets: None there"),
         (["--resolution", "30"], "--resolution = 30 pixels is no multiple of 4"),
         (["--source", "gone/"], "there is no gone/"),
         (["--source", str(tmp_path)], "has no pictures, tars or tables"),
@@ -90,3 +98,27 @@ def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
     assert "give --source and --out, or --bench DIR" in capsys.readouterr().err
     cache.main(["--bench", str(made), "--seconds", "0.1"])
     assert "images/s in batches of 256" in capsys.readouterr().out
+
+
+def test_a_cache_for_stable_diffusion_xl(tiny_xl, tmp_path):
+    """Both rows of token ids, and sizes of pictures that were 24 x 8 pixels; its autoencoder is in float32."""
+    out, folder = tmp_path / "cache", Folder.open(tiny_xl)
+    (tmp_path / "tars").mkdir()
+    samples = [(str(i), {"png": picture(i, (24, 8)), "txt": caption.encode()}) for i, caption in enumerate(CAPTIONS)]
+    write_tar(tmp_path / "tars" / "0.tar", samples)
+    arguments = ["--source", tmp_path / "tars", "--teacher", tiny_xl, "--out", out, "--validation", 0.2]
+    cache.main([*map(str, arguments), "--dtype", "bfloat16", "--buckets", "((32, 32), (32, 64))"])
+    config = TRAINING.copy_and_resolve_references()
+    config.data.buckets = ((32, 32), (32, 64))
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+    batch = {"moments": shape(8, 8, 8), "input_ids": shape(16), "input_ids_2": shape(16), "time_ids": shape(6)}
+    pictures = sources.open_source(str(out), "train")
+    reader = encoding.open_data(batch, config, pictures, "train", folder, jnp.bfloat16)
+    assert reader.about["encoder"].endswith("-float32") and reader.about["buckets"] == [[32, 32], [32, 64]]
+    (found,) = reader.examples(3)
+    assert found.keys() == batch.keys() and found["moments"].shape == (3, 8, 16, 8)
+    np.testing.assert_array_equal(found["time_ids"], [[8, 24, 0, 16, 32, 64]] * 3)
+    for name, ids in folder.tokenize(reader.captions(3)).items():
+        np.testing.assert_array_equal(found[name], ids)
+    with pytest.raises(ValueError, match=r"a task's batch names \('depths',\), but a reader has .*'input_ids_2'"):
+        encoding.open_data({"depths": shape(6)}, config, pictures, "train", folder, jnp.bfloat16)

@@ -17,14 +17,11 @@ from flaxkd.training import step
 from tests.running import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text())
-CASES = [(name, None) for name in NAMES] + [("small", "sd15"), ("tiny", "sd15")]
-PUBLISHED = {
-    "small": "sd_small",
-    "tiny": "sd_tiny",
-    "bk_base": "bk_base",
-    "bk_small": "bk_small",
-    "bk_tiny": "bk_tiny",
-}
+OF_SDXL = ("ssd_1b", "vega", "koala_1b", "koala_700m")
+ARGUMENTS = {"small": "sd15", "tiny": "sd15"} | dict.fromkeys(OF_SDXL, "sdxl")
+CASES = [(name, None) for name in NAMES] + [*ARGUMENTS.items()]
+PUBLISHED = {"small": "sd_small", "tiny": "sd_tiny"}
+PUBLISHED |= {name: name for name in ("bk_base", "bk_small", "bk_tiny", *OF_SDXL)}
 
 
 def module(name: str):
@@ -108,7 +105,7 @@ def test_every_key_is_read():
 
 def test_every_key_that_is_read_exists():
     known = leaves(load("default"))
-    known = {*known, *(key.rpartition(".")[0] for key in known), "blank.to_dict", "to_dict"}
+    known = {*known, *(key.rpartition(".")[0] for key in known), "blank.to_dict", "blank.values", "to_dict"}
     known |= {"copy_and_resolve_references"}
     signs = {"config.seed", "config.data", "config.learning_rate"}
     takes_it = [path for path in (ROOT / "flaxkd").rglob("*.py") if signs & chains(path)]
@@ -138,6 +135,21 @@ def test_bksdm_recipes(name):
     assert config.pairing == "bksdm" and not config.normalize_features
     assert config.batch_size == 256 and config.steps == 50_000
     assert step.learning_rate(config)(0) == step.learning_rate(config)(config.steps) == 5e-5
+
+
+@pytest.mark.parametrize("name", OF_SDXL)
+def test_recipes_of_sdxl(name):
+    embedded, real = load(name), load(name, "sdxl")
+    assert (embedded.teacher, embedded.data.resolution) == ("miniature_xl", 64) and embedded.sample.guidance is None
+    assert (real.teacher, real.data.resolution) == ("stabilityai/stable-diffusion-xl-base-1.0", 1024)
+    assert real.batch_size == 128 and [float(step.learning_rate(real)(at)) for at in (500, real.steps)] == (
+        pytest.approx([1e-5] * 2)
+    )
+    weights, how = (real.weight.noise, real.weight.output, real.weight.feature), real.normalize_features
+    drawn = real.steps, real.sample.guidance
+    segmind = (1.0, 0.5, 0.5), False, (251_000, 9.0)
+    koala = (1.0, 1.0, 1.0), True, (500_000, 7.5)
+    assert (weights, how, drawn) == {"segmind_sdxl": segmind, "koala": koala}[real.pairing]
 
 
 @pytest.mark.parametrize("name", NAMES)

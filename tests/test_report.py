@@ -135,3 +135,16 @@ def test_a_run_without_a_student_has_no_picture_of_blocks(workdir, tiny_pipeline
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"has no config\.json: give a workdir of flaxkd\.train"):
         report.main(["--workdir", str(tmp_path)])
+
+
+def test_a_student_of_sdxl_from_a_file_has_its_name_and_its_blocks(tiny_xl, tmp_path, monkeypatch):
+    monkeypatch.setattr(picture, "count", lambda part, config: 1_234_567)
+    row, file = students.get("bk_sdxl_small"), tmp_path / "mine.json"
+    published = {"koala": students.Published("mine", "Mine")}
+    students.write(students.Student(row.down, row.mid, row.up, published, ("sdxl",)), file)
+    run = dict(teacher=str(tiny_xl), student=str(file), steps=40, batch_size=4)
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    source = Folder.open(tiny_xl)
+    export.write_record(tmp_path, source, {"unet": students.config(row, source.config("unet"))})
+    text = report.page(tmp_path)
+    assert Page(text).headings[0] == "mine, distilled from xl" and 'aria-label="blocks of the teacher' in text

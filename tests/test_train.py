@@ -1,7 +1,10 @@
 """The program as a person runs it, on a tiny pipeline: what it leaves. Kills and signals are in tests/faults/."""
 
+import contextlib
 import json
 import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ from safetensors.numpy import load_file
 
 from configs import tiny
 from flaxkd import train
-from tests.running import EVERY, STEPS, finish, records, state
+from tests.data.test_sources import image_folder
+from tests.running import EVERY, STEPS, assert_same_bits, finish, records, state
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,37 @@ def test_an_autoencoder_is_trained_on_pixels(plain, command, tmp_path):
     read = lambda folder: json.loads((folder / "vae" / "config.json").read_text())
     trained, untrained = read(workdir / "diffusers"), read(plain["teacher"])
     assert trained.pop("scaling_factor") > 0 and trained == untrained  # which has none of its own
+
+
+def test_a_run_with_buckets_resumes_bit_for_bit(plain, tmp_path, monkeypatch):
+    """Half of its pictures are squares, the others wide. It is resumed in the middle."""
+    monkeypatch.setenv("FLAXKD_CACHE", str(tmp_path / "cache"))
+    image_folder(tmp_path / "pictures", [f"thing {i}" for i in range(40)], [(40, 40), (90, 60)] * 20)
+    taken = []
+    monkeypatch.setattr(train, "shape", lambda batch, real=train.shape: taken.append(real(batch)) or real(batch))
+    config = tiny.get_config()
+    keys = {"data.source": str(tmp_path / "pictures"), "data.buckets": ((32, 32), (32, 48)), "data.resolution": 32}
+    keys |= {"teacher": str(plain["teacher"]), "student": "", "batch_size": 4, "steps": 6, "checkpoint.every": 3}
+    config.update_from_flattened_dict(keys | {"validation.every": 0, "sample.every": 0, "ema_decay": 0.9})
+
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    train.run(config, straight)
+    compiled, first, last = ([moments for _, moments in taken[i:j]] for i, j in ((0, 2), (2, 5), (5, 8)))
+    assert {*compiled} == {*first} == {*last} == {(4, 8, 8, 8), (4, 8, 12, 8)}
+    shutil.copytree(straight, again)
+    shutil.rmtree(again / "checkpoints" / "6")
+    (again / "export.json").unlink()
+    train.run(config, again)
+    assert_same_bits(state(again, 6), state(straight, 6))
+
+
+def test_validation_counts_each_example_once_whatever_its_size():
+    held_out = [{"x": np.array([1.0, 2.0, 3.0])}, {"x": np.array([10.0])}]
+    writer = SimpleNamespace(pause=lambda _: contextlib.nullcontext(), write=lambda *_: None)
+    evaluate = lambda *arguments: {"loss": arguments[-1]["x"].mean()}
+    setup = SimpleNamespace(held_out=held_out, evaluate=evaluate, frozen={}, writer=writer)
+    now = SimpleNamespace(step=0, ema={}, params={})
+    assert train.validate(setup, now) == {"validation/loss": 4.0}
 
 
 def test_every_recipe_has_a_workdir_of_its_own():

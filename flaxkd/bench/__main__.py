@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "steps", default=samplers.STEPS, help="denoising steps per picture; default: %(default)s")
     command.add(parser, "out", default=Path("bench"), help="result folder; default: %(default)s")
     args, config = command.parse(parser, arguments)
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)  # before anything computes, as the check does
     settings.check(config)
-    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     command.keep_compiled_programs()
     cpu.keep_memory()
     benchmark.run(

@@ -17,6 +17,7 @@ from flaxkd import students
 from flaxkd.bench.works import Prepared, Subject
 from flaxkd.evaluate.scores import device
 from flaxkd.pretrained import keys, save
+from flaxkd.pretrained.folder import SHARED
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 
@@ -26,7 +27,7 @@ class Networks(NamedTuple):
 
     unet: object
     teacher: object | None
-    pipeline: object  # diffusers' StableDiffusionPipeline, with `unet`
+    pipeline: object  # of diffusers, with `unet`
 
 
 def check(config) -> None:
@@ -39,7 +40,8 @@ def check(config) -> None:
     wrong = {
         "ema_decay": bool(config.ema_decay),
         "accumulate": config.accumulate != 1,
-        "remat": config.remat,
+        "remat": bool(config.remat),
+        "normalize_features": config.normalize_features == "token",
         "snr_gamma": config.snr_gamma is not None,
         "noise_offset": bool(config.noise_offset),
         "caption_dropout": bool(config.caption_dropout),
@@ -63,7 +65,7 @@ def prepare(subject: Subject, work: str, by: str) -> Prepared:
 
 
 def _networks(subject: Subject) -> Networks:
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    import diffusers
     from diffusers.utils import logging
     from transformers.utils import logging as of_transformers
 
@@ -71,13 +73,14 @@ def _networks(subject: Subject) -> Networks:
     of_transformers.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         path = subject.folder.path
-        if subject.folder.readers:  # a single file, or another autoencoder
+        if subject.folder.readers or SHARED in subject.folder.index:  # parts of it are elsewhere
             path = save(Path(scratch) / "pipeline", source=subject.folder, parts={})
-        pipeline = StableDiffusionPipeline.from_pretrained(path, low_cpu_mem_usage=False).to(device())
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        kind = getattr(diffusers, subject.folder.family.pipeline)
+        pipeline = kind.from_pretrained(path, low_cpu_mem_usage=False).to(device())
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval()
+    for part in subject.folder.parts:
+        getattr(pipeline, part).requires_grad_(False).eval()
     unet = _unet(subject.unet_config, subject.unet)
     teacher = None
     if subject.config.student:
@@ -124,12 +127,13 @@ def _denoise(subject: Subject, networks: Networks, compiled: bool) -> Callable:
     dtype = _torch_dtype(subject)
     unet = networks.unet if dtype == torch.float32 else networks.unet.to(dtype)
     unet = torch.compile(unet) if compiled else unet
-    noisy_latents, timesteps, states = _tensors(subject, *subject.inputs)
-    noisy_latents, states = noisy_latents.to(dtype), states.to(dtype)
+    noisy_latents, timesteps, states, *added = _tensors(subject, *subject.inputs)
+    noisy_latents, states, *added = (x.to(dtype) for x in (noisy_latents, states, *added))
+    condition = _condition(states, *added)
 
     @torch.no_grad()
     def call():
-        noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states=states).sample
+        noise_pred = unet(noisy_latents, timesteps, **condition).sample
         _wait()
         return noise_pred
 
@@ -149,15 +153,42 @@ def _image(subject: Subject, networks: Networks, compiled: bool) -> Callable:
     )
 
 
+def _condition(states, text_embeds=None, time_ids=None) -> dict:
+    """The keyword arguments of a UNet of diffusers: what SDXL adds to the states goes in as a dict."""
+    added = {} if text_embeds is None else {"added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids}}
+    return {"encoder_hidden_states": states} | added
+
+
+def _text_states(pipeline, input_ids):
+    return (pipeline.text_encoder(input_ids)[0],)
+
+
+def _two_text_states(pipeline, input_ids, input_ids_2, time_ids):
+    """As in diffusers' `encode_prompt`: the states before the last layer of both, and the second one's projection."""
+    import torch
+
+    first = pipeline.text_encoder(input_ids, output_hidden_states=True)
+    second = pipeline.text_encoder_2(input_ids_2, output_hidden_states=True)
+    states = [output.hidden_states[-2] for output in (first, second)]
+    return torch.cat(states, dim=-1), second[0], time_ids
+
+
+# {pipeline: (pipeline, token ids and sizes of a batch: tensors) -> the arguments of `_condition`}
+ENCODERS = {"StableDiffusionPipeline": _text_states, "StableDiffusionXLPipeline": _two_text_states}
+
+
 def loss(subject: Subject, networks: Networks, compiled: bool = False) -> Callable:
-    """(noisy_latents, timesteps, input_ids, target: tensors) -> {"loss", "loss_noise", ...}, as `losses.kd_loss`."""
+    """(noisy_latents, timesteps, target, conditions) -> {"loss", "loss_noise", ...}, as `losses.kd_loss`.
+
+    All are tensors; conditions: {field: tensor} of a batch, as `Family.condition` reads them."""
     import torch
     from torch.nn import functional
 
-    weight = subject.config.weight
+    weight, encode = subject.config.weight, ENCODERS[subject.folder.family.pipeline]
     pairs, seen = (), {"student": {}, "teacher": {}}
     if networks.teacher is not None:
-        pairs = students.feature_pairs(students.get(subject.config.student), subject.config.pairing)
+        row, pairing = students.get(subject.config.student), subject.config.pairing
+        pairs = students.feature_pairs(row, pairing, subject.folder.config("unet"))
 
     def hook(unet, whose: str, names: set[str]):
         def keep(name):
@@ -178,15 +209,15 @@ def loss(subject: Subject, networks: Networks, compiled: bool = False) -> Callab
         unet, teacher = torch.compile(unet), teacher and torch.compile(teacher)
     mse = lambda a, b: functional.mse_loss(a.float(), b.float(), reduction="mean")
 
-    def losses(noisy_latents, timesteps, input_ids, target) -> dict:
+    def losses(noisy_latents, timesteps, target, conditions) -> dict:
         with torch.no_grad():
-            states = networks.pipeline.text_encoder(input_ids)[0]
-        noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states=states).sample
+            condition = _condition(*encode(networks.pipeline, **conditions))
+        noise_pred = unet(noisy_latents, timesteps, **condition).sample
         found = {"loss_noise": mse(noise_pred, target)}
         if teacher is None:
             return {"loss": found["loss_noise"], **found}
         with torch.no_grad():
-            wanted = teacher(noisy_latents, timesteps, encoder_hidden_states=states).sample
+            wanted = teacher(noisy_latents, timesteps, **condition).sample
         found["loss_output"] = mse(noise_pred, wanted)
         terms = ((seen["student"][s], seen["teacher"][t]) for s, t in pairs)
         if subject.config.normalize_features:  # absent in distill-sd
@@ -217,8 +248,8 @@ def _train(subject: Subject, networks: Networks, compiled: bool) -> Callable:
     optimizer = torch.optim.AdamW(
         parameters, lr=1e-5, betas=(o.b1, o.b2), eps=o.get("eps", 1e-8), weight_decay=o.weight_decay
     )
-    moments, input_ids = _tensors(subject, subject.batch["moments"], subject.batch["input_ids"])
-    mean, log_variance = moments.chunk(2, dim=1)
+    conditions = dict(zip(subject.batch, _tensors(subject, *subject.batch.values()), strict=True))
+    mean, log_variance = conditions.pop("moments").chunk(2, dim=1)
     mixed = torch.autocast(device(), _torch_dtype(subject), enabled=subject.dtype != np.float32)
 
     def call() -> float:
@@ -230,7 +261,7 @@ def _train(subject: Subject, networks: Networks, compiled: bool) -> Callable:
         epsilon = kind == "epsilon"
         target = noise if epsilon else scheduler.get_velocity(latents, noise, timesteps)
         with mixed:
-            total = losses(noisy_latents, timesteps, input_ids, target)["loss"]
+            total = losses(noisy_latents, timesteps, target, conditions)["loss"]
         total.backward()
         if config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

@@ -16,7 +16,7 @@ from flaxkd import tasks
 from flaxkd.diffusion import samplers
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import sharding
-from flaxkd.pretrained import Folder
+from flaxkd.pretrained import PARTS, Folder
 from flaxkd.training import step
 from flaxkd.training.task import Task
 
@@ -47,13 +47,15 @@ class Subject(NamedTuple):
         return assembled["unet"] if "unet" in assembled else self.folder.params("unet")
 
     @property
-    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For a denoising step: noisy latents float32[2b, h, w, c], timesteps int32[2b], states float32[2b, l, d]."""
-        rng = np.random.default_rng(0)
-        b, latents = self.config.batch_size, self.folder.latent_shape()
-        shape = 2 * b, self.folder.text_length, self.unet_config["cross_attention_dim"]
-        noisy_latents = rng.standard_normal((2 * b, *latents), np.float32)
-        return noisy_latents, np.full(2 * b, 500, np.int32), rng.standard_normal(shape, np.float32)
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """For a denoising step: noisy latents float32[2b, h, w, c], timesteps int32[2b], states float32[2b, l, d]; of
+        SDXL also text_embeds float32[2b, e] and time_ids float32[2b, 6]."""
+        rng, b = np.random.default_rng(0), 2 * self.config.batch_size
+        _, _, _, *added = PARTS["unet"].inputs(PARTS["unet"].config.from_dict(self.unet_config))
+        shapes = [self.folder.latent_shape(), (self.folder.text_length, self.unet_config["cross_attention_dim"])]
+        shapes += [x.shape[1:] for x in added]
+        noisy_latents, *conditions = (rng.standard_normal((b, *shape), np.float32) for shape in shapes)
+        return noisy_latents, np.full(b, 500, np.int32), *conditions
 
 
 class Prepared(NamedTuple):

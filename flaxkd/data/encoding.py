@@ -1,5 +1,5 @@
-"""Pictures are encoded once. The train step reads the moments of their latents and the token ids of their captions,
-computed on the accelerator before the first step and reused by every later run with the same inputs.
+"""Pictures are encoded once. The train step reads the moments of their latents, the token ids of their captions and
+their sizes, computed on the accelerator before the first step and reused by every later run with the same inputs.
 """
 
 import functools
@@ -91,7 +91,7 @@ def ensure(config, pictures: sources.Source, split: str, folder: Folder, dtype) 
     folder: its autoencoder encodes, in `dtype`. Every process encodes its share of the files on its own devices, then
     waits for the others. If they do not share one FLAXKD_CACHE folder, each then completes its own cache.
     Raises ValueError if a prebuilt cache does not fit the folder or the configuration."""
-    check_sizes(config, folder)
+    check_sizes(folder, config.data.resolution, sizes(config), "data.")
     if pictures.cache is not None:
         check_made_before(config, pictures.cache, split, folder)
         return pictures.cache
@@ -118,11 +118,13 @@ def sizes(config) -> tuple[tuple[int, int], ...]:
     return buckets.sizes(config.data.buckets, config.data.resolution)
 
 
-def check_sizes(config, folder: Folder) -> None:
-    """Raises ValueError unless each side of a training's pictures holds a whole number of latents."""
-    folder.check_resolution(config.data.resolution, "data.resolution")
-    for side in sorted({side for size in sizes(config) for side in size}):
-        folder.check_resolution(side, "data.buckets")
+def check_sizes(folder: Folder, resolution: int, sizes: Iterable[tuple[int, int]], group: str) -> None:
+    """Raises ValueError unless each side of these pictures holds a whole number of latents.
+
+    group: before the name of an option, such as "data." or "--"."""
+    folder.check_resolution(resolution, f"{group}resolution")
+    for side in sorted({side for size in sizes for side in size}):
+        folder.check_resolution(side, f"{group}buckets")
 
 
 def check_made_before(config, made: os.PathLike, split: str, folder: Folder) -> None:

@@ -4,7 +4,7 @@
     OUT/train/moments-00012-of-01000.array_record       shard of chunk 12, in the format of records.py
     OUT/train/flipped-00012-of-01000.array_record       its mirrored pictures, if requested
     OUT/validation/moments-00012-of-01000.array_record  its pictures with held-out captions
-    OUT/done/00012-of-01000.json                        chunk 12 is complete; what was left out of it
+    OUT/done/00012-of-01000.json                        chunk 12 is complete: its sizes, and what was left out
     OUT/skipped.jsonl                                   all faulty items, one per line
     OUT/train/cache.json, OUT/validation/cache.json     written last: the cache is complete
 

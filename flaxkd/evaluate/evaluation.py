@@ -25,7 +25,7 @@ from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches, grids, resumable
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.evaluate import fidelity, scores, table
-from flaxkd.machine import command, hosts, progress, sharding
+from flaxkd.machine import command, files, hosts, progress, sharding
 from flaxkd.models.vae import sample_latents
 from flaxkd.pretrained import Folder, shapes
 
@@ -40,6 +40,7 @@ class Candidate(NamedTuple):
     pipeline: Pipeline | None = None  # None until `load`
     fingerprint: str = ""
     as_cut: bool = False  # a student before its training, added to the requested models
+    rows: fidelity.Rows = students.TABLE  # what it may be a student by
 
 
 class Setup(NamedTuple):
@@ -178,7 +179,8 @@ def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[
     pairs: list[tuple] = [()]
     for model in models[1:]:
         check(model, teacher)
-        kind, found = fidelity.relation(model.folder.config("unet"), teacher.folder.config("unet"), args.pairing)
+        unets = model.folder.config("unet"), teacher.folder.config("unet")
+        kind, found = fidelity.relation(*unets, args.pairing, model.rows)
         pairs.append(found)
         settings[f"{model.name} is"] = kind or "another network"
         if kind is None:
@@ -304,7 +306,16 @@ def find(model: str | None, taken: tuple[str, ...] = (), vae: str | None = None,
     words = ("miniature",) if path is None else path.resolve().parts if path.is_dir() else path.parts
     name = "/".join(words[-2:] if words[-1] == "diffusers" or not (path and path.is_dir()) else words[-1:])
     name = next(n for n in (name, *(f"{name} ({i})" for i in range(2, 1000))) if n not in taken)
-    return Candidate(name, folder)
+    return Candidate(name, folder, rows=rows_of(path))
+
+
+def rows_of(model: Path | None) -> fidelity.Rows:
+    """The rows of the students' table, after that of the file which the run in a workdir names as its student."""
+    file = model / "config.json" if model else None
+    named = files.read_json(file).get("student") if file and file.is_file() else None
+    if not str(named).endswith(".json") or not Path(named).is_file():
+        return students.TABLE
+    return (students.get(named), *students.TABLE)
 
 
 def anchored(models: list[Candidate]) -> list[Candidate]:
@@ -313,7 +324,7 @@ def anchored(models: list[Candidate]) -> list[Candidate]:
     It is where training began: without it, no figure says what training was worth. A student that is among the models
     as cut is not added."""
     teacher = models[0].folder
-    kinds = [fidelity.student_of(model.folder.config("unet"), teacher.config("unet")) for model in models]
+    kinds = [fidelity.student_of(model.folder.config("unet"), teacher.config("unet"), model.rows) for model in models]
     found: list[Candidate] = []
     for at, (model, student) in enumerate(zip(models, kinds, strict=True)):
         alike = [other for other, kind in zip(models, kinds, strict=True) if student and kind is student]

@@ -31,12 +31,15 @@ class Network(NamedTuple):
     inputs: dict[str, np.ndarray]  # of `Folder.conditions`, n rows each
 
 
-def student_of(unet_config: dict, teacher_config: dict) -> students.Student | None:
-    """The row of the students' table by which a UNet was cut from the teacher; None if it was not."""
+Rows = tuple[students.Student, ...]
+
+
+def student_of(unet_config: dict, teacher_config: dict, rows: Rows = students.TABLE) -> students.Student | None:
+    """The row by which a UNet was cut from the teacher; None if it was not. rows: which it may be, likely first."""
     own = _stages(unet_config)
     if own == _stages(teacher_config):
         return None
-    for student in students.TABLE:
+    for student in rows:
         try:
             cut = _stages(students.config(student, teacher_config))
         except ValueError:  # this row cannot be cut from this teacher, so it is another row
@@ -46,10 +49,12 @@ def student_of(unet_config: dict, teacher_config: dict) -> students.Student | No
     return None
 
 
-def relation(unet_config: dict, teacher_config: dict, pairing: str) -> tuple[str | None, tuple]:
+def relation(
+    unet_config: dict, teacher_config: dict, pairing: str, rows: Rows = students.TABLE
+) -> tuple[str | None, tuple]:
     """(relation of a UNet to the teacher, its feature pairs), derived from the stages of the two `config.json`.
 
-    The relation is "sd_small = bk_base" and so on for a row of the students' table; "same network", with every block
+    The relation is "sd_small = bk_base" and so on for one of `rows`; "same network", with every block
     as a pair; or None without pairs, for a UNet that cannot have been cut from this teacher.
     """
     own, whole = _stages(unet_config), _stages(teacher_config)
@@ -58,8 +63,8 @@ def relation(unet_config: dict, teacher_config: dict, pairing: str) -> tuple[str
         blocks = [f"down_blocks.{i}" for i in range(len(down))] + ["mid_block"] * (mid is not None)
         blocks += [f"up_blocks.{i}" for i in range(len(up))]
         return "same network", tuple((name, name) for name in blocks)
-    if student := student_of(unet_config, teacher_config):
-        return " = ".join(student.names), students.feature_pairs(student, pairing)
+    if student := student_of(unet_config, teacher_config, rows):
+        return " = ".join(student.names), students.feature_pairs(student, pairing, teacher_config)
     return None, ()
 
 

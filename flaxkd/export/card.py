@@ -8,9 +8,11 @@ from huggingface_hub import ModelCardData
 
 from flaxkd.diffusion import samplers
 from flaxkd.machine import files
-from flaxkd.pretrained import Folder, count
+from flaxkd.models.unet import UNetConfig
+from flaxkd.pretrained import Folder, count, hub
 
 PREVIEW = "samples.png"
+MINIATURES = {None: "the miniature teacher of flaxkd", "miniature_xl": "the miniature of Stable Diffusion XL in flaxkd"}
 
 OPENMOJI = """\
 Pictures of [OpenMoji](https://openmoji.org), the open-source emoji and icon project, went into these weights.
@@ -31,19 +33,20 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
     of the teacher. step: of the checkpoint. averaged: whether the weights are the moving average."""
     run = _read_json(workdir / "config.json")  # empty for a workdir of convert.from_diffusers
     teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source.path))
-    openmoji = (teacher is None and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
+    miniature = teacher is None or teacher in hub.MINIATURES
+    openmoji = (miniature and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
     name, plain = names(teacher)
     title, text = headline(run, name, plain, list(parts))
     inherited = _licence(source.path)
     licences = {"cc-by-sa-4.0"} if openmoji else set()
-    licences |= {inherited} if inherited else set() if teacher is None else {"other"}
+    licences |= {inherited} if inherited else set() if miniature else {"other"}
     [licence] = licences if len(licences) == 1 else ["other"]  # two licences together have no name
     front = ModelCardData(
         license=licence,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=teacher if name != plain else None,
-        tags=["text-to-image", "diffusers", "stable-diffusion"] + ["knowledge-distillation"] * bool(run.get("student")),
+        tags=["text-to-image", "diffusers", source.family.tag] + ["knowledge-distillation"] * bool(run.get("student")),
     )
     blocks = [f"---\n{front.to_yaml()}\n---", f"# {title}", text]
     if (workdir / PREVIEW).is_file():
@@ -54,6 +57,7 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
     prompts = run.get("sample", {}).get("prompts") or ["a photograph of a red bicycle leaning on a wall"]
     blocks += [
         counts(parts, source),
+        depths(parts.get("unet", source.config("unet"))),
         _usage(parts, source, prompts[0]),
         figures(files.read_jsonl(workdir / "metrics.jsonl")),
         measured(workdir, "evaluation"),
@@ -61,15 +65,15 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
     ]
     blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
     foreign = FOREIGN.format(teacher=name, licence=f" ({inherited})" if inherited else "")
-    notes = [foreign] if teacher is not None else [] if openmoji else [OWN]
+    notes = [foreign] if not miniature else [] if openmoji else [OWN]
     blocks.append("\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])]))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def names(teacher: str | None) -> tuple[str, str]:
     """The name of `config.teacher` for a reader: (in Markdown, as plain text)."""
-    if teacher is None:
-        return ("the miniature teacher of flaxkd",) * 2
+    if teacher is None or teacher in hub.MINIATURES:
+        return (MINIATURES[teacher],) * 2
     path = Path(teacher)
     if not path.exists() and teacher.count("/") == 1:
         return f"[{teacher}](https://huggingface.co/{teacher})", teacher
@@ -80,6 +84,7 @@ def headline(run: dict, name: str, plain: str, parts: list[str]) -> tuple[str, s
     """(title, one or two sentences). run: its config.json; {} for a conversion. name, plain: from `names`."""
     student, what = run.get("student"), ", ".join(parts)
     if student:
+        student = Path(student).stem  # the name of a row, or its file
         title = f"{student}, distilled from {plain}"
         text = (
             f"The UNet is the student `{student}`, distilled from {name}: whole blocks and layers were taken "
@@ -112,6 +117,21 @@ def counts(parts: dict[str, dict], source: Folder) -> str:
     for part, config in parts.items():
         lines.append(f"| {part} | {count(part, config):,} | {source.count(part):,} |")
     return "\n".join(lines)
+
+
+def depths(unet: dict) -> str:
+    """The transformer blocks of a UNet's attentions, for those who build it elsewhere; "" if each has one.
+
+    unet: its config.json. Until diffusers 0.22 an up block was as deep as its twin, and a mid block had attention."""
+    c = UNetConfig.from_dict(unet)
+    numbers = lambda stages: ", ".join(" ".join("-" if n is None else str(n) for n in stage.depths) for stage in stages)
+    paths = {"down": c.down, "mid": [c.mid] if c.mid else [], "up": c.up}
+    if all(n in (None, 1) for stages in paths.values() for stage in stages for n in stage.depths):
+        return ""
+    found = "; ".join(f"{path} {numbers(stages) or 'none'}" for path, stages in paths.items())
+    new = c.reverse_transformer_layers_per_block or c.mid_block_type == "UNetMidBlock2D"
+    needed = " It needs diffusers 0.22 or newer: older versions build other layers." if new else ""
+    return f"Transformer blocks of each layer, `-` for a layer without attention: {found}.{needed}"
 
 
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:

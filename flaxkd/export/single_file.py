@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from flaxkd.machine import files
 from flaxkd.models.unet import UNetConfig
-from flaxkd.pretrained import Folder, clip_tokenizer, keys, ldm
+from flaxkd.pretrained import ARCHITECTURES, Folder, clip_tokenizer, keys, ldm
+from flaxkd.pretrained.families import TOKENIZERS
 from flaxkd.pretrained.single_file import HEADER, MODELSPEC
 from flaxkd.pretrained.writing import cast
 
@@ -26,23 +27,39 @@ class Program(NamedTuple):
     builds: Callable[[UNetConfig], bool]
 
 
+def _depths(c: UNetConfig) -> tuple:
+    return tuple(stage.depths for stage in (*c.down, *([c.mid] if c.mid else []), *c.up))
+
+
+WHOLE = {_depths(UNetConfig.from_dict(row.unet)) for row in ARCHITECTURES.values()}
+
+
 def _is_whole(c: UNetConfig) -> bool:
-    return [len(stage.depths) for stage in c.down] == [2] * 4 and c.mid_block_type is not None
+    return _depths(c) in WHOLE
 
 
 def _is_tiny(c: UNetConfig) -> bool:
     return [stage.depths for stage in c.down] == [(1,)] * 3 and c.mid_block_type is None
 
 
+# comfy/supported_models.py: transformer blocks of the layers on the way down of SDXL, SSD-1B, Vega and both KOALAs.
+SDXL_DOWN = {(0, 0, 2, 2, 10, 10), (0, 0, 2, 2, 4, 4), (0, 0, 1, 1, 2, 2), (0, 2, 6), (0, 2, 5)}
+
+
+def _is_known_to_comfyui(c: UNetConfig) -> bool:
+    down = tuple(depth or 0 for stage in c.down for depth in stage.depths)
+    return c.addition_embed_type is None or down in SDXL_DOWN
+
+
 PROGRAMS = {
     # comfy/model_detection.py counts blocks and layers; comfy/supported_models.py tells SD by its widths.
-    "comfyui": Program("ComfyUI", False, lambda c: True),
+    "comfyui": Program("ComfyUI", False, _is_known_to_comfyui),
     # modules/sd_models_config.py: one YAML for each family, which describes the whole UNet.
     "a1111": Program("A1111's web UI", False, _is_whole),
     # src/model/diffusion/unet.hpp: the whole UNet, and one of three stages with one layer each and no mid block.
     "sd.cpp": Program("stable-diffusion.cpp", True, lambda c: _is_whole(c) or _is_tiny(c)),
 }
-WIDTH, TEXT_WIDTHS = 320, (768, 1024)  # of the UNets that all of them take for Stable Diffusion 1.x and 2.x
+WIDTH, TEXT_WIDTHS = 320, (768, 1024, 2048)  # of the UNets that all of them take for Stable Diffusion 1.x, 2.x and XL
 
 
 def readers(unet_config: dict, gaps: bool = False) -> list[str]:
@@ -72,7 +89,7 @@ def write(file: Path, folder: Folder, *, program: str | None = None, dtype=None)
     written = {}
     for part in folder.parts:
         tensors = cast(keys.to_tensors(folder.stored(part)), dtype, part)
-        written |= ldm.to_ldm(part, tensors, open_clip=folder.family.open_clip, gaps=gaps)
+        written |= ldm.to_ldm(part, tensors, prefix=folder.family.single_file.get(part), gaps=gaps)
     with files.whole(file) as path:
         save_file(written, path, metadata=_header(file, folder))
     return able
@@ -82,12 +99,11 @@ def _header(file: Path, folder: Folder) -> dict[str, str]:
     scheduler = folder.config("scheduler")
     prediction = scheduler.get("prediction_type", "epsilon")
     content = {part: folder.config(part) for part in (*folder.parts, "scheduler")}
-    if (tokenizer := _tokenizer(folder)) is not None:
-        content["tokenizer"] = tokenizer
+    content |= _tokenizers(folder)
     spec = {
         "sai_model_spec": "1.0.0",
         "architecture": folder.family.modelspec[prediction],
-        "implementation": "https://github.com/CompVis/stable-diffusion",
+        "implementation": folder.family.code,
         "title": file.stem,
         "resolution": f"{folder.resolution}x{folder.resolution}",
         "prediction_type": {"v_prediction": "v"}.get(prediction, prediction),
@@ -95,12 +111,14 @@ def _header(file: Path, folder: Folder) -> dict[str, str]:
     return {"format": "pt", HEADER: json.dumps(content)} | {f"{MODELSPEC}{name}": x for name, x in spec.items()}
 
 
-def _tokenizer(folder: Folder) -> dict | None:
-    """The options of `clip_tokenizer.make` for a tokenizer other than the one that a single file is read with."""
-    tokenizer, usual = folder.tokenizer, clip_tokenizer.make(**clip_tokenizer.options(folder.family.open_clip))
-    kept = ("pad_token", "model_max_length")
-    if all(getattr(tokenizer, name) == getattr(usual, name) for name in kept):
-        if tokenizer.get_vocab() == usual.get_vocab():
-            return None
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    return {"vocab": tokenizer.get_vocab(), "merges": merges} | {name: getattr(tokenizer, name) for name in kept}
+def _tokenizers(folder: Folder) -> dict[str, dict]:
+    """The options of `clip_tokenizer.make` for tokenizers other than those that a single file is read with."""
+    kept, found = ("pad_token", "model_max_length"), {}
+    for part, field in folder.family.captions.items():
+        open_clip = ldm.is_open_clip(folder.family.single_file[part])
+        tokenizer, usual = folder.tokenizers[field], clip_tokenizer.make(**clip_tokenizer.options(open_clip))
+        own = {name: getattr(tokenizer, name) for name in kept}
+        if own != {name: getattr(usual, name) for name in kept} or tokenizer.get_vocab() != usual.get_vocab():
+            merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+            found[TOKENIZERS[field]] = {"vocab": tokenizer.get_vocab(), "merges": merges} | own
+    return found

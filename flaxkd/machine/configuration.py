@@ -30,6 +30,10 @@ OPEN = {
 }
 
 
+# Switches that may also be one of these words.
+WORDS = {"remat": ("blocks", "transformer_blocks"), "normalize_features": ("token",)}
+
+
 def own() -> Path:
     """The folder of flaxkd's own configurations: beside the package in a clone, inside it in an installation."""
     package = Path(__file__).parents[1]
@@ -152,7 +156,7 @@ def configuration(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
         if not equals and kind is not bool:
             raise ValueError(f"{override} has no value: give {override}=VALUE")
         try:
-            value = parse(kind, group[last], text if equals else "True")
+            value = text if text in WORDS.get(key, ()) else parse(kind, group[last], text if equals else "True")
         except ValueError as error:
             raise ValueError(f"{override}: invalid literal: {advice(config, key, str(error))}") from error
         if isinstance(value, tuple):

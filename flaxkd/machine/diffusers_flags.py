@@ -20,6 +20,7 @@ HERE = {
     "model_name_or_path": "teacher",
     "model_id": "teacher",
     "model": "teacher",
+    "pretrained_vae_model_name_or_path": "vae",
     "revision": "none: `hf download OWNER/NAME --revision R --local-dir DIR`, then teacher=DIR",
     "variant": "none: the weights in the folder of the teacher are found",
     "unet_config_path": "student, a row of `python -m flaxkd.students`",
@@ -35,6 +36,7 @@ HERE = {
     "output_weight": "weight.output",
     "feature_weight": "weight.feature",
     "proportion_empty_prompts": "caption_dropout",
+    "timestep_bias_strategy": 'timestep_sampling: "uniform", or "min_snr" by the weights of snr_gamma',
     # The optimizer.
     "num_train_epochs": STEPS,
     "num_epochs": STEPS,
@@ -86,6 +88,8 @@ HERE = {
     "resolution": "data.resolution",
     "image_size": "data.resolution",
     "center_crop": "none: pictures are always cropped so",
+    "crops_coords_top_left_h": "none: every picture's own crop conditions SDXL",
+    "crops_coords_top_left_w": "none: every picture's own crop conditions SDXL",
     "random_flip": "data.random_flip",
     "cache_dir": "the environment variable FLAXKD_CACHE",
     # What is shown and saved.

@@ -137,10 +137,11 @@ def lower(config, target: devices.Target) -> Lowered:
 
 
 def longest_attention(config, mesh, unet: dict, size: int, dtype) -> str:
-    """The form of self-attention at the outermost level of a UNet."""
-    outermost = build("unet", unet).config.down[0]
-    attend = DotProductAttention(mesh, config.attention)
-    return attend.name(dtype, size**2, size**2, outermost.channels // outermost.heads)
+    """The form of self-attention at the outermost level of a UNet that has any."""
+    stages = build("unet", unet).config.down
+    level, outermost = next(((i, stage) for i, stage in enumerate(stages) if any(stage.depths)), (0, stages[0]))
+    attend, tokens = DotProductAttention(mesh, config.attention), (size >> level) ** 2
+    return attend.name(dtype, tokens, tokens, outermost.channels // outermost.heads)
 
 
 def _task(config, folder: Folder, dtype, mesh) -> Task:

@@ -154,7 +154,7 @@ COLUMNS = {
     "px": lambda r: str(r["resolution"]),
     "images a device": lambda r: str(r["per_device"]),
     "attention": lambda r: r["attention"],
-    "remat": lambda r: "yes" if r["remat"] else "no",
+    "remat": lambda r: {False: "no", True: "yes"}.get(r["remat"], r["remat"]),
     "data x fsdp": lambda r: r["mesh"],
     "parameters": lambda r: size(r["held"]["parameters"]),
     "optimizer, average": lambda r: size(r["held"]["optimizer"] + r["held"]["average"]),

@@ -20,6 +20,7 @@ from flaxkd.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithP
 from flaxkd.models.layers import FEATURES, features
 from flaxkd.models.unet import UNet2DCondition, UNetConfig
 from flaxkd.models.vae import AutoencoderKL, VAEConfig
+from flaxkd.pretrained import ldm
 
 Inputs = list[jax.ShapeDtypeStruct]
 
@@ -170,12 +171,14 @@ class Family:
     stages: int  # of the UNet
     layers: int  # of a down block; an up block has one more
     shown: str  # its architecture in the tables of students
-    open_clip: bool  # whether its text encoder is OpenCLIP's, which has other names in a single file
+    single_file: Mapping[str, str]  # {text encoder: the beginning of its names in a single file}
     modelspec: Mapping[str, str]  # prediction_type -> architecture in the header of a single file
     sizes: bool = False  # whether an example has time_ids: its original size, its crop and its size
     penultimate: bool = False  # whether the states are those before the last layer of the encoders
     upcasts: bool = False  # whether its autoencoder computes in float32 where its config.json asks for it
     guidance: float = 7.5  # diffusers' default for its pipeline
+    tag: str = "stable-diffusion"  # of its models on the hub
+    code: str = "https://github.com/CompVis/stable-diffusion"  # the original
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -203,17 +206,19 @@ _BESIDE_SDXL = {ZEROS: True, "feature_extractor": [None, None], "image_encoder":
 FAMILIES = {
     "sd1": Family("Stable Diffusion 1.x", "StableDiffusionPipeline", CAPTION,
                   {"use_linear_projection": False, "addition_embed_type": False}, text_states, _BESIDE_SD,
-                  stages=4, layers=2, shown="sd15", open_clip=False,
+                  stages=4, layers=2, shown="sd15", single_file={"text_encoder": ldm.CLIP},
                   modelspec={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"}),
     "sd2": Family("Stable Diffusion 2.x", "StableDiffusionPipeline", CAPTION,
                   {"use_linear_projection": True, "addition_embed_type": False}, text_states, _BESIDE_SD,
-                  stages=4, layers=2, shown="sd21", open_clip=True,
+                  stages=4, layers=2, shown="sd21", single_file={"text_encoder": ldm.OPEN_CLIP},
                   modelspec={"epsilon": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"}),
     "sdxl": Family("Stable Diffusion XL", "StableDiffusionXLPipeline", SDXL_CAPTIONS,
                    {"use_linear_projection": True, "addition_embed_type": True}, two_text_states, _BESIDE_SDXL,
-                   stages=3, layers=2, shown="sdxl", open_clip=False,
+                   stages=3, layers=2, shown="sdxl",
+                   single_file={"text_encoder": ldm.SDXL_CLIP, "text_encoder_2": ldm.SDXL_OPEN_CLIP},
                    modelspec={"epsilon": "stable-diffusion-xl-v1-base", "v_prediction": "stable-diffusion-xl-v1-base"},
-                   sizes=True, penultimate=True, upcasts=True, guidance=5.0),
+                   sizes=True, penultimate=True, upcasts=True, guidance=5.0, tag="stable-diffusion-xl",
+                   code="https://github.com/Stability-AI/generative-models"),
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "schedule
 NO_LIMIT = 10**9  # of tokens; a tokenizer of transformers without a configuration has 10**30
 # In model_index.json, where diffusers ignores names that begin with an underscore.
 DRAWN_WITH = "_guidance_scale"
+SCALING = ("scaling_factor", "force_upcast")  # of an autoencoder, what its tensors do not tell
 SHARED = "_shared"  # {part, tokenizer or scheduler: the folder that has it, from this one}, for the embedded teachers
 
 
@@ -62,14 +63,17 @@ class Folder:
         path = hub.resolve(model)
         configs, readers = ({}, {}) if path.is_dir() else single_file.read(path, own_vae=vae is None)
         if vae is not None:
-            configs["vae"], readers["vae"] = cls._open_vae(hub.resolve_vae(vae))
+            own = cls(path, configs)
+            known = "vae" in configs or (own.place("vae") / CONFIGS["vae"]).is_file()
+            configs["vae"], readers["vae"] = cls._open_vae(hub.resolve_vae(vae), own.config("vae") if known else {})
         folder = cls(path, configs, readers=readers, vae=None if vae is None else str(vae))
         return folder.skip_layers(clip_skip)
 
     @classmethod
-    def _open_vae(cls, path: Path) -> tuple[dict, Callable]:
+    def _open_vae(cls, path: Path, own: dict) -> tuple[dict, Callable]:
+        """own: config.json of the model's own autoencoder, {} without one."""
         if path.is_file():
-            return single_file.read_vae(path)
+            return single_file.read_vae(path, {name: own[name] for name in SCALING if name in own})
         stem, file = families.PARTS["vae"].stem, path / CONFIGS["vae"]
         config = families.plain("vae", _read_object(file), str(file))
         return config, lambda: tensors.read(tensors.find(path, stem, path))

@@ -5,10 +5,13 @@
     vae:          encoder.mid_block.resnets.0      first_stage_model.encoder.mid.block_1
     text_encoder: text_model.encoder.layers.0      cond_stage_model.transformer.text_model.encoder.layers.0   (SD 1.x)
                                                    cond_stage_model.model.transformer.resblocks.0             (SD 2.x)
+                                                   conditioner.embedders.0.transformer.text_model...          (SDXL)
+    text_encoder_2                                 conditioner.embedders.1.model.transformer.resblocks.0      (SDXL)
 
 Names are pairs of beginnings, as `_unet`, `_vae` and `_open_clip` list them for a network of given blocks; the longest
-one that fits is replaced. `to_ldm` and `to_diffusers` follow the same pairs. Three tensors are also stored in
-another form: OpenCLIP's q, k and v are one matrix, and the autoencoder's attention is made of 1x1 convolutions.
+one that fits is replaced. `to_ldm` and `to_diffusers` follow the same pairs. Some tensors are also stored in another
+form: OpenCLIP's q, k and v are one matrix, its projection is transposed, and the autoencoder's attention is made of 1x1
+convolutions.
 
 LDM counts the layers of all blocks in one sequence. A student has fewer, and there are two ways to count them:
 consecutively, which is what the original code does with fewer layers (ComfyUI, diffusers), and as they are counted in
@@ -25,12 +28,16 @@ Pairs = dict[str, str]  # {beginning of diffusers' names: of LDM's}
 Tensors = dict[str, np.ndarray]
 
 WHOLE = (2, 3)  # layers of a down and an up block of the whole UNet
+# Beginnings of the names of text encoders. Those of OpenCLIP, and they alone, end with "model.".
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-# {part: beginnings of its names in a file}; the first is written. The last of the text encoder is SD 2.x saved by sgm.
+SDXL_CLIP, SDXL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+# {part: beginnings of its names in a file}. The first is written, of a text encoder that of its family. The last of the
+# text encoder is SD 2.x saved by sgm.
 PREFIXES = {
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae."),
-    "text_encoder": (CLIP, OPEN_CLIP, "conditioner.embedders.0.model."),
+    "text_encoder": (CLIP, OPEN_CLIP, SDXL_CLIP, "conditioner.embedders.0.model."),
+    "text_encoder_2": (SDXL_OPEN_CLIP,),
 }
 
 RESNET = {
@@ -44,6 +51,8 @@ RESNET = {
 UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",  # of SDXL
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -70,6 +79,7 @@ OPENCLIP = {
     "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
 }
 OPENCLIP_LAYER = {
     "layer_norm1": "ln_1",
@@ -89,17 +99,23 @@ class Blocks(NamedTuple):
     attention: tuple[bool, ...]
 
 
-def to_ldm(part: str, tensors: Tensors, *, open_clip: bool = False, gaps: bool = False) -> Tensors:
+def to_ldm(part: str, tensors: Tensors, *, prefix: str | None = None, gaps: bool = False) -> Tensors:
     """The tensors {diffusers' key: array} of a part under LDM's names, with the prefix of the part.
 
-    open_clip: names and forms of SD 2.x's text encoder. gaps: how the layers of a UNet are counted, see above.
-    Raises ValueError for a key that LDM has no name for."""
-    prefix = OPEN_CLIP if part == "text_encoder" and open_clip else PREFIXES[part][0]
-    if prefix == CLIP:
+    prefix: one of PREFIXES, which tells the names and forms of a text encoder; None: the first. gaps: how the layers of
+    a UNet are counted, see above. Raises ValueError for a key that LDM has no name for."""
+    prefix = prefix or PREFIXES[part][0]
+    if part.startswith("text_encoder") and not is_open_clip(prefix):
         return {prefix + key: array for key, array in tensors.items()}
-    tensors = {"unet": dict, "vae": _convolved, "text_encoder": _fused}[part](tensors)
-    pairs = {"unet": _unet, "vae": _vae, "text_encoder": _open_clip}[part](tensors, gaps)
+    names, there, _ = SCHEMES[part]
+    tensors = there(tensors)
+    pairs = names(tensors, gaps)
     return {prefix + _renamed(key, pairs): array for key, array in tensors.items()}
+
+
+def is_open_clip(prefix: str) -> bool:
+    """Whether a text encoder is OpenCLIP's. Its captions are then padded with "!"."""
+    return prefix.endswith("model.")
 
 
 def to_diffusers(part: str, tensors: Tensors) -> Tensors:
@@ -109,10 +125,9 @@ def to_diffusers(part: str, tensors: Tensors) -> Tensors:
     ours = {"unet": "conv_in.weight", "vae": "encoder.conv_norm_out.weight"}.get(part)
     if ours in tensors or any(key.startswith(("text_model.", "embeddings.", "encoder.layers.")) for key in tensors):
         return dict(tensors)
-    pairs = {"unet": _unet, "vae": _vae, "text_encoder": _open_clip}[part](tensors)
-    back = {theirs: ours for ours, theirs in pairs.items()}
-    renamed = {_renamed(key, back, missing=key): array for key, array in tensors.items()}
-    return {"unet": dict, "vae": _linear, "text_encoder": _split}[part](renamed)
+    names, _, back = SCHEMES[part]
+    pairs = {theirs: ours for ours, theirs in names(tensors).items()}
+    return back({_renamed(key, pairs, missing=key): array for key, array in tensors.items()})
 
 
 def _renamed(key: str, pairs: Pairs, missing: str | None = None) -> str:
@@ -120,7 +135,7 @@ def _renamed(key: str, pairs: Pairs, missing: str | None = None) -> str:
         if key[:end] in pairs:
             return pairs[key[:end]] + key[end:]
     if missing is None:
-        raise ValueError(f"{key} has no name in a single file of Stable Diffusion 1.x and 2.x")
+        raise ValueError(f"{key} has no name in a single file of Stable Diffusion 1.x, 2.x and XL")
     return missing
 
 
@@ -221,7 +236,7 @@ def _linear(tensors: Tensors) -> Tensors:
 
 
 def _fused(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    fused = {key: x for key, x in tensors.items() if not any(f".{name}." in key for name in QKV)}
+    fused = {key: _turned(key, x) for key, x in tensors.items() if not any(f".{name}." in key for name in QKV)}
     for key in tensors:
         if f".{QKV[0]}." in key:
             parts = [tensors[key.replace(QKV[0], name)] for name in QKV]
@@ -236,5 +251,18 @@ def _split(tensors: Mapping[str, np.ndarray]) -> Tensors:
             rows = len(x) // len(QKV)
             split |= {key.replace("in_proj", name): x[i * rows : (i + 1) * rows] for i, name in enumerate(QKV)}
         else:
-            split[key] = x
+            split[key] = _turned(key, x)
     return split
+
+
+def _turned(key: str, x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.T) if key == "text_projection.weight" else x
+
+
+# {part: (the pairs of its names, tensors in diffusers' forms -> in LDM's, and back)}
+SCHEMES = {
+    "unet": (_unet, dict, dict),
+    "vae": (_vae, _convolved, _linear),
+    "text_encoder": (_open_clip, _fused, _split),
+    "text_encoder_2": (_open_clip, _fused, _split),
+}

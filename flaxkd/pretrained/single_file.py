@@ -1,10 +1,11 @@
-"""Single-file checkpoints, as on civitai: a whole Stable Diffusion 1.x or 2.x in one .safetensors, by LDM's names.
+"""Single-file checkpoints, as on civitai: a whole Stable Diffusion 1.x, 2.x or XL in one .safetensors, by LDM's names.
 
-Such a file holds UNet, text encoder and mostly an autoencoder, and neither configurations nor a tokenizer. The
+Such a file holds UNet, text encoders and mostly an autoencoder, and neither configurations nor a tokenizer. The
 configurations are those of the published architectures, with blocks, layers and widths as the tensors have them; the
 tokenizer is CLIP's. A file that flaxkd wrote (export/single_file.py) carries both in its header. ldm.py has the names.
 """
 
+import functools
 import json
 import re
 import warnings
@@ -13,18 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxkd.pretrained import clip_tokenizer, ldm, tensors
-from flaxkd.pretrained.families import ARCHITECTURES, Architecture
+from flaxkd.models.layers import one
+from flaxkd.pretrained import clip_tokenizer, families, ldm, tensors
+from flaxkd.pretrained.families import ARCHITECTURES, FAMILIES, TOKENIZERS, Family
 
-HEADER = "flaxkd"  # entry of the file's header: JSON of {part: config.json, "scheduler": ..., "tokenizer": options}
+# Entry of the file's header: JSON of {part: config.json, "scheduler": ..., "tokenizer" or "tokenizer_2": options}.
+HEADER = "flaxkd"
 MODELSPEC = "modelspec."  # begins the entries of Stability AI's ModelSpec, which others write too
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 EPSILON_STEP = 875000  # global_step of stable-diffusion-2-base, by which diffusers knows that it predicts the noise
 
-NEEDED = "flaxkd reads whole checkpoints of Stable Diffusion 1.x and 2.x: UNet, text encoder, autoencoder"
+NEEDED = "flaxkd reads whole checkpoints of Stable Diffusion 1.x, 2.x and XL: UNet, text encoders, autoencoder"
 RESAVE = """\
     # in an environment with torch, diffusers and transformers, and only if you trust where it comes from
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline  # of an SDXL: StableDiffusionXLPipeline, here and below
     pipeline = StableDiffusionPipeline.from_single_file("{file}", safety_checker=None)
     pipeline.save_pretrained("NEW_FOLDER", safe_serialization=True)
 then pass NEW_FOLDER."""
@@ -37,8 +40,7 @@ OTHERS = (
     (r"control_model\.|(.*\.)?(input_hint_block|controlnet_cond_embedding)\.", "a ControlNet"),
     (r"(.*\.)?motion_modules\.", "a motion module of AnimateDiff"),
     (r"emb_params$|string_to_param", "a textual inversion: the words of a prompt, and no model"),
-    (rf"{UNET}label_emb\.|conditioner\.embedders\.1\.|add_embedding\.",
-     "of SDXL, or of another model that takes more than a caption"),
+    (r"edm_(mean|vpred)", "a model such as Playground 2.5, whose noise follows EDM"),
     (rf"{UNET}(joint_blocks|double_blocks|double_layers|transformer_blocks|blocks\.0)\b",
      "a transformer such as SD3 or Flux: it has no UNet"),
 )  # fmt: skip
@@ -61,22 +63,28 @@ def read(path: Path, own_vae: bool = True) -> tuple[dict[str, dict], dict[str, C
     found, header = tensors.header(path)
     _check_kind(path, found, own_vae)
     parts = {part: _part(part, found) for part in ldm.PREFIXES}
+    named = {part: inside for part, (_, inside) in parts.items() if inside}
+    family = _family(path, named)
     made = _written(path, header)
-    readers = {part: lambda part=part: _read(path, part, parts[part][0]) for part in ldm.PREFIXES if parts[part][1]}
-    options = made.pop("tokenizer", None)
-    configs = made or _configs(path, {part: named for part, (_, named) in parts.items()}, found, header)
-    if options or configs["text_encoder"].get("vocab_size", clip_tokenizer.VOCAB_SIZE) == clip_tokenizer.VOCAB_SIZE:
-        options = options or clip_tokenizer.options(_is_sd2(parts["unet"][1]))
-        readers["tokenizer"] = lambda: clip_tokenizer.make(**options)  # else it must lie beside the file
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    readers = {part: lambda part=part: _read(path, part, parts[part][0]) for part in named}
+    options = {name: made.pop(name) for name in TOKENIZERS.values() if name in made}
+    configs = made or _configs(path, family, named, found, header)
+    for part, field in family.captions.items():
+        name = TOKENIZERS[field]
+        if name in options or configs[part].get("vocab_size", clip_tokenizer.VOCAB_SIZE) == clip_tokenizer.VOCAB_SIZE:
+            usual = clip_tokenizer.options(ldm.is_open_clip(family.single_file[part]))
+            readers[name] = functools.partial(clip_tokenizer.make, **options.get(name, usual))
+    index = {  # a tokenizer without a reader must lie beside the file
+        "_class_name": family.pipeline,
         "scheduler": ["diffusers", configs["scheduler"].get("_class_name", "PNDMScheduler")],
     }
     return configs | {"model_index": index}, readers
 
 
-def read_vae(path: Path) -> tuple[dict, Callable]:
-    """(config.json, () -> tensors by diffusers' keys) of the autoencoder in a file: alone, or of a whole checkpoint."""
+def read_vae(path: Path, scaling: dict) -> tuple[dict, Callable]:
+    """(config.json, () -> tensors by diffusers' keys) of the autoencoder in a file: alone, or of a whole checkpoint.
+
+    scaling: what its tensors do not tell, in its config.json; that of SD 1.x otherwise."""
     check_ending(path)
     found, header = tensors.header(path)
     prefix, named = _part("vae", found)
@@ -84,7 +92,7 @@ def read_vae(path: Path) -> tuple[dict, Callable]:
         prefix, named = "", ldm.to_diffusers("vae", found)
     if "decoder.conv_in.weight" not in named:
         raise ValueError(f"{path} holds no autoencoder of Stable Diffusion")
-    config = _written(path, header).get("vae") or _derived(path, lambda: _vae(named, ARCHITECTURES["sd15"]))
+    config = _written(path, header).get("vae") or _derived(path, lambda: _vae(named, families.VAE | scaling))
     return config, lambda: _read(path, "vae", prefix)
 
 
@@ -141,25 +149,33 @@ def _read(path: Path, part: str, prefix: str) -> dict[str, np.ndarray]:
     return ldm.to_diffusers(part, tensors.read([path], prefix))
 
 
-def _is_sd2(unet: dict[str, np.ndarray]) -> bool:
-    return any(x.ndim == 2 for key, x in unet.items() if key.endswith("proj_in.weight"))
+def _family(path: Path, named: dict[str, dict]) -> Family:
+    """The row of a file with these parts. Raises ValueError for a UNet with other text encoders."""
+    unet = named["unet"]
+    found = {
+        "use_linear_projection": any(x.ndim == 2 for key, x in unet.items() if key.endswith("proj_in.weight")),
+        "addition_embed_type": "add_embedding.linear_1.weight" in unet,
+    }
+    for family in FAMILIES.values():
+        if family.unet == found and {*family.encoders} == {*named} - {"unet", "vae"}:
+            return family
+    raise ValueError(f"{path} is SDXL's refiner, or another model that takes more than a caption. {NEEDED}")
 
 
 # -- Configurations, from the shapes of the tensors --------------------------------------------------------------------
 
 
-def _configs(path: Path, parts: dict, found: dict, header: dict[str, str]) -> dict[str, dict]:
-    unet, vae, text_encoder = (parts[part] for part in ("unet", "vae", "text_encoder"))
-    sd2 = _is_sd2(unet)
-    prediction = _prediction(path, found, header, sd2)
-    row = ARCHITECTURES[("sd21" if prediction == "v_prediction" else "sd21_base") if sd2 else "sd15"]
-    made = {
-        "unet": lambda: _unet(unet, row),
-        "text_encoder": lambda: _text_encoder(text_encoder, row),
-        "scheduler": lambda: row.configs["scheduler"] | {"prediction_type": prediction},
-    }
-    made |= {"vae": lambda: _vae(vae, row)} if vae else {}
-    return {part: _derived(path, make) for part, make in made.items()}
+def _configs(path: Path, family: Family, named: dict, found: dict, header: dict[str, str]) -> dict[str, dict]:
+    rows = {x.configs["scheduler"]["prediction_type"]: x for x in ARCHITECTURES.values()
+            if FAMILIES[x.family] is family}  # fmt: skip
+    prediction = _prediction(path, found, header, several=len(rows) > 1)
+    row = rows.get(prediction, ARCHITECTURES[family.shown])
+    scheduler = row.configs["scheduler"] | {"prediction_type": prediction}
+    scheduler |= {"rescale_betas_zero_snr": True} if "ztsnr" in found else {}
+    makers = {"unet": _unet, "vae": _vae, "text_encoder": _text_encoder, "text_encoder_2": _text_encoder}
+    make = lambda part: makers[part](named[part], row.configs[part])
+    made = {part: _derived(path, functools.partial(make, part)) for part in named}
+    return {"vae": row.configs["vae"], **made, "scheduler": scheduler}  # of a file without one, for another's scaling
 
 
 def _derived(path: Path, make: Callable[[], dict]) -> dict:
@@ -176,15 +192,17 @@ def _derived(path: Path, make: Callable[[], dict]) -> dict:
     )
 
 
-def _prediction(path: Path, found: dict[str, np.ndarray], header: dict[str, str], sd2: bool) -> str:
-    """What the UNet predicts. Its tensors do not tell: the header, a YAML beside the file, else as diffusers does."""
+def _prediction(path: Path, found: dict[str, np.ndarray], header: dict[str, str], several: bool) -> str:
+    """What the UNet predicts. Its tensors do not tell: the header, a YAML beside the file, else as diffusers does.
+
+    several: whether the published models of its family differ in it."""
     if (said := header.get(f"{MODELSPEC}prediction_type")) in PREDICTIONS:
         return PREDICTIONS[said]
     if (settings := path.with_suffix(".yaml")).is_file():  # LDM's own configuration beside the file, as for A1111
         says_v = re.search(r"parameterization:\s*[\"']?v", settings.read_text(encoding="utf-8", errors="replace"))
         return "v_prediction" if says_v else "epsilon"
-    if not sd2:
-        return "epsilon"
+    if not several:
+        return "v_prediction" if "v_pred" in found else "epsilon"  # a mark of SDXL's, which ComfyUI reads too
     if "global_step" in found and np.all(tensors.read([path], "global_step")[""] == EPSILON_STEP):
         return "epsilon"
     warnings.warn(
@@ -196,7 +214,7 @@ def _prediction(path: Path, found: dict[str, np.ndarray], header: dict[str, str]
     return "v_prediction"
 
 
-def _unet(x: dict[str, np.ndarray], row: Architecture) -> dict:
+def _unet(x: dict[str, np.ndarray], published: dict) -> dict:
     down, up, _ = ldm.blocks(x)
     channels = [len(x[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(len(down))]
     kinds = {
@@ -205,7 +223,7 @@ def _unet(x: dict[str, np.ndarray], row: Architecture) -> dict:
         "up": ["CrossAttnUpBlock2D" if f"up_blocks.{i}.attentions.0.norm.weight" in x else "UpBlock2D"
                for i in range(len(up))],
     }  # fmt: skip
-    config = row.unet | {
+    config = published | {
         "block_out_channels": channels,
         "cross_attention_dim": x[f"{_first_attention(x)}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "down_block_types": kinds["down"],
@@ -214,20 +232,33 @@ def _unet(x: dict[str, np.ndarray], row: Architecture) -> dict:
         "out_channels": len(x["conv_out.weight"]),
         "up_block_types": kinds["up"],
     }
-    if isinstance(row.unet["attention_head_dim"], list):  # heads of 64 channels; SD 1.x has 8 heads in all blocks
+    if isinstance(published["attention_head_dim"], list):  # heads of 64 channels; SD 1.x has 8 heads in all blocks
         config["attention_head_dim"] = [width // 64 for width in channels]
+    if "add_embedding.linear_1.weight" in x:
+        config["projection_class_embeddings_input_dim"] = x["add_embedding.linear_1.weight"].shape[1]
+    depths = {path: [_depths(x, f"{path}.{i}") for i in range(len(down))] for path in ("down_blocks", "up_blocks")}
+    whole, reverse = depths["down_blocks"], depths["up_blocks"]
+    if any(depth != 1 for depth in [*whole, *reverse]):
+        config["transformer_layers_per_block"] = whole
+        config |= {} if reverse == whole[::-1] else {"reverse_transformer_layers_per_block": reverse}
     if "mid_block.attentions.0.norm.weight" not in x:
         config["mid_block_type"] = "UNetMidBlock2D" if "mid_block.resnets.0.conv1.weight" in x else None
     return _in_groups(config)
+
+
+def _depths(x: dict[str, np.ndarray], block: str) -> int | list[int]:
+    """The transformer blocks of each attention of a block, as one number if they agree; 1 for a block without any."""
+    attentions = ldm.numbers(x, f"{block}.attentions.")
+    return one([len(ldm.numbers(x, f"{block}.attentions.{i}.transformer_blocks.")) for i in attentions] or [1])
 
 
 def _first_attention(x: dict[str, np.ndarray]) -> str:
     return next((key.removesuffix(".proj_in.weight") for key in x if key.endswith(".proj_in.weight")), "attentions.0")
 
 
-def _vae(x: dict[str, np.ndarray], row: Architecture) -> dict:
+def _vae(x: dict[str, np.ndarray], published: dict) -> dict:
     levels = ldm.numbers(x, "encoder.down_blocks.")
-    return _in_groups(row.configs["vae"] | {
+    return _in_groups(published | {
         "block_out_channels": [len(x[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in levels],
         "down_block_types": ["DownEncoderBlock2D"] * len(levels),
         "in_channels": x["encoder.conv_in.weight"].shape[1],
@@ -244,17 +275,21 @@ def _in_groups(config: dict) -> dict:
     return config
 
 
-def _text_encoder(x: dict[str, np.ndarray], row: Architecture) -> dict:
-    x = {key if key.startswith("text_model.") else f"text_model.{key}": w for key, w in x.items()}
+def _text_encoder(x: dict[str, np.ndarray], published: dict) -> dict:
+    x = {key if key.startswith("text_") else f"text_model.{key}": w for key, w in x.items()}
     vocab_size, width = x["text_model.embeddings.token_embedding.weight"].shape
     layers = len(ldm.numbers(x, "text_model.encoder.layers."))
-    published = row.configs["text_encoder"]["num_hidden_layers"]
-    return row.configs["text_encoder"] | {
-        "hidden_size": width,
-        "intermediate_size": len(x["text_model.encoder.layers.0.mlp.fc1.weight"]),
-        "max_position_embeddings": len(x["text_model.embeddings.position_embedding.weight"]),
-        "num_attention_heads": width // 64,
-        # SD 2.x takes the states before the last layer, which some files hold all the same.
-        "num_hidden_layers": min(layers, published),
-        "vocab_size": vocab_size,
-    }
+    projection = {"projection_dim": len(x["text_projection.weight"])} if "projection_dim" in published else {}
+    return (
+        published
+        | projection
+        | {
+            "hidden_size": width,
+            "intermediate_size": len(x["text_model.encoder.layers.0.mlp.fc1.weight"]),
+            "max_position_embeddings": len(x["text_model.embeddings.position_embedding.weight"]),
+            "num_attention_heads": width // 64,
+            # SD 2.x takes the states before the last layer, which some files hold all the same.
+            "num_hidden_layers": min(layers, published["num_hidden_layers"]),
+            "vocab_size": vocab_size,
+        }
+    )

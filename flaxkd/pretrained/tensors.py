@@ -21,10 +21,11 @@ PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 RESAVE = """\
     # in an environment with torch, diffusers and transformers, and only if you trust where it comes from
-    from diffusers import StableDiffusionPipeline
-    pipeline = StableDiffusionPipeline.from_pretrained("{model}", use_safetensors=False, safety_checker=None)
+    from diffusers import DiffusionPipeline
+    pipeline = DiffusionPipeline.from_pretrained("{model}", use_safetensors=False)
     pipeline.save_pretrained("NEW_FOLDER", safe_serialization=True)
-then pass NEW_FOLDER. (For a single .ckpt file, from_single_file takes the place of from_pretrained.)"""
+then pass NEW_FOLDER. (A single .ckpt file needs StableDiffusionPipeline or StableDiffusionXLPipeline in place of
+DiffusionPipeline, and from_single_file in place of from_pretrained.)"""
 
 
 def find(folder: Path, stem: str, model: str | Path) -> list[Path]:

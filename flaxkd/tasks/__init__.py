@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from flaxkd.pretrained import Folder
+from flaxkd.pretrained import PARTS, Folder
 from flaxkd.tasks import autoencoder, distill
 from flaxkd.training.task import Task
 
@@ -30,7 +30,7 @@ def make(config, folder: Folder, dtype, mesh=None) -> Task:
     if name in TASKS:
         return TASKS[name].make(config, folder, dtype, mesh)
     if name is None:
-        known = "; ".join(f"{', '.join(sorted(row.trains, reverse=True))} ({n})" for n, row in TASKS.items())
+        known = "; ".join(f"{', '.join(x for x in PARTS if x in row.trains)} ({n})" for n, row in TASKS.items())
         raise ValueError(f"train = {tuple(config.train)}: parts that are trained together are {known}")
     module, _, function = name.partition(":")
     try:

@@ -73,7 +73,7 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         return {"teacher": teacher, "student as cut": Network({"unet": unet_config}, as_cut)}
 
     h, w, c = folder.latent_shape(config.data.resolution)
-    learning = (unet_config, 3 + config.remat)  # one pass forward, two back; rematerialisation adds one forward
+    learning = (unet_config, 3 + bool(config.remat))  # one pass forward, two back; remat adds one forward
     return Task(
         batch={
             "moments": jax.ShapeDtypeStruct((h, w, 2 * c), jnp.float32),

@@ -35,8 +35,26 @@ def mse(a, b, weights=None) -> jax.Array:
     return jnp.mean(squares)
 
 
+def relative_mse(student, teacher) -> jax.Array:
+    """`mse` over the teacher's mean square: scale gives no feature more weight (LAPTOP-Diff, arXiv:2404.11098)."""
+    return mse(student, teacher) / mse(teacher, jnp.zeros_like(teacher))
+
+
+def token_mse(student, teacher) -> jax.Array:
+    """The squared distance of tokens float[..., c] of unit length, from 0 to 4, on the mean (PPCL, arXiv:2511.16156).
+
+    A token is a position; both sides lose their lengths, so that neither scale nor a few large tokens count for more.
+    As in OPPO-Mente-Lab/Qwen-Image-Pruning, src/transformer_qwenimage_attn.py."""
+    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-24))
+    return student.shape[-1] * mse(unit(student.astype(jnp.float32)), unit(teacher.astype(jnp.float32)))
+
+
+# {config.normalize_features: what a pair of features adds to the loss}
+FEATURE_TERMS = {False: mse, True: relative_mse, "token": token_mse}
+
+
 def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weight, *, noise_weights=None,
-            normalize: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+            normalize: bool | str = False) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """The distillation loss (Kim et al. 2023, arXiv:2305.15798, equations 1 to 4; distill-sd's README).
 
         L = w_noise   mean|target - noise_S|^2
@@ -45,17 +63,16 @@ def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weig
 
     target: float32[b, h, w, 4], the noise or v. teacher: None for none; then L is the first term alone.
     pairs: ((student module, teacher module), ...). weight: has `.noise`, `.output`, `.feature`.
-    noise_weights: float32[b] for the first term (Min-SNR), or None. normalize: divides each term of the sum by
-    mean|f_T^l|^2: scale alone then gives no block more weight (LAPTOP-Diff, arXiv:2404.11098).
+    noise_weights: float32[b] for the first term (Min-SNR), or None. normalize: a name in FEATURE_TERMS, the form of the
+    terms of the sum; they are as above for False.
     Returns (L, {"loss", "loss_noise", "loss_output", "loss_feature", "feature/<student module>", ...}), float32
     scalars. Raises KeyError that names a module without a feature, ValueError for a pair of unequal shapes.
     """
     loss_noise = mse(student.noise_pred, target, noise_weights)
     if teacher is None:
         return weight.noise * loss_noise, {"loss": weight.noise * loss_noise, "loss_noise": loss_noise}
-    terms = {s: mse(student.features[s], teacher.features[t]) for s, t in pairs}
-    if normalize:
-        terms = {s: terms[s] / mse(teacher.features[t], jnp.zeros_like(teacher.features[t])) for s, t in pairs}
+    term = FEATURE_TERMS[normalize]
+    terms = {s: term(student.features[s], teacher.features[t]) for s, t in pairs}
     loss_output = mse(student.noise_pred, teacher.noise_pred)
     loss_feature = sum(terms.values(), jnp.zeros(()))
     loss = weight.noise * loss_noise + weight.output * loss_output + weight.feature * loss_feature

@@ -186,9 +186,10 @@ class Writer:
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
         """In this context the run does something other than steps. The bar says what, and no rate counts its time."""
+        begun = time.monotonic()
         with self.bar.during(what):
             yield
-        self.restart()
+        self.since += time.monotonic() - begun
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self.writes:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from flaxkd import students
 from flaxkd.data import buckets, pictures
 from flaxkd.diffusion import samplers
-from flaxkd.machine import diffusers_flags, dtypes
+from flaxkd.machine import configuration, diffusers_flags, dtypes
 from flaxkd.models.attention import FORMS
 from flaxkd.pretrained import families, fresh
 from flaxkd.training import step
@@ -61,6 +61,12 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
 def word(*known: str) -> Rule:
     few = "is neither {!r} nor {!r}".format(*known) if len(known) == 2 else f"is unknown (known: {', '.join(known)})"
     return Rule(lambda x: isinstance(x, str) and x in known, few, known)
+
+
+def flag_or(*known: str) -> Rule:
+    """A switch that may also be one of these words."""
+    words = f"must be {', '.join(map(repr, (True, False, *known[:-1])))} or {known[-1]!r}"
+    return Rule(lambda x: FLAG.holds(x) or (isinstance(x, str) and x in known), words, known)
 
 
 def texts(of: Rule, what: str, least: int = 0) -> Rule:
@@ -130,7 +136,7 @@ RULES = {
     "weight.output": number(0),
     "weight.feature": number(0),
     "pairing": word(*students.PAIRINGS),
-    "normalize_features": FLAG,
+    "normalize_features": flag_or(*configuration.WORDS["normalize_features"]),
     "prediction_type": or_none(word("epsilon", "v_prediction"), "that of the teacher's scheduler", ""),
     "snr_gamma": or_none(number(0, above=True), "off"),
     "timestep_sampling": word("uniform", "min_snr"),
@@ -147,7 +153,7 @@ RULES = {
     "bad_steps.in_a_row": whole(1),
     "ema_decay": or_none(number(0, 1, below=True), "no average"),
     "dtype": or_none(word(*dtypes.NAMES, *dtypes.SPELLINGS), "bfloat16, or float32 on a CPU", ""),
-    "remat": FLAG,
+    "remat": flag_or(*configuration.WORDS["remat"]),
     "attention": or_none(word(*FORMS), "the one that pays on the device", ""),
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,

@@ -1,5 +1,7 @@
 """The benchmark: honest turns, early refusals, and a table that says what was measured."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from flaxkd.bench import benchmark, works
 from flaxkd.bench.works import Prepared
 from flaxkd.pretrained import Folder
+from tests.running import ROOT
 from tests.test_configs import load
 
 
@@ -85,6 +88,13 @@ def test_what_cannot_be_measured_is_refused_before_any_compute(tiny_pipeline):
         "block_out_channels": [64],
         "sample_size": 8,
     }
+
+
+def test_the_command_begins():
+    """In a process of its own: the number of CPU devices is set before anything computes."""
+    command = [sys.executable, "-m", "flaxkd.bench", "--rounds", "4"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: rounds = 4: a median needs at least 5"), ended
 
 
 def test_the_training_step_costs_little_more_than_it_must(monkeypatch):

@@ -19,6 +19,18 @@ def test_a_converted_folder_can_be_moved(tiny_pipeline, tmp_path):
     assert same(tensors(tmp_path / "back"), half)
 
 
+def test_sdxl_goes_there_and_back(tiny_xl, tmp_path, capsys):
+    from_diffusers.convert(str(tiny_xl), tmp_path / "converted")
+    to_diffusers.main(["--workdir", str(tmp_path / "converted"), "--out", str(tmp_path / "back")])
+    assert "try: StableDiffusionXLPipeline.from_pretrained(" in capsys.readouterr().out
+    before, after = tensors(tiny_xl), tensors(tmp_path / "back")
+    assert [*after] == ["unet", "vae", "text_encoder", "text_encoder_2"] and same(before, after)
+    folders = Folder.open(tiny_xl), Folder.open(tmp_path / "back")
+    assert all(folders[0].config(part) == folders[1].config(part) for part in after)
+    first, second = (folder.tokenize(["red apple", None]) for folder in folders)
+    assert first.keys() == {"input_ids", "input_ids_2"} and all(np.array_equal(first[x], second[x]) for x in first)
+
+
 def test_from_diffusers_says_what_it_wrote(tiny_pipeline, tmp_path, capsys):
     from_diffusers.main(["--model", str(tiny_pipeline), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out

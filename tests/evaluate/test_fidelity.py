@@ -1,5 +1,7 @@
 """Every measure against scipy or numpy; and what equal networks and pictures give."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import scipy.linalg
 from flax import linen as nn
 
 from flaxkd import diffusion, students
-from flaxkd.evaluate import fidelity
+from flaxkd.evaluate import evaluation, fidelity
 from flaxkd.machine import sharding
 from flaxkd.models.layers import emit
 from flaxkd.pretrained import families
@@ -132,6 +134,28 @@ def test_a_student_is_known_by_its_parameters(name):
     kind, pairs = fidelity.relation(unet_config | {"sample_size": 32}, teacher, "bksdm")
     assert name in kind.split(" = ")
     assert pairs == students.feature_pairs(students.get(name), "bksdm")
+
+
+@pytest.mark.parametrize(("name", "terms"), [("ssd_1b", 26), ("vega", 26), ("koala_1b", 16), ("koala_700m", 15)])
+def test_a_student_of_sdxl_is_known_by_its_depths(name, terms):
+    unet_config = students.config(students.get(name), families.SDXL)
+    kind, pairs = fidelity.relation(unet_config, families.SDXL, "segmind_sdxl")
+    assert kind == name and len(pairs) == terms
+    kind, pairs = fidelity.relation(families.SDXL, families.SDXL, "segmind_sdxl")
+    assert kind == "same network" and len(pairs) == 7
+
+
+def test_a_student_from_a_file_is_known_by_the_run_that_names_it(tmp_path):
+    layers = {0: (0,), 1: (0,), 2: (0, 1), 3: (0,)}, True, {0: (0, 2), 1: (0, 1, 2), 2: (0, 2), 3: (0, 2)}
+    student = students.Student(*layers, {"bksdm": students.Published("mine", "My own")})
+    students.write(student, tmp_path / "mine.json")
+    (tmp_path / "config.json").write_text(json.dumps({"student": str(tmp_path / "mine.json")}))
+    unet_config = students.config(student, families.SD15)
+    assert fidelity.relation(unet_config, families.SD15, "bksdm") == (None, ())
+    kind, pairs = fidelity.relation(unet_config, families.SD15, "bksdm", evaluation.rows_of(tmp_path))
+    assert kind == "mine" and ("down_blocks.2", "down_blocks.2") in pairs
+    (tmp_path / "mine.json").unlink()
+    assert evaluation.rows_of(tmp_path) == evaluation.rows_of(None) == students.TABLE
 
 
 def test_the_teacher_and_a_stranger_are_known_too():

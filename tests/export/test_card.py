@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 
-from flaxkd import export
+from flaxkd import export, students
+from flaxkd.export import card
 from flaxkd.pretrained import Folder, hub
+from flaxkd.pretrained.families import SD15, SDXL
 
 
 def test_the_card_tells_what_it_is(workdir, tmp_path):
     out = export.export(workdir, tmp_path / "out")
-    card = (out / "README.md").read_text()
-    _, front, body = card.split("---\n", 2)
+    _, front, body = (out / "README.md").read_text().split("---\n", 2)
     for line in (
         "license: other",
         "library_name: diffusers",
@@ -48,7 +49,19 @@ def test_the_licence_of_the_source_goes_on(workdir, tiny_pipeline, tmp_path, the
         "data": {"source": data},
     }
     (workdir / "config.json").write_text(json.dumps(run))
-    card = export.export(workdir, tmp_path / "out", source=source) / "README.md"
-    _, front, body = card.read_text().split("---\n", 2)
+    out = export.export(workdir, tmp_path / "out", source=source)
+    _, front, body = (out / "README.md").read_text().split("---\n", 2)
     assert f"license: {ours}" in front.splitlines()
     assert f"derive from those of mine, whose licence ({theirs})" in body
+
+
+def test_the_card_of_a_student_of_sdxl_states_its_depths():
+    """Programs that know SDXL alone build other layers, some without a word."""
+    depths = {name: card.depths(students.config(students.get(name), SDXL)) for name in ("ssd_1b", "koala_700m")}
+    assert depths["ssd_1b"] == (
+        "Transformer blocks of each layer, `-` for a layer without attention: down - -, 2 2, 4 4; mid none; "
+        "up 4 4 10, 2 1 1, - - -. It needs diffusers 0.22 or newer: older versions build other layers."
+    )
+    assert depths["koala_700m"].endswith("down -, 2, 5; mid none; up 5 5, 2 2, - -.")
+    assert card.depths(SDXL).endswith("down - -, 2 2, 10 10; mid 10; up 10 10 10, 2 2 2, - - -.")
+    assert card.depths(SD15) == ""

@@ -121,6 +121,7 @@ def test_a_task_of_one_s_own_may_have_keys_of_its_own(tmp_path):
         (["steps=1e5"], "steps", 100_000),
         (["remat"], "remat", True),
         (["remat=false"], "remat", False),
+        (["remat=transformer_blocks"], "remat", "transformer_blocks"),
         (["weight.noise", "-1"], "weight.noise", -1.0),
         (["teacher=a b=c"], "teacher", "a b=c"),
         (["train=vae"], "train", ("vae",)),

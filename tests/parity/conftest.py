@@ -37,6 +37,17 @@ def diffusers_pipeline(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def diffusers_xl(tmp_path_factory) -> Path:
     """A folder of Stable Diffusion XL as diffusers writes it; the second tokenizer pads with "!". Read only."""
+    return save_xl(tmp_path_factory.mktemp("diffusers") / "xl", UNET_XL)
+
+
+@pytest.fixture(scope="session")
+def deep_xl(tmp_path_factory) -> Path:
+    """The same with the depths of the real one. Read only."""
+    depths = {"transformer_layers_per_block": (1, 2, 10)}
+    return save_xl(tmp_path_factory.mktemp("diffusers") / "deep", UNET_XL | depths)
+
+
+def save_xl(folder: Path, unet: dict) -> Path:
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -50,9 +61,8 @@ def diffusers_xl(tmp_path_factory) -> Path:
         CLIPTextConfig(vocab_size=n, max_position_embeddings=16, **sizes, **ends) for sizes in (TEXT, TEXT_2)
     )
     schedule = {name: value for name, value in SCHEDULER.items() if name != "skip_prk_steps"}
-    folder = tmp_path_factory.mktemp("diffusers") / "xl"
     StableDiffusionXLPipeline(
-        unet=perturb(UNet2DConditionModel(**UNET_XL), 0),
+        unet=perturb(UNet2DConditionModel(**unet), 0),
         vae=perturb(AutoencoderKL(**VAE | {"scaling_factor": 0.13025}), 1),
         text_encoder=perturb(CLIPTextModel(text), 2),
         text_encoder_2=perturb(CLIPTextModelWithProjection(text_2), 3),

@@ -13,7 +13,9 @@ from tests.export.trainings import same, tensors
 diffusers = pytest.importorskip("diffusers")
 
 
-def test_round_trip_is_exact(diffusers_pipeline, tmp_path):
+@pytest.mark.parametrize("pipeline", ["diffusers_pipeline", "diffusers_xl"])
+def test_round_trip_is_exact(request, pipeline, tmp_path):
+    diffusers_pipeline = request.getfixturevalue(pipeline)
     from_diffusers.convert(str(diffusers_pipeline), tmp_path / "converted")
     to_diffusers.main(["--workdir", str(tmp_path / "converted"), "--out", str(tmp_path / "back")])
     assert same(tensors(tmp_path / "back"), tensors(diffusers_pipeline))

@@ -52,8 +52,30 @@ def test_diffusers_loads_every_tensor_of_what_is_written(diffusers_pipeline, tmp
     assert np.array_equal(tiny.ids(back, tiny.CAPTIONS), tiny.ids(folder, tiny.CAPTIONS))
 
 
-@pytest.mark.parametrize("student", [None, "sd_small", "bk_small", "sd_tiny"])
-@pytest.mark.parametrize("architecture", ["sd15", "sd21"])
+@pytest.mark.parametrize("student", [None, "bk_sdxl_small"])
+def test_diffusers_loads_every_tensor_of_an_sdxl(tmp_path, student):
+    """Whose text encoders differ in width: diffusers tells them so."""
+    wider = {"text_encoder_2": tiny.XL["text_encoder_2"] | {"hidden_size": 24}}
+    wider |= {"unet": tiny.XL["unet"] | {"cross_attention_dim": 16 + 24}}
+    folder = Folder.open(tiny.write(tmp_path / "xl", tiny.XL | wider))
+    if student:
+        config = students.config(students.get(student), folder.config("unet"))
+        params = tiny.weights(pretrained.shapes("unet", config), 7)
+        folder = Folder.open(pretrained.save(tmp_path / student, source=folder, parts={"unet": (config, params)}))
+    single_file.write(tmp_path / "model.safetensors", folder)
+    theirs = diffusers.StableDiffusionXLPipeline.from_single_file(
+        tmp_path / "model.safetensors", config=str(folder.path), local_files_only=True
+    )
+    for part in folder.parts:
+        state = {key: x.numpy() for key, x in getattr(theirs, part).state_dict().items()}
+        assert same(folder.tensors(part), state), part
+
+
+FULL = [(a, s) for a in ("sd15", "sd21") for s in (None, "sd_small", "bk_small", "sd_tiny")]
+FULL += [("sdxl", s) for s in (None, "ssd_1b", "vega", "koala_1b", "koala_700m")]
+
+
+@pytest.mark.parametrize(("architecture", "student"), FULL)
 def test_the_converter_of_diffusers_names_every_tensor_of_a_full_unet_alike(architecture, student):
     config, ours = full_size.unet(architecture, student)
     theirs = utils.convert_ldm_unet_checkpoint(ldm.to_ldm("unet", ours), {"layers_per_block": 2} | config)

@@ -14,18 +14,38 @@ from tests.bench.test_benchmark import refused, small
 pytest.importorskip("torch")
 
 
-def test_both_sides_compute_the_same_loss(tiny_pipeline):
-    """sd_tiny has a pair of blocks with unequal names, and no mid block."""
-    subject = works.subject("sd_tiny", small(tiny_pipeline), Folder.open(tiny_pipeline), steps=2)
+@pytest.mark.parametrize(
+    ("teacher", "student", "pairing"),
+    [
+        ("tiny_pipeline", "sd_tiny", "segmind"),  # a pair of blocks with unequal names, and no mid block
+        ("tiny_xl", "bk_sdxl_small", "koala"),  # two text encoders, and sizes
+    ],
+)
+def test_both_sides_compute_the_same_loss(request, teacher, student, pairing):
+    teacher = request.getfixturevalue(teacher)
+    subject = works.subject(student, small(teacher, pairing=pairing), Folder.open(teacher), steps=2)
     inputs = subject.task.prepare(jax.random.key(1), subject.batch)
     _, ours = jax.jit(subject.task.loss)(subject.task.trained, subject.task.frozen, {}, inputs)
     networks = torch_works._networks(subject)
-    arrays = (inputs.noisy_latents, inputs.timesteps, inputs.conditions["input_ids"], inputs.target)
-    tensors = torch_works._tensors(subject, *(np.asarray(x) for x in arrays))
-    theirs = torch_works.loss(subject, networks)(*tensors)
+    tensors = lambda *arrays: torch_works._tensors(subject, *map(np.asarray, arrays))
+    conditions = dict(zip(inputs.conditions, tensors(*inputs.conditions.values()), strict=True))
+    seen = tensors(inputs.noisy_latents, inputs.timesteps, inputs.target)
+    theirs = torch_works.loss(subject, networks)(*seen, conditions)
     assert theirs.keys() == {"loss", "loss_noise", "loss_output", "loss_feature"}
     for name, value in theirs.items():
         np.testing.assert_allclose(float(value.detach()), ours[name], rtol=2e-5, err_msg=name)
+
+
+def test_a_denoising_step_of_sdxl_has_all_that_conditions_its_unet(tiny_xl):
+    subject = works.subject("teacher", small(tiny_xl), Folder.open(tiny_xl), steps=2)
+    shapes = [(8, 8, 8, 4), (8,), (8, 16, 32), (8, 12), (8, 6)]  # twice the batch
+    assert [x.shape for x in subject.inputs] == shapes
+    unet = subject.folder.module("unet")
+    ours = jax.eval_shape(
+        lambda params, *inputs: unet.apply({"params": params}, *inputs), subject.unet, *subject.inputs
+    )
+    theirs = torch_works._denoise(subject, torch_works._networks(subject), compiled=False)()
+    assert ours.shape == (8, 8, 8, 4) and theirs.shape == (8, 4, 8, 8) and bool(theirs.isfinite().all())
 
 
 def test_a_step_in_torch_moves_the_student_alone(tiny_pipeline):

@@ -14,6 +14,7 @@ from flaxkd.machine import sharding
 from flaxkd.plan import compiling, devices, table
 from flaxkd.pretrained import Folder, families, hub
 from flaxkd.tasks import distill
+from tests import tiny
 
 
 def config_of(**changes):
@@ -50,6 +51,21 @@ def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shape
     assert again.passes == ((unet, 1), (student, 4))
 
 
+def test_a_step_of_sdxl_is_planned_from_its_configurations_alone(here, monkeypatch):
+    """Of a published SDXL that is tiny: its two text encoders, its sizes, and what conditions its UNet."""
+    row = families.Architecture("tiny", "sdxl", {name: x for name, x in tiny.XL.items() if name != "vocab_size"}, ())
+    monkeypatch.setattr(compiling, "published", lambda teacher: row)
+    config = config_of(teacher="OWNER/NAME", student="bk_sdxl_small", pairing="segmind_sdxl", remat=True)
+    config.data.resolution = 32
+    lowered = compiling.lower(config, here)
+    frozen = sum(pretrained.count(part, row.configs[part]) for part in ("unet", "text_encoder", "text_encoder_2"))
+    assert lowered.held["teacher"] == 2 * frozen
+    student = students.config(students.get("bk_sdxl_small"), row.unet)
+    assert lowered.held["parameters"] == 4 * pretrained.count("unet", student)
+    assert lowered.held["batch"] == 2 * 4 * (8 * 8 * 8 + 16 + 16 + 6)  # moments, both rows of ids, sizes
+    assert [times for _, times in lowered.passes] == [1, 4] and lowered.attention == "plain"
+
+
 def test_the_attention_of_a_program_is_the_one_that_pays_there(monkeypatch):
     class Mesh:
         devices = np.array([type("Device", (), {"platform": "tpu"})])
@@ -57,6 +73,8 @@ def test_the_attention_of_a_program_is_the_one_that_pays_there(monkeypatch):
     name = lambda config, unet, size: compiling.longest_attention(config, Mesh(), unet, size, jnp.bfloat16)
     assert name(config_of(), families.SD15, 64) == "splash" and name(config_of(), families.SD15, 16) == "plain"
     assert name(config_of(attention="blocked"), families.SD15, 64) == "blocked"
+    # SDXL has none at its outermost level: at 1024 pixels it begins with 4,096 tokens, at 256 pixels with 256.
+    assert name(config_of(), families.SDXL, 128) == "splash" and name(config_of(), families.SDXL, 32) == "plain"
 
 
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_traced(here):

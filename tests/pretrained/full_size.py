@@ -26,18 +26,30 @@ def unet(architecture: str, student: str | None) -> tuple[dict, dict[str, np.nda
     if student is None:
         return config, whole
     row, cut = students.get(student), {}
+    blocks = {source: (block, layers) for block, (source, layers) in row.blocks.items()}
     for key, x in whole.items():
-        side, block, kind, layer, leaf = (re.match(r"(?:(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.)?(.+)", key)).groups()
-        kept = {"down": row.down, "up": row.up}.get(side, {})
-        if side is None and (row.mid or not key.startswith("mid_block")):
+        inside = re.match(r"((?:down|up)_blocks\.\d+|mid_block)\.(\w+)\.(\d+)\.(.+)", key)
+        if inside is None:
             cut[key] = x
-        elif side and int(block) in kept:
-            at, layers = list(kept).index(int(block)), kept[int(block)]
-            if kind.endswith("samplers") and at < len(kept) - 1:
-                cut[f"{side}_blocks.{at}.{kind}.{layer}.{leaf}"] = x
-            elif int(layer) in layers and not kind.endswith("samplers"):
-                cut[f"{side}_blocks.{at}.{kind}.{layers.index(int(layer))}.{leaf}"] = x
+            continue
+        source, kind, layer, leaf = inside.groups()
+        block, layers = blocks.get(source, ("", {}))
+        if kind.endswith("samplers"):
+            if block and int(block.rpartition(".")[2]) < len(row.down) - 1:
+                cut[f"{block}.{kind}.{layer}.{leaf}"] = x
+        elif int(layer) in layers and (leaf := _within(kind, leaf, layers[int(layer)])):
+            cut[f"{block}.{kind}.{list(layers).index(int(layer))}.{leaf}"] = x
     return students.config(row, config), cut
+
+
+def _within(kind: str, leaf: str, kept: tuple[int, ...] | None) -> str | None:
+    """The leaf with its transformer block counted anew; None for what is not kept of an attention."""
+    if kind == "resnets" or kept is None:
+        return leaf
+    inside = re.match(r"transformer_blocks\.(\d+)\.(.+)", leaf)
+    if inside is None:
+        return leaf if kept else None
+    return f"transformer_blocks.{kept.index(int(inside[1]))}.{inside[2]}" if int(inside[1]) in kept else None
 
 
 def shapes(tensors: dict) -> dict:

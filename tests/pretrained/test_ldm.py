@@ -55,18 +55,49 @@ def test_the_autoencoder_and_the_text_encoder_of_full_size():
     assert there["first_stage_model.encoder.down.2.downsample.conv.weight"].shape == (512, 512, 3, 3)
     assert full_size.shapes(ldm.to_diffusers("vae", inside("vae", there))) == full_size.shapes(vae)
     text = full_size.tensors("text_encoder", "sd21")
-    there = ldm.to_ldm("text_encoder", text, open_clip=True)
+    there = ldm.to_ldm("text_encoder", text, prefix=ldm.OPEN_CLIP)
     assert len(there) == 280
     assert full_size.shapes(ldm.to_diffusers("text_encoder", inside("text_encoder", there))) == full_size.shapes(text)
     assert there["cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight"].shape == (3072, 1024)
     assert there["cond_stage_model.model.positional_embedding"].shape == (77, 1024)
 
 
+@pytest.mark.parametrize("student", [None, "ssd_1b", "koala_700m"])
+def test_a_unet_of_sdxl_goes_there_and_back(student):
+    """Names as in sd_xl_base_1.0.safetensors; a student's are counted consecutively."""
+    _, ours = full_size.unet("sdxl", student)
+    there = ldm.to_ldm("unet", ours)
+    assert len(there) == len(ours) == {None: 1680, "ssd_1b": 944, "koala_700m": 584}[student]
+    numbers = [len(ldm.numbers(there, f"model.diffusion_model.{name}.")) for name in ("input_blocks", "output_blocks")]
+    assert numbers == ([6, 6] if student == "koala_700m" else [9, 9])
+    assert full_size.shapes(ldm.to_diffusers("unet", inside("unet", there))) == full_size.shapes(ours)
+    prefix, last = "model.diffusion_model.", {None: 9, "ssd_1b": 3, "koala_700m": 4}[student]
+    assert there[f"{prefix}label_emb.0.0.weight"].shape == (1280, 2816)
+    deepest = f"{prefix}input_blocks.{5 if student == 'koala_700m' else 7}.1.transformer_blocks."
+    assert ldm.numbers(there, deepest)[-1] == last
+    middle = {key.split(".")[3] for key in there if "middle_block" in key}
+    assert middle == {None: {"0", "1", "2"}, "ssd_1b": {"0"}, "koala_700m": set()}[student]
+
+
+def test_the_second_text_encoder_of_sdxl():
+    text = full_size.tensors("text_encoder_2", "sdxl")
+    there = ldm.to_ldm("text_encoder_2", text)
+    prefix = "conditioner.embedders.1.model."
+    assert there[f"{prefix}text_projection"].shape == (1280, 1280) and len(there) == 12 * 32 + 5
+    assert full_size.shapes(ldm.to_diffusers("text_encoder_2", inside("text_encoder_2", there))) == full_size.shapes(
+        text
+    )
+    there = ldm.to_ldm("text_encoder_2", {"text_projection.weight": np.arange(6).reshape(2, 3)})
+    assert there[f"{prefix}text_projection"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    first = ldm.to_ldm("text_encoder", {"text_model.final_layer_norm.bias": text}, prefix=ldm.SDXL_CLIP)
+    assert [*first] == ["conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"]
+
+
 def test_queries_keys_and_values_are_rows_in_this_order():
     stem = "text_model.encoder.layers.0.self_attn"
     parts = {f"{stem}.{name}.weight": np.full((2, 2), i) for i, name in enumerate(("q_proj", "k_proj", "v_proj"))}
     parts |= {f"{stem}.{name}.bias": np.full(2, i) for i, name in enumerate(("q_proj", "k_proj", "v_proj"))}
-    there = ldm.to_ldm("text_encoder", parts, open_clip=True)
+    there = ldm.to_ldm("text_encoder", parts, prefix=ldm.OPEN_CLIP)
     assert there.keys() == {
         f"cond_stage_model.model.transformer.resblocks.0.attn.in_proj_{x}" for x in ("weight", "bias")
     }
@@ -76,5 +107,5 @@ def test_queries_keys_and_values_are_rows_in_this_order():
 
 
 def test_a_tensor_without_a_name_is_named():
-    with pytest.raises(ValueError, match=r"add_embedding\.linear_1\.weight has no name"):
-        ldm.to_ldm("unet", {"conv_in.weight": np.zeros(1), "add_embedding.linear_1.weight": np.zeros(1)})
+    with pytest.raises(ValueError, match=r"class_embedding\.linear_1\.weight has no name"):
+        ldm.to_ldm("unet", {"conv_in.weight": np.zeros(1), "class_embedding.linear_1.weight": np.zeros(1)})

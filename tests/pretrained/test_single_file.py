@@ -103,7 +103,7 @@ def test_what_a_stable_diffusion_2_predicts(file, tmp_path, monkeypatch, header,
     found |= ldm.to_ldm("vae", full_size.tensors("vae", "sd21"))
     text = full_size.tensors("text_encoder", "sd21")
     last = {k.replace(".22.", ".23."): x for k, x in text.items() if ".22." in k}  # not used, but in the files
-    found |= ldm.to_ldm("text_encoder", text | last, open_clip=True)
+    found |= ldm.to_ldm("text_encoder", text | last, prefix=ldm.OPEN_CLIP)
     found |= {"cond_stage_model.model.text_projection": full_size.hollow((1024, 1024)), "global_step": np.array(step)}
     monkeypatch.setattr(tensors, "header", lambda path: (found, header))
     with warnings.catch_warnings(record=True) as said:
@@ -118,7 +118,50 @@ def test_what_a_stable_diffusion_2_predicts(file, tmp_path, monkeypatch, header,
     assert readers["tokenizer"]()("a photo of a cat", padding="max_length")["input_ids"][:8] == [
         *(49406, 320, 1125, 539, 320, 2368, 49407), 0,
     ]  # fmt: skip
-    assert FAMILIES["sd2"].open_clip
+
+
+@pytest.mark.parametrize("student", [None, "ssd_1b", "vega", "koala_1b", "koala_700m"])
+def test_an_sdxl_without_a_header_is_read_from_its_tensors(monkeypatch, tmp_path, student):
+    parts = {part: full_size.tensors(part, "sdxl") for part in ("vae", "text_encoder", "text_encoder_2")}
+    config, parts["unet"] = full_size.unet("sdxl", student)
+    prefixes, found = FAMILIES["sdxl"].single_file, {}
+    for part, named in parts.items():
+        found |= ldm.to_ldm(part, named, prefix=prefixes.get(part))
+    monkeypatch.setattr(tensors, "header", lambda path: (found, {}))
+    configs, readers = single_file.read(tmp_path / "model.safetensors")
+    made, wanted = (pretrained.PARTS["unet"].config.from_dict(c) for c in (configs["unet"], config))
+    assert (made.down, made.mid, made.up) == (wanted.down, wanted.mid, wanted.up)
+    published = ARCHITECTURES["sdxl"].configs
+    assert student or configs["unet"] == published["unet"]
+    same = ("vae", "text_encoder", "text_encoder_2", "scheduler")
+    assert {part: configs[part] for part in same} == {part: published[part] for part in same}
+    assert configs["model_index"]["_class_name"] == "StableDiffusionXLPipeline"
+    ids = [readers[name]()("a cat", padding="max_length")["input_ids"] for name in ("tokenizer", "tokenizer_2")]
+    assert [row[:4] for row in ids] == [[49406, 320, 2368, 49407]] * 2 and [row[-1] for row in ids] == [49407, 0]
+    found |= {"v_pred": np.zeros(0), "ztsnr": np.zeros(0)}  # marks of models trained for it
+    scheduler = single_file.read(tmp_path / "model.safetensors")[0]["scheduler"]
+    assert scheduler["prediction_type"] == "v_prediction" and scheduler["rescale_betas_zero_snr"]
+
+
+def test_an_sdxl_is_in_one_file(tiny_xl, tmp_path):
+    whole, file = Folder(tiny_xl), tmp_path / "xl.safetensors"
+    assert writer.write(file, whole) == []  # no program knows one of its widths
+    folder = Folder.open(file)
+    assert folder.family is whole.family and same(folder, whole, whole.parts) and folder.zeros
+    ids = [each.tokenize(["red apple"]) for each in (folder, whole)]
+    assert all(np.array_equal(ids[0][field], ids[1][field]) for field in ("input_ids", "input_ids_2"))
+
+
+def test_an_autoencoder_alone_is_scaled_as_the_one_it_replaces(monkeypatch, tiny_pipeline, tmp_path):
+    """SDXL's and SD 1.x's have the same tensors."""
+    save_file({"x": np.zeros(1)}, tmp_path / "vae.safetensors")
+    monkeypatch.setattr(tensors, "header", lambda path: (ldm.to_ldm("vae", full_size.tensors("vae", "sdxl")), {}))
+    scaling = {"scaling_factor": 0.13025, "force_upcast": True}
+    assert single_file.read_vae(tmp_path / "vae.safetensors", {})[0]["scaling_factor"] == 0.18215
+    config, _ = single_file.read_vae(tmp_path / "vae.safetensors", scaling)
+    assert {name: config[name] for name in scaling} == scaling
+    own = Folder(tiny_pipeline).scaling_factor
+    assert Folder.open(tiny_pipeline, tmp_path / "vae.safetensors").scaling_factor == own
 
 
 def test_the_tokenizer_of_clip_needs_no_file(file, tmp_path):
@@ -164,8 +207,9 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 REFUSED = {
     "inpainting": (channels(9), r"takes 9 channels \(inpainting\)"),
     "instruct": (channels(8), r"takes 8 channels \(InstructPix2Pix\)"),
-    "sdxl": (added("conditioner.embedders.1.model.ln_final.weight"), "of SDXL"),
-    "unclip": (added(f"{UNET}label_emb.0.0.weight"), "of SDXL, or of another model that takes more than a caption"),
+    "two text encoders": (added("conditioner.embedders.1.model.ln_final.weight"), "is SDXL's refiner, or another"),
+    "unclip": (added(f"{UNET}label_emb.0.0.weight"), "is SDXL's refiner, or another model that takes more than a cap"),
+    "edm": (added("edm_mean"), "a model such as Playground 2.5"),
     "lora": (instead("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"), "a LoRA"),
     "peft": (instead("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"), "a LoRA"),
     "controlnet": (instead("control_model.input_hint_block.0.weight"), "a ControlNet"),
@@ -190,7 +234,9 @@ def test_other_files_are_refused_by_name(file, tmp_path, name):
     path = rewrite(file, tmp_path / "other.safetensors", change, lambda header: {"format": "pt"})
     with pytest.raises(ValueError, match=said) as error:
         Folder.open(path)
-    assert str(path) in str(error.value) and ("Stable Diffusion 1.x and 2.x" in str(error.value) or name == "no vae")
+    assert str(path) in str(error.value) and (
+        "Stable Diffusion 1.x, 2.x and XL" in str(error.value) or name == "no vae"
+    )
 
 
 def test_a_network_of_unusual_width_says_what_would_help(file, tmp_path):
@@ -291,6 +337,11 @@ def test_who_reads_which_student():
             config = students.config(students.get(name), row.unet) if name else row.unet
             assert writer.readers(config, gaps) == able
     assert writer.readers(ARCHITECTURES["sd15"].unet | {"block_out_channels": [32, 64, 64, 64]}) == []
+    sdxl = ARCHITECTURES["sdxl"].unet
+    assert writer.readers(sdxl) == ["comfyui", "a1111", "sd.cpp"]
+    for name in ("ssd_1b", "vega", "koala_1b", "koala_700m", "bk_sdxl_base", "bk_sdxl_small"):
+        able = [] if name.startswith("bk") else ["comfyui"]
+        assert writer.readers(students.config(students.get(name), sdxl)) == able, name
 
 
 def test_a_program_that_cannot_build_the_unet_is_named(tiny_pipeline, tmp_path):

@@ -55,6 +55,17 @@ def test_a_student_equal_to_its_teacher_has_only_the_noise_term(predictions):
     assert metrics["loss"] == metrics["loss_noise"] > 0
 
 
+def test_tokens_are_compared_by_their_direction(predictions):
+    student, teacher, target = predictions
+    _, metrics = kd_loss(student, teacher, target, PAIRS, WEIGHT, normalize="token")
+    a, b = student.features["up_blocks.0"], teacher.features["up_blocks.1"]
+    cosines = np.sum(a * b, -1) / np.sqrt(np.sum(a * a, -1) * np.sum(b * b, -1))
+    np.testing.assert_allclose(metrics["feature/up_blocks.0"], np.mean(2 - 2 * cosines), rtol=1e-5)
+    student.features["down_blocks.0"] *= 0
+    _, metrics = kd_loss(student, teacher, target, PAIRS, WEIGHT, normalize="token")
+    np.testing.assert_allclose(metrics["feature/down_blocks.0"], 1.0, rtol=1e-5)  # a token of zeros has no direction
+
+
 def test_normalised_pairs_do_not_depend_on_the_scale_of_the_features(predictions):
     student, teacher, target = predictions
     terms = []

@@ -52,6 +52,7 @@ WRONG = [
     ("init", "scratch", "neither 'teacher' nor 'random'"),
     ("train", ("unnet",), "train = .'unnet',. must be a tuple of parts: unet, vae, text_encoder"),
     ("train", (), "must be a tuple of parts"),
+    ("remat", "layers", "remat = 'layers' must be True, False, 'blocks' or 'transformer_blocks'"),
     ("attention", "flash", "attention = 'flash' is unknown .known: plain"),
     ("dtype", "fp8", "dtype = 'fp8' is unknown .known: float32"),
     ("dtype", "fp16", "unless the loss is scaled, .*bfloat16"),
@@ -102,6 +103,7 @@ def test_a_setting_that_cannot_work_is_refused(key, value, message):
         *((key, never) for key in settings.RULES if key.rpartition(".")[2] in ("every", "log_every", "keep_every")
           for never in (0, None)),
         ("batch_size", 1),
+        ("remat", "transformer_blocks"),
         ("sample.prompts", ()),
         ("sample.prompts", "red apple"),
         ("sample.prompts", ["red apple"]),

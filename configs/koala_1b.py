@@ -1,0 +1,18 @@
+"""KOALA-1B: 1,161,184,324 parameters, 45 % of SDXL's.
+
+Published are its numbers of layers and transformer blocks; which blocks it keeps is our choice.
+
+    python -m flaxkd.train --config configs/koala_1b.py          the embedded miniature of SDXL, on a laptop
+    python -m flaxkd.train --config configs/koala_1b.py:sdxl     KOALA's recipe, for TPU or GPU
+    python -m flaxkd.train --config configs/koala_1b.py --config.teacher=DIR|HUB_ID    another SDXL
+"""
+
+from configs import default, recipes
+
+
+def get_config(arg=None):
+    recipes.check(arg, __file__, "sdxl")
+    config = default.get_config()
+    config.student = "koala_1b"
+    config.pairing = "koala"
+    return recipes.koala(config) if arg else recipes.embedded_xl(config)
