@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 
 from configs import default, keep
-from flaxkd import choosing, pretrained, students
+from flaxkd import choosing, pretrained, students, tasks
 from flaxkd.choosing import solving, units
 from flaxkd.choosing.keep import published
 from flaxkd.data import sources
-from flaxkd.machine import files
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import FAMILIES, Folder
 from flaxkd.pretrained.families import count
-from flaxkd.training import checkpoint, settings
+from flaxkd.training import checkpoint, metrics, settings
 from tests import tiny
-from tests.running import finish, state
 
 XL = tiny.XL["unet"] | {"transformer_layers_per_block": [1, 2, 3]}
 TEACHERS = {"sd1": tiny.SD["unet"], "sdxl": XL}
@@ -139,18 +137,23 @@ def test_prices_of_full_size_are_solved_exactly():
         assert errors @ solving.solve(errors, prices, least, []) == pytest.approx(best, rel=1e-9)
 
 
-def test_a_share_of_the_parameters_is_trained(command, tiny_pipeline, tmp_path):
+def test_a_share_of_the_parameters_is_trained(tiny_pipeline, tmp_path):
     """The student that was chosen before is taken again; another share is another run."""
     folder = Folder.open(tiny_pipeline)
     found = units.of(folder.family, folder.config("unet"))
     gone = [unit for unit in found if (unit.label == "1+1" and unit.place[5] in "012") or unit.place == found[-1].place]
     students.write(units.row(gone, folder.family, folder.config("unet")), tmp_path / students.CHOSEN[0])
-    keys = {"student": "None", "steps": 2, "validation.examples": 0, "sample.prompts": "()", "ema_decay": "None"}
-    output = finish(command(tmp_path, keep=0.25, **keys))
-    assert f"student   {tmp_path}/student.json" in output and (tmp_path / "diffusers" / "unet").is_dir()
-    assert state(tmp_path, 2)["params"]["unet"].keys().isdisjoint({"mid_block", "down_blocks.3"})
+    config = default.get_config()
+    config.update(teacher=str(tiny_pipeline), student=None, keep=0.25)
+    config.data.resolution = 32
+    config = choosing.settled(config, tmp_path)
+    assert config.student == str(tmp_path / "student.json")
+    task = tasks.make(config, folder, np.float32)
+    assert task.trained["unet"].keys().isdisjoint({"mid_block", "down_blocks.3"})
+    with checkpoint.claimed(tmp_path, config.to_dict()):
+        (tmp_path / metrics.FILE).write_text('{"step": 2, "loss": 1.0}\n')  # steps were taken
     with pytest.raises(ValueError, match=r"keep: 0\.25 there, 0\.3 here"):
-        checkpoint.check_claim(tmp_path, files.read_json(tmp_path / "config.json") | {"keep": 0.3})
+        checkpoint.check_claim(tmp_path, config.to_dict() | {"keep": 0.3})
 
 
 def test_the_teacher_chooses_once(monkeypatch, tiny_pipeline, tmp_path, capsys):

@@ -84,5 +84,5 @@ def test_the_converter_of_diffusers_names_every_tensor_of_a_full_unet_alike(arch
 
 def test_the_converter_of_diffusers_names_every_tensor_of_a_full_autoencoder_alike():
     ours = full_size.tensors("vae", "sd15")
-    theirs = utils.convert_ldm_vae_checkpoint(ldm.to_ldm("vae", ours), ARCHITECTURES["sd15"].vae)
+    theirs = utils.convert_ldm_vae_checkpoint(ldm.to_ldm("vae", ours), ARCHITECTURES["sd15"].configs["vae"])
     assert full_size.shapes(theirs) == full_size.shapes(ours)
