@@ -1,33 +1,46 @@
-"""The teacher in the package: whole, small, and a Stable Diffusion 1.x in miniature."""
+"""The teachers in the package: small, and a Stable Diffusion 1.x and an XL in miniature."""
 
 import json
 
 import jax
 import numpy as np
+import pytest
 
 from flaxkd import pretrained, students
-from flaxkd.models.unet import UNetConfig
-from flaxkd.pretrained import Folder, hub
+from flaxkd.pretrained import FAMILIES, Folder, hub
 
-FOLDER = hub.EMBEDDED
-
-
-def test_it_is_a_small_whole_pipeline():
-    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
-    assert size < 25e6, f"{size / 1e6:.1f} MB"
-    for part in Folder.open(FOLDER).parts:
-        tensors = Folder.open(FOLDER).tensors(part)
-        assert {x.dtype for x in tensors.values()} == {np.dtype("float16")}, part
-        Folder.open(FOLDER).load(part)  # strict: nothing missing, nothing unexpected
-    assert "OpenMoji" in (FOLDER / "README.md").read_text()  # its licence asks for the attribution
-    assert json.loads((FOLDER / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+# (where it is, its name, family, bytes at most)
+TEACHERS = [(hub.EMBEDDED, None, "sd1", 25e6), (hub.MINIATURES["miniature_xl"], "miniature_xl", "sdxl", 16e6)]
 
 
-def test_students_can_be_cut_from_it():
-    config = Folder.open(FOLDER).config("unet")
-    assert len(UNetConfig.from_dict(config).down) == 4
-    _, teacher = Folder.open(FOLDER).load("unet")
-    for student in students.of(Folder.open(FOLDER).family):
+@pytest.mark.parametrize(("path", "name", "family", "most"), TEACHERS)
+def test_it_is_small_and_whole(path, name, family, most):
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert size < most, f"{size / 1e6:.1f} MB"
+    folder = Folder.open(name)
+    assert folder.path == path and folder.family is FAMILIES[family]
+    for part in folder.parts:
+        assert {x.dtype for x in folder.tensors(part).values()} == {np.dtype("float16")}, part
+        folder.load(part)  # strict: nothing missing, nothing unexpected
+    assert "OpenMoji" in (path / "README.md").read_text()  # its licence asks for the attribution
+    assert json.loads((path / "model_index.json").read_text())["_class_name"] == FAMILIES[family].pipeline
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [(None, ("sd_small", "bk_small", "sd_tiny")), ("miniature_xl", ("ssd_1b", "koala_700m"))]
+)
+def test_students_can_be_cut_from_it(name, rows):
+    folder = Folder.open(name)
+    config, teacher = folder.config("unet"), folder.params("unet")
+    for student in map(students.get, rows):
         shapes = pretrained.shapes("unet", students.config(student, config))
         params = students.take(student, teacher, shapes)
         assert len(jax.tree.leaves(params)) < len(jax.tree.leaves(teacher))
+
+
+def test_the_two_share_what_they_can():
+    folder, other = Folder.open("miniature_xl"), Folder.open(None)
+    assert [folder.place(part) for part in ("vae", "text_encoder", "tokenizer")] == [
+        folder.path / ".." / "teacher" / part for part in ("vae", "text_encoder", "tokenizer")
+    ]
+    assert np.array_equal(folder.tokenize(["red apple"])["input_ids"], other.tokenize(["red apple"])["input_ids"])
