@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from configs import default, small, vae
+from flaxkd.machine import configuration
+from flaxkd.models import unet
+from flaxkd.tasks import losses
 from flaxkd.training import settings, step
 from tests.test_configs import CASES, leaves, load, parse
 
@@ -144,6 +147,11 @@ def test_all_faults_are_told_at_once_and_unknown_keys_are_among_them():
     assert any("no key batch_sise, did you mean 'batch_size'" in fault for fault in faults)
     own = of_small("task", "my_module:my_task", my_weight=1.0)
     settings.check(own)  # a task from outside has settings of its own
+
+
+def test_words_of_switches_are_those_that_the_code_knows():
+    assert (False, True, *configuration.WORDS["remat"]) == unet.REMAT
+    assert [False, True, *configuration.WORDS["normalize_features"]] == [*losses.FEATURE_TERMS]
 
 
 def test_a_new_pipeline_has_no_teacher():
