@@ -3,6 +3,7 @@
 The environment is set before anything imports jax, which reads it once.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
+
+gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that live; looking through them costs a tenth
 
 from tests import tiny
 from tests.running import ROOT, flags, write_pictures, write_plain

@@ -51,7 +51,7 @@ def write_plain(home: Path) -> dict:
         vocab_size=520,
     )
     folder = fresh.write(home / "plain", architecture, ["red apple", "green apple"], seed=0)
-    return {"teacher": folder.path, "student": ""}
+    return {"teacher": folder.path, "student": "", "sample.every": 0}
 
 
 def flags(home: Path, workdir: Path, **keys) -> list[str]:

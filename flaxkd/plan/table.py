@@ -14,6 +14,7 @@ import math
 
 from flaxkd import students
 from flaxkd.machine import progress
+from flaxkd.models.unet import REMAT
 from flaxkd.plan import compiling, devices
 
 GIB = 2**30
@@ -22,7 +23,14 @@ USABLE = 0.984  # of a TPU's: libtpu reports 15.75 of a v5e's 16 GiB
 CODE = GIB  # reserved for a TPU's machine code, if not compiled to the end. Complete programs had at most 0.85 GiB
 ATTEMPTS = 5  # compilations per search
 # Ways to save memory, in the order to try them. attention=None, the default, picks the form that pays on the device.
-KNOBS = ({"attention": None}, {"remat": True}, {"fsdp": True}, {"remat": True, "fsdp": True})
+KNOBS = (
+    {"attention": None},
+    {"remat": True},
+    {"remat": "transformer_blocks"},
+    {"fsdp": True},
+    {"remat": True, "fsdp": True},
+    {"remat": "transformer_blocks", "fsdp": True},
+)
 
 
 def row(config, target: devices.Target, whole: bool = False) -> dict:
@@ -124,7 +132,8 @@ def next_size(config, target: devices.Target, images: int) -> list[dict]:
     rows, tried = [], {settings(config)}
     for knobs in KNOBS:
         changed = per_device(config, target, 2 * images)
-        changed.remat = config.remat or knobs.get("remat", False)
+        with changed.ignore_type():
+            changed.remat = max(config.remat, knobs.get("remat", False), key=REMAT.index)  # each saves more
         changed.attention = knobs.get("attention", config.attention)
         if knobs.get("fsdp"):
             changed.mesh.data, changed.mesh.fsdp = 1, target.count

@@ -20,7 +20,8 @@ from tests import tiny
 def config_of(**changes):
     config = small.get_config("")
     config.batch_size = 8
-    config.update(changes)
+    with config.ignore_type():
+        config.update(changes)
     return config
 
 

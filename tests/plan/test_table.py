@@ -13,7 +13,7 @@ def needs(fixed: float, each: float):
 
     def row(config, target):
         images = config.batch_size // target.count
-        saved = 0.5 if config.remat else 1.0
+        saved = {False: 1.0, True: 0.5, "transformer_blocks": 0.25}[config.remat]
         held = {"parameters": fixed * table.GIB / 4, "optimizer": fixed * table.GIB / 2}
         needed = (fixed + images * each * saved) * table.GIB
         return {"per_device": images, "needed": needed, "fits": needed <= table.room(target), "held": held,
@@ -35,14 +35,23 @@ def test_what_would_make_twice_as_many_fit(monkeypatch):
     rows = table.next_size(config_of(), devices.target("v5e:2x2"), 8)
     assert [(r["remat"], r["mesh"], r["per_device"], r["fits"]) for r in rows] == [
         (True, "4 x 1", 16, True),
+        ("transformer_blocks", "4 x 1", 16, True),
         (False, "1 x 4", 16, False),
         (True, "1 x 4", 16, True),
+        ("transformer_blocks", "1 x 4", 16, True),
     ]
-    assert len(table.next_size(config_of(remat=True), devices.target("v5e:2x2"), 8)) == 1
+    finer = table.next_size(config_of(remat=True), devices.target("v5e:2x2"), 8)
+    assert [(r["remat"], r["mesh"]) for r in finer] == [
+        ("transformer_blocks", "4 x 1"),
+        (True, "1 x 4"),
+        ("transformer_blocks", "1 x 4"),
+    ]
+    assert len(table.next_size(config_of(remat="transformer_blocks"), devices.target("v5e:2x2"), 8)) == 1
     seen = []
     monkeypatch.setattr(table, "row", lambda config, target: seen.append((config.attention, config.remat)))
     table.next_size(config_of(attention="plain"), devices.target("v5e:2x2"), 8)
-    assert seen == [(None, False), ("plain", True), ("plain", False), ("plain", True)]
+    plain = [("plain", remat) for remat in (True, "transformer_blocks", False, True, "transformer_blocks")]
+    assert seen == [(None, False), *plain]
 
 
 def test_a_plan_as_a_table(monkeypatch):
