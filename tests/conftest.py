@@ -22,10 +22,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
 
-gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that live; looking through them costs a tenth
-
 from tests import tiny
 from tests.running import ROOT, flags, write_pictures, write_plain
+
+gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that live, and collections look at them all
 
 # Begun with, since one of them would run alone at the end.
 LONG = (
