@@ -133,7 +133,8 @@ class Place:
         """A started training of `plain`, or of what the keys say. pictures: it draws them, which takes most of its
         time; else they are stand-ins."""
         before += "" if pictures else STAND_INS
-        keys = self.plain | {"steps": STEPS, "checkpoint.every": EVERY, "validation.every": EVERY} | keys
+        often = {"checkpoint.every": EVERY, "validation.every": EVERY, "sample.every": 1000 * pictures}
+        keys = self.plain | {"steps": STEPS} | often | keys
         flags = (*running.flags(self.home, workdir, **keys), *flags)
         return self.start("flaxkd.train", *flags, before=before, fresh=fresh, **environment or {})
 

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -13,54 +12,58 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from flaxkd.machine import sharding
-from tests.running import EVERY, ROOT, STEPS, finish, records, wait_for
+from tests.faults.place import Place
+from tests.running import EVERY, ROOT, STEPS, records
 
 MANY = int(os.environ.get("FLAXKD_TEST_PROCESSES", 2))  # of which one dies
 
 
 @pytest.fixture(scope="module")
-def start(command, plain):
+def start(tmp_path_factory):
     """(workdir, n) -> n started processes of one run, with a device each."""
+    place = Place(tmp_path_factory.mktemp("hosts"))
 
     def processes(workdir, n):
-        if n == 1:
-            return [command(workdir, **plain)]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
-        flags = [(address, f"--num_processes={n}", f"--process_id={i}") for i in range(n)]
-        return [command(workdir, *of_process, **plain) for of_process in flags]
+        flags = [(address, f"--num_processes={n}", f"--process_id={i}") for i in range(n)] if n > 1 else [()]
+        often = {"checkpoint.every": EVERY, "validation.every": EVERY}
+        return [place.train(workdir, *of_process, steps=STEPS, **often) for of_process in flags]
 
-    return processes
+    yield processes
+    place.close()
 
 
 def last_step(workdir) -> int:
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
+def saved(workdir, step: int):
+    return lambda: (workdir / "checkpoints" / str(step)).exists()
+
+
 def test_a_run_stopped_killed_and_resumed_by_other_numbers_of_processes_is_that_of_one(start, tmp_path):
     alone, workdir = tmp_path / "alone", tmp_path / "together"
-    finish(start(alone, 1)[0])
+    start(alone, 1)[0].end()
 
     two = start(workdir, 2)
-    wait_for(workdir / "checkpoints" / str(EVERY), two[0])
-    two[1].send_signal(signal.SIGTERM)  # to one of them: all stop, at the same step
-    outputs = [finish(process, 143) for process in two]
+    two[0].until(saved(workdir, EVERY), "first checkpoint")
+    two[1].send(signal.SIGTERM)  # to one of them: all stop, at the same step
+    outputs = [process.end(143) for process in two]
     stopped = last_step(workdir)
     assert all(f"stopped at step {stopped}; the same command resumes" in output for output in outputs)
     assert "SIGTERM" in outputs[1] and "SIGTERM" not in outputs[0]
 
     many = start(workdir, MANY)
-    wait_for(workdir / "checkpoints" / str((stopped // EVERY + 1) * EVERY), many[0])
-    many[-1].kill()
-    killed = time.time()
-    outputs = [process.communicate(timeout=60)[1] for process in many[:-1]]
-    assert time.time() - killed < 60
-    assert all(process.returncode not in (0, 143) for process in many)
-    assert all("another one is gone" in err and "resume at the newest one" in err for err in outputs), outputs
+    many[0].until(saved(workdir, (stopped // EVERY + 1) * EVERY), "next checkpoint")
+    many[-1].send(signal.SIGKILL)
+    outputs = [process.end(None, within=60) for process in many[:-1]]
+    assert all(process.status not in (0, 143) for process in many)
+    assert all("another one is gone" in output and "resume at the newest one" in output for output in outputs), outputs
     assert stopped < last_step(workdir) < STEPS
 
-    output = finish(start(workdir, 1)[0])
+    output = start(workdir, 1)[0].end()
     assert "resuming at step" in output
     ours, theirs = records(workdir), records(alone)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]  # no step twice, none missing
