@@ -55,12 +55,13 @@ def check_claim(workdir: Path, config: dict) -> int | None:
     if not done or not path.is_file():
         return None
     before = files.read_json(path)
+    given_by_keep = ("student",) if config.get("keep") else ()  # a file of the workdir, which may have moved
     files.compare(
         path,
         _older(config, before) | {"learning_rate": _following(config, before)},
         differ="holds a run of another configuration",
         remedy="Choose another --workdir, or delete that one to start over.",
-        free=[key for key in FREE if key != "steps" or config["steps"] >= done],
+        free=[key for key in (*FREE, *given_by_keep) if key != "steps" or config["steps"] >= done],
     )
     return before["steps"]
 

@@ -37,6 +37,17 @@ def test_other_settings_are_refused_but_not_those_younger_than_the_run(begun):
         checkpoint.claim(begun, CONFIG | {"batch_size": 8})
 
 
+def test_a_workdir_with_the_student_that_keep_chose_may_move(begun):
+    chosen = CONFIG | {"keep": 0.65, "student": "/old/student.json"}
+    (begun / "config.json").write_text(json.dumps(chosen))
+    assert checkpoint.check_claim(begun, chosen | {"student": "/new/student.json"}) == 300
+    with pytest.raises(ValueError, match=r"keep: 0\.65 there, 0\.5 here"):
+        checkpoint.check_claim(begun, chosen | {"keep": 0.5})
+    (begun / "config.json").write_text(json.dumps(named := chosen | {"keep": None}))
+    with pytest.raises(ValueError, match=r"student: .*/old/student\.json.* there, "):
+        checkpoint.check_claim(begun, named | {"student": "/new/student.json"})
+
+
 def test_a_run_without_a_step_claims_nothing(tmp_path):
     checkpoint.claim(tmp_path, CONFIG)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
