@@ -117,7 +117,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     # of `python -m flaxkd.generate --sampler`; None: the teacher's own
     config.sample.sampler = placeholder(str)
-    config.sample.steps = placeholder(int)  # of the sampler; None: as in all commands
+    config.sample.steps = placeholder(int)  # of the sampler; None: those usual for it
     # of classifier-free guidance, kept in the export as the student's own; None: the teacher's own, else its pipeline's
     config.sample.guidance = placeholder(float)
     # Keeps the newest `keep` (None: all). With 0 for `every`, the last step and a stopped run are still saved.

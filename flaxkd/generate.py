@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="read prompts of any length, in chunks; default: the rest is cut off",
     )
     add("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt, a column each; default: 1")
-    command.add(parser, "steps", default=samplers.STEPS)
+    command.add(parser, "steps", help=samplers.USUAL)
     command.add(parser, "guidance")
     command.add(parser, "clip-skip")
     spaced = "; dpmsolver++:karras and so on space the steps"

@@ -22,7 +22,7 @@ BATCH = 32
 
 
 def draw(
-    model: str | None, captions: list[str], *, steps: int, guidance: float | None, seed: int, vae=None
+    model: str | None, captions: list[str], *, steps: int | None, guidance: float | None, seed: int, vae=None
 ) -> np.ndarray:
     """Pictures uint8[n, H, W, 3] of captions, with a progress bar."""
     pipeline = Pipeline.from_pretrained(model, vae=vae)
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "vae")
     parser.add_argument("--captions", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--originals", type=int, default=512, help="default: %(default)s")
-    command.add(parser, "steps", default=samplers.STEPS)
+    command.add(parser, "steps", help=samplers.USUAL)
     command.add(parser, "guidance")
     command.add(parser, "seed")
     command.add(parser, "out", default=Path("recall.png"))

@@ -144,11 +144,17 @@ def test_the_command_lays_several_pictures_of_a_prompt_in_a_grid(command, asked,
         assert image.width > 3 * 128 and image.height < 2 * 128
 
 
+def test_a_model_of_few_steps_says_that_it_has_its_guidance(pipeline, asked):
+    with pytest.warns(UserWarning, match="guidance_scale = 7.5: models for the sampler lcm .* 1 is right"):
+        pipeline("red apple", progress=False, guidance_scale=7.5, sampler="lcm")
+    assert len(asked[0]["schedule"].timesteps) == 4
+
+
 @pytest.mark.parametrize("guidance", [0.0, 0.5, -3.0])
 def test_guidance_below_1_is_none_and_said(pipeline, asked, guidance):
     with pytest.warns(UserWarning, match=f"guidance = {guidance:g} is drawn as 1"):
         pipeline("red apple", progress=False, guidance_scale=guidance)
-    assert asked[0]["guidance"] == 1.0
+    assert asked[0]["guidance"] is None
 
 
 def test_a_model_that_predicts_v_is_drawn_with_as_such(pipeline, drawn):

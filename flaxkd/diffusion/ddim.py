@@ -11,10 +11,6 @@ def _below(config: dict, alphas_cumprod: np.ndarray, timesteps: np.ndarray) -> n
     return np.where(timesteps >= 0, alphas_cumprod[np.maximum(timesteps, 0)], last)
 
 
-def _limit(config: dict) -> float:
-    return config["clip_sample_range"] if config["clip_sample"] else np.inf
-
-
 def ddim(config: dict, alphas_cumprod: np.ndarray, steps: int, begin: int | None) -> weights.Schedule:
     """latents = alpha' * data + sigma' * noise, at the timestep T // steps lower, whatever the spacing."""
     stride = len(alphas_cumprod) // steps
@@ -27,7 +23,7 @@ def ddim(config: dict, alphas_cumprod: np.ndarray, steps: int, begin: int | None
         timesteps,
         weights.start(begin, alpha, sigma),
         **weights.data(config, alpha, sigma),
-        limit=_limit(config),
+        limit=weights.limit(config),
         latents=np.sqrt(1 - after) * (sigma if v else 0.0),
         noise_pred=np.sqrt(1 - after) * (alpha if v else 1.0),
         predictions=np.sqrt(after),
@@ -49,7 +45,7 @@ def ddpm(config: dict, alphas_cumprod: np.ndarray, steps: int, begin: int | None
         timesteps,
         weights.start(begin, np.sqrt(here), np.sqrt(1 - here)),
         **weights.data(config, np.sqrt(here), np.sqrt(1 - here)),
-        limit=_limit(config),
+        limit=weights.limit(config),
         latents=np.sqrt(here / after) * (1 - after) / (1 - here),
         predictions=np.sqrt(after) * beta / (1 - here),
         noise=np.sqrt(variance) * (timesteps > 0),

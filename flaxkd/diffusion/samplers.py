@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxkd import diffusion
-from flaxkd.diffusion import ddim, dpm_solver, karras, sigmas
+from flaxkd.diffusion import consistency, ddim, dpm_solver, karras, sigmas
 from flaxkd.diffusion.schedule import MOST_TIMESTEPS
 from flaxkd.diffusion.weights import PAST, Schedule
 
-__all__ = ["DEFAULT", "KINDS", "PAST", "SAMPLERS", "STEPS", "Schedule", "name_of", "own", "schedule"]
+__all__ = ["DEFAULT", "KINDS", "PAST", "SAMPLERS", "STEPS", "Schedule", "name_of", "own", "schedule", "usual_steps"]
 
 DEFAULT = "dpmsolver++"  # of a model whose own sampler is not in the table
-STEPS = 25  # of all commands
+STEPS = 25  # of all commands, with a sampler that does not have its own number
 
 
 class Sampler(NamedTuple):
@@ -31,6 +31,8 @@ class Sampler(NamedTuple):
     defaults: dict[str, Any]  # of the options that the class reads, besides those of the betas
     supported: dict[str, tuple]  # the values for which the weights are right, of options where not all are
     fixed: Mapping[str, Any] = MappingProxyType({})  # options that this row sets, whatever the file says
+    steps: int = STEPS  # that are usual
+    guidance: float = math.inf  # the most that its models bear
 
 
 def schedule(kind: str | None, scheduler_config: dict, steps: int, strength: float | None = None) -> Schedule:
@@ -51,6 +53,7 @@ def schedule(kind: str | None, scheduler_config: dict, steps: int, strength: flo
         "heun"             HeunDiscreteScheduler, Karras et al. 2022, algorithm 1; 2 * `steps` - 1 calls
         "dpm2"             KDPM2DiscreteScheduler, DPM-Solver-2 of Karras et al. 2022; 2 * `steps` - 1 calls
         "lms"              LMSDiscreteScheduler of order 4 (k-diffusion)
+        "lcm"              LCMScheduler, for a model trained to draw in few steps; up to `original_inference_steps`
         None               that of the configuration's own class: see `own`
     A suffix spaces the sigmas: "dpmsolver++:karras", ":exponential", ":beta" or ":lu", for samplers that can; without
     one, the configuration says (`use_karras_sigmas` and so on).
@@ -116,15 +119,17 @@ def name_of(kind: str) -> str:
     return kind
 
 
+def usual_steps(kind: str | None, scheduler_config: dict) -> int:
+    """The steps that a sampler takes unless told otherwise. kind: None for the configuration's own."""
+    kind = name_of(kind) if kind else _written(scheduler_config)[1]
+    return SAMPLERS[kind.partition(":")[0]].steps if kind else STEPS
+
+
 def own(scheduler_config: dict) -> str:
     """The kind of the class that wrote a `scheduler_config.json`; DEFAULT if it names none.
 
     Raises ValueError for a class outside the table, with the samplers that can draw with its configuration."""
-    written = scheduler_config.get("_class_name")
-    written = written[-1] if isinstance(written, list) and written else written
-    if written is None:
-        return DEFAULT
-    found = next((kind for kind, row in SAMPLERS.items() if row.scheduler == written), None)
+    written, found = _written(scheduler_config)
     if found is None:
         able = ", ".join(_able(scheduler_config)) or "none"
         raise ValueError(
@@ -132,6 +137,15 @@ def own(scheduler_config: dict) -> str:
             f"Samplers that can draw with it: {able}"
         )
     return found
+
+
+def _written(scheduler_config: dict) -> tuple[str | None, str | None]:
+    """(the class that wrote a `scheduler_config.json`, its kind; None outside the table)."""
+    written = scheduler_config.get("_class_name")
+    written = written[-1] if isinstance(written, list) and written else written
+    if written is None:
+        return None, DEFAULT
+    return written, next((kind for kind, row in SAMPLERS.items() if row.scheduler == written), None)
 
 
 def _able(scheduler_config: dict) -> list[str]:
@@ -254,6 +268,19 @@ SAMPLERS = {
     "lms": Sampler(
         karras.lms, "LMSDiscreteScheduler", _LINSPACE | _RAMPS, _UNSCALED | {"sigma_min": (None,), "sigma_max": (None,)}
     ),
+    "lcm": Sampler(
+        consistency.lcm,
+        "LCMScheduler",
+        _DEFAULTS
+        | _CLIPPED
+        | {"clip_sample": False, "original_inference_steps": 50, "timestep_scaling": 10.0}
+        | {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"prediction_type": _SUPPORTED["prediction_type"], "thresholding": _OFF},
+        steps=4,
+        guidance=2.0,
+    ),
 }
 KINDS = tuple(SAMPLERS)
+_FEW = [f"{row.steps} with {kind}" for kind, row in SAMPLERS.items() if row.steps != STEPS]
+USUAL = f"of the sampler; default: {STEPS}, {', '.join(_FEW)}"  # help of a flag
 SPACINGS = {name.split("_")[1]: name for name in sigmas.RAMPS}  # {"karras": "use_karras_sigmas", ...}

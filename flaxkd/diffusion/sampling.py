@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 
 from flaxkd.diffusion.weights import PAST, Schedule
 from flaxkd.machine import sharding
+from flaxkd.models.unet import guidance_embedding
 
 
 def solve(noise_pred_fn: Callable, latents: jax.Array, schedule: Schedule, noise: jax.Array | None = None) -> jax.Array:
@@ -64,7 +65,7 @@ def text_to_image(
     negative_inputs: Mapping[str, jax.Array],
     latents: jax.Array,
     schedule: Schedule,
-    guidance: jax.Array | float,
+    guidance: jax.Array | float | None,
     image_latents: jax.Array | None = None,
     noise: jax.Array | None = None,
     tick: Callable[[], None] | None = None,
@@ -80,16 +81,22 @@ def text_to_image(
     without `tick`.
 
     modules: the networks of a pipeline, static. condition: that of its family, static (see pretrained/families.py).
-    params: {part: tree}, preferably on the device. inputs: what `condition` reads of the prompts, token ids int32[b, l]
-    and perhaps time_ids int32[b, 6] (`Folder.conditions`). negative_inputs: the same of what not to draw. latents:
-    float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the equation too, where
-    diffusers ignores `negative_inputs`. image_latents: float32[b, h, w, 4] of `image_to_latents`,
-    from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073). noise: float32[steps, b,
-    h, w, 4] as in `solve`. tick: called when a step is done. token_weights: float32[b, k, l] of the negative prompts
-    and of the prompts, whose ids are then int32[b, k, l], k chunks that the UNet sees together; a state is moved away
-    from that of `empty_inputs`, those of one empty prompt.
+    params: {part: tree}, preferably on the device. inputs: what `condition` reads of the prompts, token ids int32[b,
+    l] and perhaps time_ids int32[b, 6] (`Folder.conditions`). negative_inputs: the same of what not to draw. latents:
+    float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the equation too,
+    where diffusers ignores `negative_inputs`. None is 1, at half the compute: `negative_inputs` are not seen. Nor are
+    they by a UNet with a `time_cond_proj_dim`, whose input the guidance is. image_latents: float32[b, h, w, 4] of
+    `image_to_latents`, from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073).
+    noise: float32[steps, b, h, w, 4] as in `solve`. tick: called when a step is done. token_weights: float32[b, k, l]
+    of the negative prompts and of the prompts, whose ids are then int32[b, k, l], k chunks that the UNet sees
+    together; a state is moved away from that of `empty_inputs`, those of one empty prompt.
     """
-    states = _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs)
+    channels = modules["unet"].config.time_cond_proj_dim
+    alone = channels is not None or guidance is None
+    states = _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs, alone=alone)
+    if channels is not None:
+        scales = jnp.full(len(latents), 1.0 if guidance is None else guidance)
+        states, guidance = states | {"timestep_cond": guidance_embedding(scales, channels)}, None
     of_data, of_noise = schedule.start
     latents = of_noise * latents if image_latents is None else of_data * image_latents + of_noise * latents
     carry = begin(latents)
@@ -114,13 +121,13 @@ def _pairs(negative: jax.Array, positive: jax.Array) -> jax.Array:
     return jnp.stack([negative, positive], 1).reshape(-1, *positive.shape[1:])
 
 
-@sharding.jit(static_argnames=("modules", "condition"))
-def _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs) -> dict:
-    """The keyword arguments of the UNet, for the doubled batch."""
-    both = jax.tree.map(_pairs, dict(negative_inputs), dict(inputs))
+@sharding.jit(static_argnames=("modules", "condition", "alone"))
+def _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs, *, alone) -> dict:
+    """The keyword arguments of the UNet, for the doubled batch. alone: for the prompts without their negatives."""
+    both = dict(inputs) if alone else jax.tree.map(_pairs, dict(negative_inputs), dict(inputs))
     if token_weights is None:
         return condition(modules, params, both)
-    weights = _pairs(*token_weights)
+    weights = token_weights[1] if alone else _pairs(*token_weights)
     n, k, length = weights.shape
     # A chunk is a prompt of its own; what has no chunks is the same for all of a picture.
     chunks = {name: x.reshape(-1, length) if x.ndim == 3 else jnp.repeat(x, k, axis=0) for name, x in both.items()}
@@ -136,6 +143,8 @@ def _step(unet, params, states, guidance, carry, schedule, noise) -> tuple:
     """A step of the guided sampler, for `schedule` and `noise` of one step."""
 
     def guided(latents, timestep):
+        if guidance is None:
+            return unet.apply({"params": params}, latents, jnp.full(len(latents), timestep), **states)
         both = _pairs(latents, latents)
         noise_pred = unet.apply({"params": params}, both, jnp.full(len(both), timestep), **states)
         noise_pred = noise_pred.astype(jnp.float32).reshape(-1, 2, *latents.shape[1:])

@@ -50,6 +50,11 @@ def start(begin: int | None, alpha, sigma, pure=1.0) -> tuple[float, float]:
     return (0.0, pure) if begin is None else (alpha[0], sigma[0])
 
 
+def limit(config: dict) -> float:
+    """Where the predicted data is clipped."""
+    return config["clip_sample_range"] if config["clip_sample"] else np.inf
+
+
 def finite(config: dict, alphas_cumprod: np.ndarray) -> np.ndarray:
     """Keeps the ratio of noise to signal finite with `rescale_betas_zero_snr`, as diffusers does."""
     return np.append(alphas_cumprod[:-1], 2.0**-24) if config["rescale_betas_zero_snr"] else alphas_cumprod

@@ -77,7 +77,7 @@ def draw(
                 negative_inputs={name: put(x[rows]) for name, x in negative_inputs.items()},
                 latents=put(np.stack(first)),
                 schedule=schedule,
-                guidance=max(float(guidance), 1.0),  # an int would compile another program
+                guidance=float(guidance) if guidance > 1 else None,  # an int would compile another program
                 image_latents=begin,
                 noise=None if schedule.noise is None else np.stack(between, axis=1),
                 token_weights=None if weights is None else (put(weights[1][rows]), put(weights[0][rows])),

@@ -78,7 +78,7 @@ class Pipeline:
         *,
         negative_prompt: str | Sequence[str | None] | None = None,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = samplers.STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -101,7 +101,8 @@ class Pipeline:
         prompt: captions; a warning names the words cut off by the text encoder. negative_prompt: what not to draw,
         one for all or one each; None: nothing, which with Stable Diffusion XL is not the same as "".
         num_images_per_prompt: those of the first prompt come first. num_inference_steps, sampler: see
-        `samplers.schedule`; without a sampler, the model's own draws. guidance_scale: how far from the negative prompt
+        `samplers.schedule`; without a sampler, the model's own draws; None: the usual steps of the sampler.
+        guidance_scale: how far from the negative prompt
         to the prompt, 1 is none, and so is anything below, with a warning; None: the model's own, `Folder.guidance`.
         height, width: pixels; None: as in training. image: picture or path to start from, one for all or one each,
         scaled and cropped to the size. strength: how much the image changes, in (0, 1]; None: 0.8.
@@ -141,7 +142,10 @@ class Pipeline:
                 settings["image"] = image
             image = several([_read(x, width, height) for x in starts])
         sampler = sampler or samplers.own(self.scheduler_config)
+        if num_inference_steps is None:
+            num_inference_steps = samplers.usual_steps(sampler, self.scheduler_config)
         schedule = samplers.schedule(sampler, self.scheduler_config, num_inference_steps, strength)
+        self._warn_of_guidance(sampler, guidance_scale)
         factor, channels = self.folder.factor, self.modules["vae"].config.latent_channels
         shape = (height // factor, width // factor, channels)
         if latents is not None and np.shape(latents) != (n, *shape):
@@ -195,6 +199,16 @@ class Pipeline:
             return self.folder.size[name == "width"]
         self.folder.check_resolution(value, name)
         return value
+
+    def _warn_of_guidance(self, sampler: str, guidance: float) -> None:
+        """Warns of a guidance on top of the one that a model of few steps has learnt."""
+        most = samplers.SAMPLERS[sampler.partition(":")[0]].guidance
+        if guidance > most and self.modules["unet"].config.time_cond_proj_dim is None:
+            warnings.warn(
+                f"guidance_scale = {guidance:g}: models for the sampler {sampler} have learnt their guidance, and more "
+                f"than {most:g} burns the colors; 1 is right, at half the compute",
+                stacklevel=3,
+            )
 
     def _warn(self, prompts: list[str]) -> None:
         """Warns of the words that `Folder.tokenize` cuts off, once for each text."""

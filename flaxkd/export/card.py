@@ -135,7 +135,7 @@ def depths(unet: dict) -> str:
 
 
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
-    pipeline = source.family.pipeline
+    pipeline, steps = source.family.pipeline, samplers.usual_steps(None, source.config("scheduler"))
     try:
         pixels = "{} x {} pixels".format(*source.replace(parts, {}).size)
     except ValueError:  # its configuration has no size
@@ -146,7 +146,7 @@ def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
 from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained("PATH OR HUB ID OF THIS FOLDER")
-settings = dict(num_inference_steps={samplers.STEPS}, guidance_scale={source.guidance:g})
+settings = dict(num_inference_steps={steps}, guidance_scale={source.guidance:g})
 pipeline({prompt!r}, **settings).images[0].save("picture.png")  # {pixels}
 ```
 There is no safety checker in this folder."""

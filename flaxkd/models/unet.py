@@ -69,6 +69,7 @@ class UNetConfig:
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None  # of `guidance_embedding`; None: the guidance is no input
 
     @staticmethod
     def plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +203,6 @@ NEUTRAL = {
     "resnet_skip_time_act": None,
     "resnet_out_scale_factor": None,
     "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -227,14 +227,25 @@ def timestep_embedding(timesteps, channels: int, *, flip_sin_to_cos: bool, freq_
     return jnp.concatenate(waves, axis=-1)
 
 
+def guidance_embedding(guidance, channels: int) -> jax.Array:
+    """Sinusoids of a guidance [b], 1 for none: float32[b, channels] (diffusers `get_guidance_scale_embedding`)."""
+    w = jnp.asarray(guidance, jnp.float32) - 1
+    return timestep_embedding(1000 * w, channels, flip_sin_to_cos=False, freq_shift=1)
+
+
 class TimestepEmbedding(nn.Module):
     """Two layers, float[b, c] -> float[b, channels]."""
 
     channels: int
     dtype: jnp.dtype = jnp.float32
+    cond_proj_dim: int | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, condition=None):
+        if self.cond_proj_dim is not None:  # without a condition, its zeros add nothing
+            condition = jnp.zeros((len(x), self.cond_proj_dim)) if condition is None else condition
+            project = nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
+            x = x + project(condition.astype(self.dtype))
         x = nn.silu(nn.Dense(self.channels, dtype=self.dtype, name="linear_1")(x))
         return nn.Dense(self.channels, dtype=self.dtype, name="linear_2")(x)
 
@@ -394,6 +405,7 @@ class UNet2DCondition(nn.Module):
 
     sample: float[b, h, w, in_channels], noisy latents. timesteps: int or float[b].
     encoder_hidden_states: float[b, l, cross_attention_dim]. For SDXL also text_embeds float[b, e] and time_ids [b, 6].
+    timestep_cond: float[b, time_cond_proj_dim], a `guidance_embedding`, where the guidance is an input; None: without.
     Returns float[b, h, w, out_channels] in `dtype`. With `mutable=["features"]`, also what every block, layer and
     attention made (see `layers.features`). Parameters are float32 at initialisation; `dtype` is that of the compute.
     `remat` recomputes each block in the backward pass instead of keeping its inside: True or "blocks", a down, mid or
@@ -412,7 +424,9 @@ class UNet2DCondition(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, sample, timesteps, encoder_hidden_states, text_embeds=None, time_ids=None):
+    def __call__(
+        self, sample, timesteps, encoder_hidden_states, text_embeds=None, time_ids=None, timestep_cond=None
+    ):
         c, inner = self.config, self.remat == "transformer_blocks"
         down_block, mid_block, up_block = (
             (nn.remat(block, static_argnums=static) if self.remat and not inner else block)
@@ -421,7 +435,8 @@ class UNet2DCondition(nn.Module):
         sinusoids = dict(flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
         width = c.block_out_channels[0]
         temb = timestep_embedding(timesteps, width, **sinusoids).astype(self.dtype)
-        temb = TimestepEmbedding(4 * width, self.dtype, name="time_embedding")(temb)
+        time_embedding = TimestepEmbedding(4 * width, self.dtype, c.time_cond_proj_dim, name="time_embedding")
+        temb = time_embedding(temb, timestep_cond)
         if c.addition_embed_type == "text_time":
             sizes = timestep_embedding(time_ids.reshape(-1), c.addition_time_embed_dim, **sinusoids)
             added = jnp.concatenate([text_embeds, sizes.reshape(len(sample), -1)], axis=-1).astype(self.dtype)

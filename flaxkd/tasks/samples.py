@@ -25,11 +25,11 @@ def schedule(sample, folder: Folder) -> samplers.Schedule | None:
 
     A training does not end for the sake of its pictures, and a teacher's scheduler need not be one flaxkd knows.
     Raises ValueError for a sampler's name that is no name."""
-    steps = sample.steps or samplers.STEPS
+    config = folder.config("scheduler")
     wanted = sample.sampler and samplers.name_of(sample.sampler)
     for kind in dict.fromkeys((wanted, samplers.DEFAULT)):
         try:
-            return samplers.schedule(kind, folder.config("scheduler"), steps)
+            return samplers.schedule(kind, config, sample.steps or samplers.usual_steps(kind, config))
         except ValueError as error:
             then = "without pictures" if kind == samplers.DEFAULT else f"its pictures are drawn with {samplers.DEFAULT}"
             warnings.warn(f"{error}. The training goes on, {then}", stacklevel=2)

@@ -173,7 +173,7 @@ RULES = {
     "sample.every": EVERY,
     "sample.prompts": or_none(texts(TEXT, "prompts, none of them empty"), "no pictures"),
     "sample.sampler": or_none(SAMPLER, "the model's own"),
-    "sample.steps": or_none(whole(1, 1000), f"{samplers.STEPS}, as in all commands"),
+    "sample.steps": or_none(whole(1, 1000), "those usual for the sampler"),
     "sample.guidance": or_none(number(0), "the model's own"),
     "checkpoint.every": EVERY,
     "checkpoint.keep": or_none(whole(1), "all"),

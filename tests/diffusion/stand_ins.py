@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from flaxkd.diffusion import samplers, sampling
+from flaxkd.models.unet import UNetConfig
 from flaxkd.models.vae import VAEConfig
 from flaxkd.pretrained import families
 
@@ -100,6 +101,8 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
+    config: UNetConfig = UNetConfig()
+
     @nn.compact
     def __call__(self, sample, timesteps, encoder_hidden_states):
         TRACES.append(sample.shape)

@@ -44,7 +44,7 @@ def test_noise_between_the_steps_is_given_where_it_is_needed(kind, noise):
 CALLS = {"pndm": lambda n: n + 1, "heun": lambda n: 2 * n - 1, "dpm2": lambda n: 2 * n - 1}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lcm"])
 @pytest.mark.parametrize("steps", [61, 103])
 def test_trailing_never_asks_for_a_negative_timestep(kind, steps):
     schedule = samplers.schedule(kind, CONFIGS["trailing"], steps)
@@ -87,7 +87,10 @@ REFUSED = [
     ("dpm3", {}, "'dpm3' is unknown .*ddim.*euler_ancestral"),
     ("ddim:karras", {}, "'ddim:karras' is unknown .known: ddim without"),
     ("euler:lu", {}, "'euler:lu' is unknown .known: euler:karras, euler:exponential, euler:beta"),
-    (None, {"_class_name": "LCMScheduler"}, "LCMScheduler, is not supported. .*dpmsolver.., .*pndm"),
+    ("lcm", {"original_inference_steps": 4}, "steps = 5: the model was made for 4 at most"),
+    ("lcm", {"original_inference_steps": 0}, "original_inference_steps = 0"),
+    ("lcm", {"thresholding": True}, "thresholding = True"),
+    (None, {"_class_name": "TCDScheduler"}, "TCDScheduler, is not supported. .*dpmsolver.., .*pndm"),
 ]
 
 

@@ -1,13 +1,19 @@
 """Pictures are those that the pipelines of diffusers draw."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax.core import FrozenDict
 from PIL import Image
 
+from flaxkd import pretrained
 from flaxkd.diffusion import samplers, sampling
+from flaxkd.drawing import batches
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.pretrained import Folder
+from tests import tiny
+from tests.running import write_plain
 from tests.test_generate import levels
 
 torch = pytest.importorskip("torch")
@@ -46,6 +52,31 @@ def test_the_same_picture_as_diffusers_from_the_same_latents(diffusers_pipeline,
     )
     assert np.std(expected) > 0.05  # not a blank picture
     np.testing.assert_allclose(drawn, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 6.0])
+def test_a_model_of_few_steps_is_drawn_from_its_folder_alone(tmp_path, monkeypatch, guidance):
+    """Without guidance, or with a UNet whose input the guidance is: its folder holds the sampler and the guidance."""
+    source = Folder.open(write_plain(tmp_path)["teacher"])
+    unet = source.config("unet") | ({"time_cond_proj_dim": 32} if guidance > 1 else {})
+    scheduler = source.config("scheduler") | {"_class_name": "LCMScheduler"}
+    source = dataclasses.replace(source.replace({"scheduler": scheduler}, {}), drawn_with=guidance)
+    params = tiny.weights(pretrained.shapes("unet", unet), 0)
+    folder = pretrained.save(tmp_path / "few", source=source, parts={"unet": (unet, params)})
+
+    shape, schedule = (8, 8, 4), samplers.schedule("lcm", scheduler, 4)
+    first, between = batches.noise_of(0, shape, schedule)
+    nchw = lambda x: torch.tensor(x[None].transpose(0, 3, 1, 2))
+    drawn = iter(between)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: nchw(next(drawn)))
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": guidance}
+    expected = theirs("red apple", latents=nchw(first), output_type="np", **settings).images[0]
+    (ours,) = Pipeline.from_pretrained(folder)("red apple", progress=False)
+    assert (ours.info["sampler"], ours.info["num_inference_steps"]) == ("lcm", "4")
+    assert np.std(expected) > 0.05
+    assert levels(ours, np.round(expected * 255)) <= 1
 
 
 @pytest.fixture

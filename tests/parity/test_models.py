@@ -7,6 +7,7 @@ import pytest
 
 from flaxkd import pretrained, students
 from flaxkd.models.layers import FEATURES, features
+from flaxkd.models.unet import guidance_embedding
 from flaxkd.pretrained import keys
 from tests.models.test_unet import SD1
 from tests.parity.references import perturb
@@ -70,6 +71,7 @@ CASES = {
     "koala-1b": (KOALA1B, 16),
     "vega": (VEGA, 16),
     "attentions without transformer blocks": (HOLLOW, 16),
+    "guidance as an input": (SD1 | dict(time_cond_proj_dim=32), 16),
 }
 
 # The classes in diffusers of which every instance in a UNet has its output captured.
@@ -135,16 +137,31 @@ def unet_and_torch(config, size, **kwargs):
     added = {}
     if config.get("addition_embed_type"):
         added = {"text_embeds": normal(2, 2, 16), "time_ids": np.arange(12, dtype=np.float32).reshape(2, 6)}
+    scales = config.get("time_cond_proj_dim") and embedded([1.0, 7.5], config["time_cond_proj_dim"])
     with torch.no_grad():
         expected = model(
             nchw(sample),
             torch.tensor(timesteps),
             torch.tensor(text),
             added_cond_kwargs={name: torch.tensor(x) for name, x in added.items()},
+            timestep_cond=scales,
         ).sample
     unet = pretrained.build("unet", config, **kwargs)
     variables = {"params": params_of(unet, model, "unet")}
-    return unet, variables, (sample, timesteps, text, *added.values()), model, expected, hooked
+    ours = () if scales is None else (None, None, scales.numpy())
+    return unet, variables, (sample, timesteps, text, *added.values(), *ours), model, expected, hooked
+
+
+def embedded(guidance, channels):
+    """As the pipelines of diffusers embed a guidance."""
+    embed = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding
+    return embed(None, torch.tensor(guidance) - 1, channels)
+
+
+def test_guidance_embedding():
+    guidance = [1.0, 4.0, 7.5, 15.9]
+    ours = guidance_embedding(guidance, 256)  # angles up to 15,000, in float32
+    np.testing.assert_allclose(ours, embedded(guidance, 256).numpy(), atol=5e-3)
 
 
 def assert_all_close(noise_pred, captured, model, expected, hooked):

@@ -82,6 +82,20 @@ def test_equals_diffusers(kind, config, steps):
     np.testing.assert_allclose(drawn, expected, atol=atol, rtol=1e-5)  # DPM2 in 2 steps has latents of 26
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_consistency_model_of_diffusers_in_any_number_of_steps(prediction_type):
+    config = CONFIGS["sd15"] | {"prediction_type": prediction_type}
+    for steps in range(1, 51):
+        scheduler = diffusers_scheduler("lcm", config, steps)
+        schedule = samplers.schedule("lcm", config, steps)
+        np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps)
+        if steps in (1, 2, 4, 8, 26, 50):  # each compiles
+            expected = diffusers_solve(scheduler, functools.partial(model, torch), torch.from_numpy(LATENTS))
+            drawn = solve(LATENTS, schedule, NOISE[:steps] if steps < 50 else np.append(NOISE, NOISE[:1], 0))
+            # At timestep 999 the noise of `model` is 15 times as large in the data.
+            np.testing.assert_allclose(drawn, expected, atol=1e-4 if prediction_type == "epsilon" else 1e-5)
+
+
 @pytest.mark.parametrize("steps", [2, 16])
 @pytest.mark.parametrize(("kind", "option"), TRIED)
 def test_options_equal_diffusers(kind, option, steps):

@@ -113,7 +113,7 @@ def test_unknown_fields_are_ignored_with_one_warning_and_not_written(copy, tmp_p
     [
         ("unet", {"only_cross_attention": [True, False, False, False]}, "only_cross_attention = "),
         ("unet", {"num_attention_heads": 8}, r"num_attention_heads = 8 \(supported: None\)"),
-        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256"),
+        ("unet", {"time_cond_proj_dim": "256"}, r"time_cond_proj_dim = '256' \(supported: int"),
         ("unet", {"time_embedding_dim": 64}, "time_embedding_dim = 64"),
         ("unet", {"norm_num_groups": None}, r"norm_num_groups = None \(supported: int\)"),
         ("unet", {"layers_per_block": "2"}, r"layers_per_block = '2' \(supported: int \| tuple\)"),

@@ -24,7 +24,7 @@ def test_it_follows_the_teacher():
 
 
 UNKNOWN = [
-    ({"_class_name": "LCMScheduler"}, {}, "LCMScheduler, is not supported"),
+    ({"_class_name": "TCDScheduler"}, {}, "TCDScheduler, is not supported"),
     ({"_class_name": "PNDMScheduler", "skip_prk_steps": False}, {}, "skip_prk_steps = False"),
     ({"thresholding": True}, {"sampler": "ddim"}, "thresholding = True"),
 ]
