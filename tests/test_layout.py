@@ -13,7 +13,7 @@ FOLDERS = ("flaxkd", "configs", "convert", "tests")
 # A folder imports from lines above its own and from itself; the commands, files at the root and every __main__.py, from
 # all of them.
 ORDER = (
-    ("models", "machine"),  # networks know neither files nor losses nor data; a machine knows nothing of ours
+    ("models", "machine", "weights"),  # networks know neither files nor losses nor data, trees of weights no networks
     ("pretrained",),
     ("diffusion", "students", "data"),
     ("export",),
