@@ -102,7 +102,7 @@ def choose(args: argparse.Namespace) -> None:
     given |= {"data.resolution": args.resolution or folder.resolution}
     typed = [f"--config.{key}={value}" for key, value in given.items() if value is not None]
     config = command.configuration("default", ["--config.student=None", *typed])
-    encoding.check_sizes(config, folder)
+    encoding.check_sizes(folder, config.data.resolution, encoding.sizes(config), "--")
     pictures = sources.open_source(config.data.source, "train", resolution=config.data.resolution)
     options = dict(of_flops=args.flops, examples=args.examples, beside=args.students)
     choice = choosing.choose(config, folder, pictures, sharding.compute_dtype(args.dtype), args.keep, **options)

@@ -15,6 +15,7 @@ from flaxkd.data import sources
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import FAMILIES, Folder
 from flaxkd.pretrained.families import count
+from flaxkd.students import __main__ as command
 from flaxkd.training import checkpoint, metrics, settings
 from tests import tiny
 
@@ -194,6 +195,22 @@ def test_a_block_of_zeros_is_a_block_removed(monkeypatch, home, tiny_xl, tmp_pat
     choice.write(tmp_path / "row.json")
     assert students.get(tmp_path / "row.json").blocks == choice.student.blocks
     assert f"{name}" in (tmp_path / "row.txt").read_text() and (tmp_path / "row.png").stat().st_size > 10_000
+
+
+def test_the_command_hands_everything_on(monkeypatch, home, tiny_pipeline, tmp_path, capsys):
+    row, given = units.row((), FAMILIES["sd1"], tiny.SD["unet"]), []
+
+    def choose(config, folder, pictures, dtype, share, **options):
+        given.append((config.data.resolution, folder.path, len(pictures) > 9, share, options))
+        return types.SimpleNamespace(student=row, write=lambda path: students.write(row, path))
+
+    monkeypatch.setattr(choosing, "choose", choose)
+    typed = ["--choose", "--keep=0.9", f"--teacher={tiny_pipeline}", f"--source={home / 'pictures'}", "--flops"]
+    command.main([*typed, f"--out={tmp_path / 'row.json'}", "--examples=8", "--students=sd_tiny"])
+    assert given == [(32, tiny_pipeline, True, 0.9, dict(of_flops=True, examples=8, beside=["sd_tiny"]))]
+    assert f"--config.student={tmp_path / 'row.json'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: --resolution = 30"):
+        command.main([*typed, "--resolution=30"])
 
 
 def test_keep_takes_a_published_student_of_that_size(tiny_pipeline, tmp_path):
