@@ -4,8 +4,8 @@
 
 One prompt makes a picture. Several prompts (--prompt again, or --prompts FILE with one a line), several models (--model
 again, all with the same seeds) or several pictures of each (--num-images) make a labelled grid. --image starts from a
-picture, and --strength sets how much of it changes. The settings are written into the PNG. Without --model, the
-embedded teacher draws.
+picture, --strength sets how much of it changes, and --mask where. The settings are written into the PNG. Without
+--model, the embedded teacher draws.
 """
 
 import argparse
@@ -54,6 +54,7 @@ def draw(args: argparse.Namespace) -> None:
             height=args.height,
             width=args.width,
             image=args.image,
+            mask_image=args.mask,
             strength=args.strength,
             sampler=args.sampler,
             seed=args.seed,
@@ -101,7 +102,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--height", type=int, help="pixels; default: as in training")
     command.add(parser, "batch-size", default=4)
     add("--image", type=Path, help="a picture to start from, for all prompts")
-    add("--strength", type=float, help="how much of --image to change, above 0 and at most 1; default: 0.8")
+    add("--mask", type=Path, help="a picture, white where --image is drawn anew; default: everywhere")
+    strength = "how much of --image to change, above 0 and at most 1; default: 0.8, with --mask 1"
+    add("--strength", type=float, help=strength)
     command.add(parser, "dtype", choices=["float32", "bfloat16"])
     command.add(parser, "out", default=Path("picture.png"))
     args = parser.parse_args(arguments)

@@ -197,6 +197,7 @@ REFUSED = [
     (dict(negative_prompt=["a", "b"]), "negative_prompt has 2 entries for 1 prompts"),
     (dict(latents=np.zeros((1, 4, 8, 8))), r"\(1, 4, 8, 8\), and must have \(1, 8, 8, 4\)"),
     (dict(strength=0.5), "give one, or no strength"),
+    (dict(mask_image=Image.new("L", (8, 8))), "give one too, or no mask_image"),
     (dict(image="gone.png"), "no picture gone.png"),
     (dict(image=__file__), "test_generate.py cannot be read as a picture"),
     (dict(image=Image.new("RGB", (8, 8)), strength=1.5), "strength = 1.5"),

@@ -39,6 +39,7 @@ def lcm(config: dict, alphas_cumprod: np.ndarray, steps: int, begin: int | None)
     return weights.make(
         visited,
         weights.start(begin, alpha, sigma),
+        (alpha, sigma),
         **weights.data(config, alpha, sigma),
         limit=weights.limit(config),
         latents=after * c_skip,

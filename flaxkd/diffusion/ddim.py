@@ -22,6 +22,7 @@ def ddim(config: dict, alphas_cumprod: np.ndarray, steps: int, begin: int | None
     return weights.make(
         timesteps,
         weights.start(begin, alpha, sigma),
+        (alpha, sigma),
         **weights.data(config, alpha, sigma),
         limit=weights.limit(config),
         latents=np.sqrt(1 - after) * (sigma if v else 0.0),
@@ -38,13 +39,15 @@ def ddpm(config: dict, alphas_cumprod: np.ndarray, steps: int, begin: int | None
     """
     timesteps = sigmas.spaced(config, len(alphas_cumprod), steps).round().astype(int)[begin:]
     here = alphas_cumprod[timesteps]
+    levels = np.sqrt(here), np.sqrt(1 - here)
     after = np.append(here[1:], 1.0)
     beta = 1 - here / after
     variance = beta if config["variance_type"] == "fixed_large" else (1 - after) / (1 - here) * beta
     return weights.make(
         timesteps,
-        weights.start(begin, np.sqrt(here), np.sqrt(1 - here)),
-        **weights.data(config, np.sqrt(here), np.sqrt(1 - here)),
+        weights.start(begin, *levels),
+        levels,
+        **weights.data(config, *levels),
         limit=weights.limit(config),
         latents=np.sqrt(here / after) * (1 - after) / (1 - here),
         predictions=np.sqrt(after) * beta / (1 - here),
@@ -79,5 +82,6 @@ def pndm(config: dict, alphas_cumprod: np.ndarray, steps: int, begin: int | None
     # The second step starts where the first one did: the inverse of the first step takes the latents back there.
     latents[1:2] /= latents[0]
     mixed[1:2, 1] -= latents[1:2] * noise_pred[0]
-    start = weights.start(begin, alpha, sigma)
-    return weights.make(timesteps, start, prediction_noise_pred=1.0, latents=latents, predictions=mixed)
+    start, levels = weights.start(begin, alpha, sigma), (alphas_cumprod[timesteps], 1 - alphas_cumprod[timesteps])
+    levels = tuple(map(np.sqrt, levels))
+    return weights.make(timesteps, start, levels, prediction_noise_pred=1.0, latents=latents, predictions=mixed)

@@ -54,6 +54,7 @@ class _Path:
         return weights.make(
             timesteps[begin:],
             weights.start(begin, alpha, sigma),
+            (alpha, sigma),
             **predicted(self.config, alpha, sigma),
             latents=latents,
             predictions=predictions,

@@ -23,6 +23,7 @@ def euler(config, alphas_cumprod, steps, begin, *, ancestral: bool = False) -> w
     return weights.make(
         timesteps,
         _start(config, begin, alpha, sigma),
+        (alpha, sigma),
         noise=alpha_after * np.sqrt(after**2 - down**2) if ancestral else None,
         **weights.data(config, alpha, sigma),
         latents=alpha_after * down / sigma,
@@ -75,6 +76,7 @@ def _follow(config, begin, timesteps, called, here, after, change) -> weights.Sc
     return weights.make(
         timesteps,
         _start(config, begin, alpha, sigma),
+        (alpha, sigma),
         **weights.noise(config, alpha, sigma),
         latents=alpha_after / sigmas.split(here)[0],
         predictions=alpha_after[:, None] * change,

@@ -1,10 +1,11 @@
-"""Drawing: text to image and image to image with classifier-free guidance.
+"""Drawing: text to image, image to image and inpainting with classifier-free guidance.
 
 The arrays of a schedule make the sampler (`samplers.schedule`): all samplers, with any number of steps, share one
 compiled program for a step. Whoever draws counts the steps: at full size one may take seconds.
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,14 @@ from flax.core import FrozenDict
 from flaxkd.diffusion.weights import PAST, Schedule
 from flaxkd.machine import sharding
 from flaxkd.models.unet import guidance_embedding
+
+
+class Kept(NamedTuple):
+    """What stays of a picture where only a part of it is drawn."""
+
+    latents: jax.Array  # float32[b, h, w, c], of the picture
+    noise: jax.Array  # float32[b, h, w, c], unit Gaussian, the same in all steps
+    mask: jax.Array  # float32[b, h, w, 1]: 1 is drawn, 0 stays
 
 
 def solve(noise_pred_fn: Callable, latents: jax.Array, schedule: Schedule, noise: jax.Array | None = None) -> jax.Array:
@@ -30,12 +39,15 @@ def begin(latents: jax.Array) -> tuple:
     return latents, (nothing,) * PAST
 
 
-def advance(noise_pred_fn: Callable, carry: tuple, schedule: Schedule, noise: jax.Array | None) -> tuple:
+def advance(
+    noise_pred_fn: Callable, carry: tuple, schedule: Schedule, noise: jax.Array | None, kept: Kept | None = None
+) -> tuple:
     """Takes the steps of `schedule`, all or some of them, from and to what `begin` returns. One `lax.scan`, traceable.
 
     noise_pred_fn: (latents float32[...], timestep float32[]) -> float[...], the UNet's output (noise or v).
     noise: float32[steps, ...], unit Gaussian, for a sampler that adds some between its steps, else None. Raises
-    ValueError if only one of the two has it.
+    ValueError if only one of the two has it. kept: put back after every step, with as much noise as is left there
+    (RePaint without its jumps back, Lugmayr et al. 2022, arXiv:2201.09865, equation 8).
     """
     if (schedule.noise is None) != (noise is None):
         needs = "draws no noise" if schedule.noise is None else f"needs noise of shape [{len(schedule.noise)}, ...]"
@@ -51,6 +63,9 @@ def advance(noise_pred_fn: Callable, carry: tuple, schedule: Schedule, noise: ja
         latents += sum(now.predictions[i] * x for i, x in enumerate(predictions))
         if noise is not None:
             latents += now.noise * noise
+        if kept is not None:
+            there = now.kept[0] * kept.latents + now.kept[1] * kept.noise
+            latents = kept.mask * latents + (1 - kept.mask) * there
         return (latents, predictions[:-1]), None
 
     steps = jax.tree.map(jnp.asarray, (schedule._replace(start=None), noise))  # all but the start is by step
@@ -67,6 +82,7 @@ def text_to_image(
     schedule: Schedule,
     guidance: jax.Array | float | None,
     image_latents: jax.Array | None = None,
+    mask: jax.Array | None = None,
     noise: jax.Array | None = None,
     tick: Callable[[], None] | None = None,
     token_weights: tuple[jax.Array, jax.Array] | None = None,
@@ -87,6 +103,7 @@ def text_to_image(
     where diffusers ignores `negative_inputs`. None is 1, at half the compute: `negative_inputs` are not seen. Nor are
     they by a UNet with a `time_cond_proj_dim`, whose input the guidance is. image_latents: float32[b, h, w, 4] of
     `image_to_latents`, from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073).
+    mask: float32[b, h, w, 1], where to draw; the rest stays as in `image_latents`. None: everywhere.
     noise: float32[steps, b, h, w, 4] as in `solve`. tick: called when a step is done. token_weights: float32[b, k, l]
     of the negative prompts and of the prompts, whose ids are then int32[b, k, l], k chunks that the UNet sees
     together; a state is moved away from that of `empty_inputs`, those of one empty prompt.
@@ -97,6 +114,7 @@ def text_to_image(
     if channels is not None:
         scales = jnp.full(len(latents), 1.0 if guidance is None else guidance)
         states, guidance = states | {"timestep_cond": guidance_embedding(scales, channels)}, None
+    kept = None if mask is None else Kept(image_latents, latents, mask)
     of_data, of_noise = schedule.start
     latents = of_noise * latents if image_latents is None else of_data * image_latents + of_noise * latents
     carry = begin(latents)
@@ -104,7 +122,7 @@ def text_to_image(
     for i in range(len(schedule.timesteps)):
         before, now = carry, jax.tree.map(lambda x, i=i: x[i : i + 1], by_step)
         added = None if noise is None else noise[i : i + 1]
-        carry = _step(modules["unet"], params["unet"], states, guidance, carry, now, added)
+        carry = _step(modules["unet"], params["unet"], states, guidance, carry, now, added, kept)
         if tick and i:  # one step late: the devices have the next one already
             jax.block_until_ready(before)
             tick()
@@ -139,7 +157,7 @@ def _states(modules, condition, params, inputs, negative_inputs, token_weights, 
 
 
 @sharding.jit(static_argnames=("unet",))
-def _step(unet, params, states, guidance, carry, schedule, noise) -> tuple:
+def _step(unet, params, states, guidance, carry, schedule, noise, kept) -> tuple:
     """A step of the guided sampler, for `schedule` and `noise` of one step."""
 
     def guided(latents, timestep):
@@ -151,13 +169,19 @@ def _step(unet, params, states, guidance, carry, schedule, noise) -> tuple:
         negative, positive = noise_pred[:, 0], noise_pred[:, 1]
         return negative + guidance * (positive - negative)
 
-    return advance(guided, carry, schedule, noise)
+    return advance(guided, carry, schedule, noise, kept)
 
 
 @sharding.jit(static_argnames=("vae",))
 def _decode(vae, params, latents) -> jax.Array:
     images = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+
+@sharding.jit(static_argnames=("factor",))
+def mask_of_latents(mask: jax.Array, factor: int) -> jax.Array:
+    """float32[b, h, w, 1] of bool[b, H, W]: a latent is drawn if its first pixel is, as in diffusers."""
+    return mask[:, ::factor, ::factor, None].astype(jnp.float32)
 
 
 @sharding.jit(static_argnames=("vae",))

@@ -29,10 +29,13 @@ class Schedule(NamedTuple):
     noise_pred: np.ndarray
     predictions: np.ndarray  # [calls, 1 + PAST]
     noise: np.ndarray | None  # None: the sampler adds no noise between steps
+    kept: np.ndarray  # [calls, 2]: after each, what is kept of a picture is kept[0] * clean latents + kept[1] * noise
 
 
-def make(timesteps, start, *, predictions, noise=None, **weights) -> Schedule:
-    """The fields as float32[calls]; missing weights are 0. predictions: float[calls] or float[calls, 1 to 1 + PAST]."""
+def make(timesteps, start, levels, *, predictions, noise=None, **weights) -> Schedule:
+    """The fields as float32[calls]; missing weights are 0. predictions: float[calls] or float[calls, 1 to 1 + PAST].
+
+    levels: the weights of data and noise in the latents of each call, float[calls] each."""
     n = len(timesteps)
     predictions = np.reshape(predictions, (n, -1))
     fields = dict(prediction_latents=0.0, prediction_noise_pred=0.0, limit=np.inf, latents=0.0, noise_pred=0.0)
@@ -41,6 +44,7 @@ def make(timesteps, start, *, predictions, noise=None, **weights) -> Schedule:
         timesteps=np.float32(timesteps),
         predictions=np.float32(np.pad(predictions, ((0, 0), (0, 1 + PAST - predictions.shape[1])))),
         noise=None if noise is None else np.float32(noise),
+        kept=np.float32(np.stack([np.append(level[1:], end) for level, end in zip(levels, (1, 0), strict=True)], 1)),
         **{name: np.float32(np.broadcast_to(x, n)) for name, x in (fields | weights).items()},
     )
 

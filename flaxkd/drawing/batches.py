@@ -30,6 +30,7 @@ def draw(
     batch_size: int,
     negatives: Sequence[str | None] | None = None,
     images: Sequence[np.ndarray] | None = None,
+    masks: Sequence[np.ndarray] | None = None,
     finite: bool = True,
     words: str | None = None,
     leave: bool = True,
@@ -42,10 +43,11 @@ def draw(
     noise(i) -> (unit Gaussian latents float32[h, w, c] at the start of picture i; float32[steps, h, w, c] to add
     between steps, or None for a sampler that adds none). schedule: of the sampler. negatives: what not to draw, for
     each prompt, None in it for nothing; None: nothing. images: float32[H, W, 3] in [0, 1] to start from, for each
-    prompt. batch_size: pictures at a time, at least one on each device; the last batch is filled up: it compiles
-    nothing of its own. finite: raise FloatingPointError for a picture that is not finite; otherwise it is black.
-    words: of a bar over the steps of all batches, None for no bar; leave: whether the bar stays at the end. guidance:
-    below 1 it is 1, no guidance, as in diffusers, and a warning says so. emphasis, long_prompts: see emphasis.py."""
+    prompt. masks: bool[H, W], where to draw in each of them; None: everywhere. batch_size: pictures at a time, at least
+    one on each device; the last batch is filled up: it compiles nothing of its own. finite: raise FloatingPointError
+    for a picture that is not finite; otherwise it is black. words: of a bar over the steps of all batches, None for no
+    bar; leave: whether the bar stays at the end. guidance: below 1 it is 1, no guidance, as in diffusers, and a warning
+    says so. emphasis, long_prompts: see emphasis.py."""
     if guidance < 1:
         warnings.warn(f"guidance = {guidance:g} is drawn as 1, as in diffusers: without guidance", stacklevel=2)
     modules, params, mesh = pipeline.modules, pipeline.params, pipeline.mesh
@@ -64,11 +66,9 @@ def draw(
         for start in starts:
             rows = np.arange(start, start + batch_size).clip(max=n - 1)
             first, between = zip(*map(noise, rows.tolist()), strict=True)
-            begin = None
-            if images is not None:
-                begin = sampling.image_to_latents(
-                    modules["vae"], params["vae"], put(np.stack([images[i] for i in rows]))
-                )
+            pixels = lambda of, rows=rows: None if of is None else put(np.stack([of[i] for i in rows]))
+            begin, mask = pixels(images), pixels(masks)
+            begin = None if begin is None else sampling.image_to_latents(modules["vae"], params["vae"], begin)
             drawn = sampling.text_to_image(
                 modules=modules,
                 condition=pipeline.folder.family.condition,
@@ -79,6 +79,7 @@ def draw(
                 schedule=schedule,
                 guidance=float(guidance) if guidance > 1 else None,  # an int would compile another program
                 image_latents=begin,
+                mask=None if mask is None else sampling.mask_of_latents(mask, folder.factor),
                 noise=None if schedule.noise is None else np.stack(between, axis=1),
                 token_weights=None if weights is None else (put(weights[1][rows]), put(weights[0][rows])),
                 empty_inputs=empty,

@@ -1,4 +1,4 @@
-"""Text to image and image to image in three lines, with any Stable Diffusion 1.x, 2.x or XL, teacher or student:
+"""Text to image, image to image and inpainting in three lines, with any Stable Diffusion 1.x, 2.x or XL:
 
     from flaxkd import Pipeline
 
@@ -83,6 +83,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         image: Picture | Sequence[Picture] | None = None,
+        mask_image: Picture | Sequence[Picture] | None = None,
         strength: float | None = None,
         sampler: str | None = None,
         seed: int = 0,
@@ -105,7 +106,9 @@ class Pipeline:
         guidance_scale: how far from the negative prompt
         to the prompt, 1 is none, and so is anything below, with a warning; None: the model's own, `Folder.guidance`.
         height, width: pixels; None: as in training. image: picture or path to start from, one for all or one each,
-        scaled and cropped to the size. strength: how much the image changes, in (0, 1]; None: 0.8.
+        scaled and cropped to the size. mask_image: white where to draw in the image, black where it stays (as the
+        autoencoder gives it back). strength: how much the image changes, in (0, 1]; None: 0.8, and with a mask 1: from
+        noise alone.
         latents: float32[n, h, w, 4], unit Gaussian, in place of the seeds' noise. clip_skip: layers left out at the end
         of the text encoder, see `Folder.skip_layers`. emphasis: read (word:1.2), ((word)) and [word] in prompts as
         weights; without it they are text. long_prompts: read a prompt of any length, in chunks; without it the rest is
@@ -122,6 +125,7 @@ class Pipeline:
         several = lambda values: [value for value in values for _ in range(num_images_per_prompt)]
         negatives = several(_each("negative_prompt", negative_prompt, str | None, len(prompts)))
         starts = [] if image is None else _each("image", image, Picture, len(prompts))
+        masks = [] if mask_image is None else _each("mask_image", mask_image, Picture, len(prompts))
         prompts = several(prompts)
         n = len(prompts)
         if seed < 0 or batch_size < 1:
@@ -135,16 +139,20 @@ class Pipeline:
         settings = {}
         if image is None and strength is not None:
             raise ValueError(f"strength = {strength} is how far to change an image: give one, or no strength")
+        if image is None and masks:
+            raise ValueError("mask_image says where to draw in an image: give one too, or no mask_image")
         if image is not None:
-            strength = 0.8 if strength is None else strength
+            strength = (1.0 if masks else 0.8) if strength is None else strength
             settings = {"strength": strength}
-            if isinstance(image, str | os.PathLike):
-                settings["image"] = image
+            named = {"image": image, "mask_image": mask_image}
+            settings |= {name: path for name, path in named.items() if isinstance(path, str | os.PathLike)}
             image = several([_read(x, width, height) for x in starts])
+            masks = several([_read(x, width, height, "L") >= 0.5 for x in masks])
         sampler = sampler or samplers.own(self.scheduler_config)
         if num_inference_steps is None:
             num_inference_steps = samplers.usual_steps(sampler, self.scheduler_config)
-        schedule = samplers.schedule(sampler, self.scheduler_config, num_inference_steps, strength)
+        begin = None if masks and strength == 1 else strength
+        schedule = samplers.schedule(sampler, self.scheduler_config, num_inference_steps, begin)
         self._warn_of_guidance(sampler, guidance_scale)
         factor, channels = self.folder.factor, self.modules["vae"].config.latent_channels
         shape = (height // factor, width // factor, channels)
@@ -167,6 +175,7 @@ class Pipeline:
             batch_size=min(batch_size, n),
             negatives=negatives,
             images=image,
+            masks=masks or None,
             emphasis=emphasis,
             long_prompts=long_prompts,
             words=(f"drawing {n} pictures" if n > 1 else "drawing") if progress else None,
@@ -233,8 +242,10 @@ def _each(name: str, value, kind: type, n: int) -> list:
     return values
 
 
-def _read(picture: Picture, width: int, height: int) -> np.ndarray:
-    """float32[height, width, 3] in [0, 1], scaled and cropped around the center, on white where transparent."""
+def _read(picture: Picture, width: int, height: int, mode: str = "RGB") -> np.ndarray:
+    """float32[height, width, 3] in [0, 1], scaled and cropped around the center, on white where transparent.
+
+    mode: of Pillow; "L" is grey, without the last axis."""
     try:
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
         image = ImageOps.exif_transpose(image).convert("RGBA")
@@ -242,7 +253,7 @@ def _read(picture: Picture, width: int, height: int) -> np.ndarray:
         raise FileNotFoundError(f"there is no picture {picture}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{picture} cannot be read as a picture ({error})") from error
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(image, np.float32) / 255

@@ -94,9 +94,7 @@ def test_image_to_image_is_the_pipeline_of_diffusers(diffusers_pipeline, picture
     if sampler == "ddim":
         theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
     image = Image.open(picture).crop((0, 0, 32, 32))
-    pixels = torch.tensor(np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
-    with torch.no_grad():  # it takes latents for a picture too: its own would be drawn around the mean
-        mean = theirs.vae.encode(pixels).latent_dist.mode() * theirs.vae.config.scaling_factor
+    mean = mean_of(theirs.vae, image)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     steps = 4 if sampler == "ddim" else 3  # 2 calls of the UNet either way: int(4 * 0.5), int(3 * 0.5) + 1
     settings = dict(prompt="red apple", num_inference_steps=steps, guidance_scale=3.0, strength=0.5)
@@ -107,3 +105,29 @@ def test_image_to_image_is_the_pipeline_of_diffusers(diffusers_pipeline, picture
     assert ours.info["strength"] == "0.5"
     assert np.std(expected) > 0.05
     assert levels(ours, np.round(expected * 255)) <= 1
+
+
+def test_a_masked_part_of_a_picture_is_drawn_as_diffusers_does(diffusers_pipeline, picture):
+    theirs = diffusers.StableDiffusionInpaintPipeline.from_pretrained(diffusers_pipeline, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    image, mask = Image.open(picture).crop((0, 0, 32, 32)), Image.new("L", (32, 32))
+    mask.paste(200, (5, 8, 24, 20))  # neither at latents nor white
+    mean = mean_of(theirs.vae, np.asarray(image))
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    settings = dict(prompt="red apple", num_inference_steps=4, guidance_scale=3.0)
+    generator = torch.Generator().manual_seed(0)
+    given = dict(image=mean, mask_image=mask, masked_image_latents=mean, generator=generator)  # the last is not used
+    expected = theirs(**given, output_type="np", **settings).images[0]
+    latents = noise.numpy().transpose(0, 2, 3, 1)
+    given = dict(image=image, mask_image=mask, latents=latents, sampler="ddim")
+    (ours,) = Pipeline.from_pretrained(diffusers_pipeline)(**given, progress=False, **settings)
+    assert np.std(expected) > 0.05
+    assert levels(ours, np.round(expected * 255)) <= 1
+
+
+def mean_of(vae, image):
+    """Scaled latents of a picture. diffusers takes them for a picture too: its own would be drawn around the mean."""
+    pixels = torch.tensor(np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
+    with torch.no_grad():
+        return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor

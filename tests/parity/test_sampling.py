@@ -3,6 +3,7 @@
 import functools
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,15 +54,23 @@ def diffusers_scheduler(kind, config, steps):
     return scheduler
 
 
-def diffusers_solve(scheduler, noise_pred_fn, latents, begin=0):
-    """The loop of diffusers' pipelines, on latents that `begin` or init_noise_sigma has been applied to already."""
+def diffusers_solve(scheduler, noise_pred_fn, latents, begin=0, kept=None):
+    """The loop of diffusers' pipelines, on latents that `begin` or init_noise_sigma has been applied to already.
+
+    kept: (image_latents, noise, mask) of its inpainting."""
     name, drawn = type(scheduler).__module__, iter(NOISE)
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(sys.modules[name], "randn_tensor"):
             patch.setattr(f"{name}.randn_tensor", lambda *_, **__: torch.from_numpy(next(drawn)))
-        for t in scheduler.timesteps[begin:]:
+        timesteps = scheduler.timesteps[begin:]
+        for i, t in enumerate(timesteps):
             noise_pred = noise_pred_fn(scheduler.scale_model_input(latents, t), t)
             latents = scheduler.step(noise_pred, t, latents).prev_sample
+            if kept:
+                image_latents, noise, mask = kept
+                if i < len(timesteps) - 1:
+                    image_latents = scheduler.add_noise(image_latents, noise, timesteps[i + 1 : i + 2])
+                latents = (1 - mask) * image_latents + mask * latents
     return latents.numpy()
 
 
@@ -127,6 +136,33 @@ def test_image_to_image_equals_diffusers(kind, config, strength):
     np.testing.assert_allclose(schedule.timesteps, scheduler.timesteps[begin:], atol=ATOL_TIMESTEPS, rtol=1e-4)
     start = schedule.start[0] * data + schedule.start[1] * LATENTS
     np.testing.assert_allclose(solve(start, schedule, noise_of(schedule)), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("config", "steps", "strength"), [("leading", 6, None), ("sd21", 8, 0.75)])
+def test_what_a_mask_keeps_equals_diffusers(kind, config, steps, strength):
+    """As its pipeline does it for a UNet of 4 channels: from noise alone, and from noisy latents of the picture."""
+    scheduler = diffusers_scheduler(kind, CONFIGS[config], steps)
+    begin = (steps - int(steps * (strength or 1))) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    data, mask = np.tanh(LATENTS[::-1]).copy(), np.zeros((2, 4, 4, 1), np.float32)
+    mask[:, 1:3] = 1
+    kept = [torch.from_numpy(x) for x in (data, LATENTS, mask)]
+    first = scheduler.timesteps[begin : begin + 1].repeat(2)
+    start = scheduler.add_noise(*kept[:2], first) if strength else kept[1] * scheduler.init_noise_sigma
+    expected = diffusers_solve(scheduler, functools.partial(model, torch), start, begin, kept)
+    schedule = samplers.schedule(kind, CONFIGS[config], steps, strength)
+    drawn = inpaint(data, LATENTS, mask, schedule, noise_of(schedule))
+    np.testing.assert_array_equal(drawn[:, 0], data[:, 0])
+    np.testing.assert_allclose(drawn, expected, atol=1e-4, rtol=0)
+
+
+@jax.jit
+def inpaint(data, noise, mask, schedule, added):
+    carry = sampling.begin(schedule.start[0] * data + schedule.start[1] * noise)
+    kept = sampling.Kept(data, noise, mask)
+    return sampling.advance(functools.partial(model, jnp), carry, schedule, added, kept)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
