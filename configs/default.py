@@ -28,7 +28,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # a row of flaxkd/tasks/__init__.py, or your own "module:function"; None: the row for the parts below
     config.task = placeholder(str)
     config.train = ("unet",)  # trained parts: ("unet",), ("unet", "text_encoder") or ("vae",)
-    config.init = "teacher"  # its weights, cut for a student; "random": the UNet starts from scratch
+    # its weights, cut for a student; "random": the UNet starts from scratch; or a pipeline folder, workdir or hub id
+    # with the UNet to begin with, such as a distilled student
+    config.init = "teacher"
     # architecture of a new pipeline to train from scratch; what is "teacher" in it comes from `teacher`
     config.blank = None
     config.seed = 0  # of noise, timesteps, data order and everything else
@@ -54,6 +56,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # share of captions replaced by "", or zeros for SDXL; 0.1 to train from scratch for guidance
     config.caption_dropout = 0.0
     config.kl_weight = 2e-3  # for train = ("vae",) alone
+
+    # For task = "few_step" alone: a consistency model (LCM). The values are those of diffusers' scripts.
+    config.few_step = ConfigDict()
+    config.few_step.target = "online"  # the network itself, without gradient, or "average": that of ema_decay, 0.95
+    config.few_step.ode_steps = 50  # of the teacher's ODE; the network knows no other timesteps
+    # of the teacher, sampled between the two for each example; those scripts call it w, which is one less
+    config.few_step.guidance = (6.0, 16.0)
+    # the guidance is an input of the UNet, chosen at drawing; otherwise it is learnt, and drawn with 1
+    config.few_step.embedded = False
+    config.few_step.huber = 1e-3  # where the Huber loss turns from squares to distances; None: squares alone
 
     # The optimizer: names and arguments are those of optax.
     config.steps = 1000  # optimizer steps; a run in the same workdir may get more of them later

@@ -39,7 +39,7 @@ class Setup(NamedTuple):
     config: Any
     workdir: Path
     mesh: jax.sharding.Mesh
-    folder: Folder  # of the teacher
+    folder: Folder  # of the teacher, with the sampler and the guidance of the export
     task: Task
     batches: Any  # endless iterator of this process's rows of a batch, with a position
     held_out: list[dict[str, jax.Array]]  # batches of one size each
@@ -96,10 +96,11 @@ def set_up(
         checkpoint.clear(workdir, config.to_dict())
     folder = open_teacher(config, workdir, pictures["train"])
     encoding.check_sizes(folder, config.data.resolution, encoding.sizes(config), "data.")
-    if config.sample.guidance is not None:
-        folder = dataclasses.replace(folder, drawn_with=config.sample.guidance)
     choosing.ensure(config, folder, pictures["train"], dtype)
     task = tasks.make(config, folder, dtype, mesh)
+    folder = task.drawn_as or folder
+    if config.sample.guidance is not None:
+        folder = dataclasses.replace(folder, drawn_with=config.sample.guidance)
 
     held.enter_context(checkpoint.claimed(workdir, config.to_dict()))
     machine = describe_machine(mesh, dtype)

@@ -107,7 +107,7 @@ def test_every_key_that_is_read_exists():
     known = leaves(load("default"))
     known = {*known, *(key.rpartition(".")[0] for key in known), "blank.to_dict", "blank.values", "to_dict"}
     known |= {"copy_and_resolve_references"}
-    signs = {"config.seed", "config.data", "config.learning_rate"}
+    signs = {"config.seed", "config.data", "config.learning_rate", "config.keep", "config.few_step"}
     takes_it = [path for path in (ROOT / "flaxkd").rglob("*.py") if signs & chains(path)]
     assert {"train", "step", "distill", "encoding"} <= {path.stem for path in takes_it}
     for path in takes_it:

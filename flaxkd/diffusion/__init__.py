@@ -6,7 +6,16 @@ from flaxkd.diffusion.schedule import (
     alphas_cumprod,
     min_snr_weights,
     sample_timesteps,
+    separate,
     target,
 )
 
-__all__ = ["NoiseSchedule", "add_noise", "alphas_cumprod", "min_snr_weights", "sample_timesteps", "target"]
+__all__ = [
+    "NoiseSchedule",
+    "add_noise",
+    "alphas_cumprod",
+    "min_snr_weights",
+    "sample_timesteps",
+    "separate",
+    "target",
+]

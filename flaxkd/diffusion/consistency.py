@@ -6,8 +6,9 @@ In latents: LCM, Luo et al. 2023, arXiv:2310.04378. tasks/few_step.py trains one
 import numpy as np
 
 from flaxkd.diffusion import weights
+from flaxkd.diffusion.schedule import BETAS
 
-SIGMA_DATA = 0.5  # of diffusers' scripts and scheduler
+SIGMA_DATA, SCALING = 0.5, 10.0  # of diffusers' scripts and scheduler
 
 
 def timesteps(train_steps: int, ode_steps: int) -> np.ndarray:
@@ -15,13 +16,27 @@ def timesteps(train_steps: int, ode_steps: int) -> np.ndarray:
     return np.arange(1, ode_steps + 1) * (train_steps // ode_steps) - 1
 
 
-def boundary(timesteps, scaling: float = 10.0) -> tuple:
+def boundary(timesteps, scaling: float = SCALING) -> tuple:
     """(c_skip, c_out) of f(x, t) = c_skip * x + c_out * data(x, t), which is x at timestep 0 (Song et al., equation 5).
 
-    With diffusers' `timestep_scaling` of 10, c_skip is below 1e-5 from timestep 19 on, and f is the predicted data."""
+    scaling: diffusers' `timestep_scaling`. With 10, c_skip is below 1e-5 from timestep 19 on: f is the predicted data.
+    """
     scaled = scaling * timesteps
     variance = scaled**2 + SIGMA_DATA**2
     return SIGMA_DATA**2 / variance, scaled / variance**0.5
+
+
+def scheduler_config(teacher: dict, prediction_type: str, ode_steps: int) -> dict:
+    """The scheduler_config.json of a consistency model, of diffusers' LCMScheduler. teacher: its teacher's."""
+    return {
+        "_class_name": "LCMScheduler",
+        **{name: teacher.get(name, default) for name, default in BETAS.items()},
+        "rescale_betas_zero_snr": teacher.get("rescale_betas_zero_snr", False),
+        "prediction_type": prediction_type,
+        "original_inference_steps": ode_steps,
+        "timestep_scaling": SCALING,
+        "clip_sample": False,
+    }
 
 
 def lcm(config: dict, alphas_cumprod: np.ndarray, steps: int, begin: int | None) -> weights.Schedule:

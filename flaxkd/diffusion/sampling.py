@@ -133,7 +133,7 @@ def text_to_image(
     return images
 
 
-def _pairs(negative: jax.Array, positive: jax.Array) -> jax.Array:
+def pairs(negative: jax.Array, positive: jax.Array) -> jax.Array:
     """One doubled batch [2b, ...] of two, for one call. The two of a picture are side by side: where the batch is split
     over devices, each then has its own, and nothing is sent."""
     return jnp.stack([negative, positive], 1).reshape(-1, *positive.shape[1:])
@@ -142,10 +142,10 @@ def _pairs(negative: jax.Array, positive: jax.Array) -> jax.Array:
 @sharding.jit(static_argnames=("modules", "condition", "alone"))
 def _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs, *, alone) -> dict:
     """The keyword arguments of the UNet, for the doubled batch. alone: for the prompts without their negatives."""
-    both = dict(inputs) if alone else jax.tree.map(_pairs, dict(negative_inputs), dict(inputs))
+    both = dict(inputs) if alone else jax.tree.map(pairs, dict(negative_inputs), dict(inputs))
     if token_weights is None:
         return condition(modules, params, both)
-    weights = token_weights[1] if alone else _pairs(*token_weights)
+    weights = token_weights[1] if alone else pairs(*token_weights)
     n, k, length = weights.shape
     # A chunk is a prompt of its own; what has no chunks is the same for all of a picture.
     chunks = {name: x.reshape(-1, length) if x.ndim == 3 else jnp.repeat(x, k, axis=0) for name, x in both.items()}
@@ -163,7 +163,7 @@ def _step(unet, params, states, guidance, carry, schedule, noise, kept) -> tuple
     def guided(latents, timestep):
         if guidance is None:
             return unet.apply({"params": params}, latents, jnp.full(len(latents), timestep), **states)
-        both = _pairs(latents, latents)
+        both = pairs(latents, latents)
         noise_pred = unet.apply({"params": params}, both, jnp.full(len(both), timestep), **states)
         noise_pred = noise_pred.astype(jnp.float32).reshape(-1, 2, *latents.shape[1:])
         negative, positive = noise_pred[:, 0], noise_pred[:, 1]

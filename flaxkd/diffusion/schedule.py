@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# diffusers' defaults
+BETAS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
 MOST_TIMESTEPS = 100_000  # 1000 are usual; a typing error beyond it would fill the memory
 
 
@@ -17,9 +19,7 @@ def alphas_cumprod(scheduler_config: dict) -> np.ndarray:
     is exactly zero (Lin et al. 2023, arXiv:2305.08891, algorithm 1). Raises ValueError for other schedules, and for
     numbers that no schedule has.
     """
-    schedule = scheduler_config.get("beta_schedule", "linear")
-    steps = scheduler_config.get("num_train_timesteps", 1000)
-    start, end = scheduler_config.get("beta_start", 0.0001), scheduler_config.get("beta_end", 0.02)
+    schedule, start, end, steps = (scheduler_config.get(name, default) for name, default in BETAS.items())
     if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
         raise ValueError(
             f"num_train_timesteps = {steps!r} in scheduler_config.json must be a whole number, 1 to {MOST_TIMESTEPS:,}"
@@ -79,6 +79,15 @@ def target(schedule: NoiseSchedule, latents, noise, timesteps) -> jax.Array:
         return noise
     alpha, sigma = _weights(schedule, timesteps)
     return alpha * noise - sigma * latents
+
+
+def separate(schedule: NoiseSchedule, noisy_latents, noise_pred, timesteps) -> tuple[jax.Array, jax.Array]:
+    """(latents, noise) that the output of a UNet says `noisy_latents` are made of: the inverse of `target`."""
+    alpha, sigma = _weights(schedule, timesteps)
+    noise_pred = noise_pred.astype(jnp.float32)
+    if schedule.prediction_type == "epsilon":
+        return (noisy_latents - sigma * noise_pred) / alpha, noise_pred
+    return alpha * noisy_latents - sigma * noise_pred, sigma * noisy_latents + alpha * noise_pred
 
 
 def min_snr_weights(schedule: NoiseSchedule, timesteps, gamma: float) -> jax.Array:

@@ -136,6 +136,8 @@ def depths(unet: dict) -> str:
 
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
     pipeline, steps = source.family.pipeline, samplers.usual_steps(None, source.config("scheduler"))
+    few = f"It draws in few steps, {steps} are usual, and has learnt its guidance: leave it at {source.guidance:g}.\n"
+    few = few if steps != samplers.STEPS else ""
     try:
         pixels = "{} x {} pixels".format(*source.replace(parts, {}).size)
     except ValueError:  # its configuration has no size
@@ -149,7 +151,7 @@ pipeline = {pipeline}.from_pretrained("PATH OR HUB ID OF THIS FOLDER")
 settings = dict(num_inference_steps={steps}, guidance_scale={source.guidance:g})
 pipeline({prompt!r}, **settings).images[0].save("picture.png")  # {pixels}
 ```
-There is no safety checker in this folder."""
+{few}There is no safety checker in this folder."""
 
 
 def figures(records: list[dict]) -> str:

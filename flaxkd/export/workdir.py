@@ -3,7 +3,7 @@
 A workdir, of a run or of `convert.from_diffusers`, holds
     export.json     its record: {"source": pipeline folder of the untrained parts, "parts": {"unet": its config.json},
                     "guidance": of its pictures,
-                    "configs": those of text encoders that differ from the source's, as for clip_skip,
+                    "configs": those of text encoders and scheduler that differ from the source's, as for clip_skip,
                     "vae": where their autoencoder comes from, if it is not the source's own,
                     "step": of the finished export, null before}
     checkpoints/    Orbax steps with the tree {"params": {"unet": ...}, "ema": {"unet": ...} or nothing, ...}
@@ -38,7 +38,8 @@ def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict], step:
         written = path.relative_to(here)
     content = {"source": None if written is None else str(written), "parts": dict(parts), "step": step}
     content["guidance"] = source.guidance
-    if configs := {x: source.configs[x] for x in source.family.encoders if x in source.configs and x not in parts}:
+    own = (*source.family.encoders, "scheduler")
+    if configs := {x: source.configs[x] for x in own if x in source.configs and x not in parts}:
         content["configs"] = configs
     if source.vae is not None:
         local = Path(os.path.expanduser(source.vae))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from flaxkd.pretrained import PARTS, Folder
-from flaxkd.tasks import autoencoder, distill
+from flaxkd.tasks import autoencoder, distill, few_step
 from flaxkd.training.task import Task
 
 
@@ -17,6 +17,7 @@ class Row(NamedTuple):
 TASKS = {
     "distill": Row(distill.task, frozenset({"unet", "text_encoder", "text_encoder_2"})),
     "autoencoder": Row(autoencoder.task, frozenset({"vae"})),
+    "few_step": Row(few_step.task, frozenset({"unet"})),
 }
 
 

@@ -4,12 +4,12 @@ Without a student, the same task trains a whole UNet (and text encoder) on the n
 """
 
 import jax
-import jax.numpy as jnp
 
-from flaxkd import diffusion, pretrained, students
+from flaxkd import pretrained, students
 from flaxkd.models.attention import DotProductAttention
-from flaxkd.pretrained import Folder, fresh
-from flaxkd.tasks.inputs import Inputs, prepare
+from flaxkd.pretrained import Folder
+from flaxkd.tasks import networks
+from flaxkd.tasks.inputs import Inputs, batch, options, prepare
 from flaxkd.tasks.losses import kd_loss, predict
 from flaxkd.training.task import Network, Task
 
@@ -24,25 +24,22 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
     _check(config, folder)
     family, teacher_config = folder.family, folder.config("unet")
     student = students.get(config.student) if config.student else None
-    unet_config = students.config(student, teacher_config) if student else teacher_config
     pairs = students.feature_pairs(student, config.pairing, teacher_config) if student else ()
+    params = {part: folder.params(part) for part in ("unet", *family.encoders)}
+    unet_config, start = networks.begun(config, folder, params["unet"])
 
     attend = DotProductAttention(mesh, config.attention)
     teacher_unet = folder.module("unet", dtype, attend=attend)
     unet = pretrained.build("unet", unet_config, dtype, remat=config.remat, attend=attend)
     encoders = {part: folder.module(part, dtype) for part in family.encoders}
 
-    params = {part: folder.params(part) for part in ("unet", *encoders)}
-    trained = {part: tree for part, tree in params.items() if part in config.train}
+    trained = {part: tree for part, tree in params.items() if part in config.train} | {"unet": start}
     frozen = {part: tree for part, tree in params.items() if part not in config.train}
     if student:
         frozen["teacher"] = params["unet"]
-        trained["unet"] = students.take(student, params["unet"], pretrained.shapes("unet", unet_config))
-    if config.init == "random":
-        trained["unet"] = fresh.initial(pretrained.shapes("unet", unet_config), config.seed, fresh.ZERO)
     frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
 
-    length, settings = folder.text_length, _settings(config, folder)
+    settings = options(config, folder)
 
     def loss(trained, frozen, average, inputs: Inputs):
         condition = family.condition(encoders, assemble(trained, frozen), inputs.conditions)
@@ -72,14 +69,9 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         teacher = Network({}, as_cut | {"unet": frozen["teacher"]})
         return {"teacher": teacher, "student as cut": Network({"unet": unet_config}, as_cut)}
 
-    h, w, c = folder.latent_shape(config.data.resolution)
     learning = (unet_config, 3 + bool(config.remat))  # one pass forward, two back; remat adds one forward
     return Task(
-        batch={
-            "moments": jax.ShapeDtypeStruct((h, w, 2 * c), jnp.float32),
-            **{field: jax.ShapeDtypeStruct((length,), jnp.int32) for field in family.captions.values()},
-            **({"time_ids": jax.ShapeDtypeStruct((6,), jnp.int32)} if family.sizes else {}),
-        },
+        batch=batch(config, folder),
         trained=trained,
         frozen=frozen,
         prepare=lambda key, batch: prepare(key, batch, **settings),
@@ -105,16 +97,3 @@ def _check(config, folder: Folder) -> None:
             f"clip_skip = {config.clip_skip}: a folder of {folder.family.title} cannot keep it, so diffusers would "
             "draw with other states than the student learnt from. Leave it at 0"
         )
-
-
-def _settings(config, folder: Folder) -> dict:
-    """The keyword arguments of `inputs.prepare`."""
-    return {
-        "schedule": diffusion.NoiseSchedule.from_config(folder.config("scheduler"), config.prediction_type),
-        "scaling_factor": folder.scaling_factor,
-        "missing": folder.tokenize([None]),
-        "caption_dropout": config.caption_dropout,
-        "noise_offset": config.noise_offset,
-        "snr_gamma": config.snr_gamma,
-        "timestep_sampling": config.timestep_sampling,
-    }

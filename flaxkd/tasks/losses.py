@@ -35,6 +35,13 @@ def mse(a, b, weights=None) -> jax.Array:
     return jnp.mean(squares)
 
 
+def pseudo_huber(a, b, c: float | None) -> jax.Array:
+    """mean(sqrt((a - b)^2 + c^2) - c) in float32, for equal shapes: quadratic below c, linear above; None is `mse`."""
+    if c is None or a.shape != b.shape:
+        return mse(a, b)
+    return jnp.mean(jnp.sqrt(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)) + c**2) - c)
+
+
 def relative_mse(student, teacher) -> jax.Array:
     """`mse` over the teacher's mean square: scale gives no feature more weight (LAPTOP-Diff, arXiv:2404.11098)."""
     return mse(student, teacher) / mse(teacher, jnp.zeros_like(teacher))

@@ -1,5 +1,6 @@
 """The sheet of samples of a run: the validation prompts, drawn with the trained networks and with their references."""
 
+import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,16 +21,17 @@ from flaxkd.training.task import Network, Task
 PIXELS = 512**2
 
 
-def schedule(sample, folder: Folder) -> samplers.Schedule | None:
-    """The schedule of `config.sample`; if it cannot be had, a warning and the default sampler, or None: no pictures.
+def schedule(folder: Folder, sampler: str | None = None, steps: int | None = None) -> samplers.Schedule | None:
+    """The schedule of `config.sample`, by default the folder's own.
 
+    If it cannot be had, a warning and the default sampler, or None: no pictures.
     A training does not end for the sake of its pictures, and a teacher's scheduler need not be one flaxkd knows.
     Raises ValueError for a sampler's name that is no name."""
     config = folder.config("scheduler")
-    wanted = sample.sampler and samplers.name_of(sample.sampler)
+    wanted = sampler and samplers.name_of(sampler)
     for kind in dict.fromkeys((wanted, samplers.DEFAULT)):
         try:
-            return samplers.schedule(kind, config, sample.steps or samplers.usual_steps(kind, config))
+            return samplers.schedule(kind, config, steps or samplers.usual_steps(kind, config))
         except ValueError as error:
             then = "without pictures" if kind == samplers.DEFAULT else f"its pictures are drawn with {samplers.DEFAULT}"
             warnings.warn(f"{error}. The training goes on, {then}", stacklevel=2)
@@ -50,7 +52,7 @@ class Sheet:
         columns = lambda a, b: [n.params for n in task.columns(a, b).values()]
         if not settings.draws(config) or not jax.eval_shape(columns, trained, frozen):
             return
-        self.schedule = schedule(config.sample, folder)
+        self.schedule = schedule(folder, config.sample.sampler, config.sample.steps)
         if self.schedule is None:
             return
         self.pipeline = Pipeline.from_folder(folder, "the run", dtype, mesh, parts=["vae"])
@@ -80,14 +82,18 @@ class Sheet:
             for part, unet in own.items()
         }
         pipeline = self.pipeline.with_parts(modules, network.params)
+        folder, steps = pipeline.folder, self.schedule
+        if network.drawn_as is not None:
+            folder = network.drawn_as
+            steps = schedule(folder) or steps
         # All devices draw, a few pictures each at a time: at full size, more would need more memory than training.
         each = min(-(-len(self.prompts) // mesh.size), max(PIXELS // config.data.resolution**2, 1))
         drawn = batches.draw(
             pipeline,
             self.prompts,
-            self._noise,
-            self.schedule,
-            pipeline.folder.guidance,
+            functools.partial(self._noise, steps),
+            steps,
+            folder.guidance,
             batch_size=each * mesh.size,
             finite=False,
             words=f"drawing, {title}" if hosts.is_first() else None,
@@ -95,7 +101,7 @@ class Sheet:
         )
         return np.stack(list(drawn))
 
-    def _noise(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
-        first, added = self.noise[i], self.schedule.noise
+    def _noise(self, steps: samplers.Schedule, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+        first, added = self.noise[i], steps.noise
         between = lambda: np.random.default_rng([self.config.seed, i]).standard_normal((len(added), *first.shape))
         return first, None if added is None else between().astype(np.float32)

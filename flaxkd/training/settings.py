@@ -7,6 +7,7 @@ be split, a resolution, the blocks that a student keeps.
 import difflib
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -115,6 +116,11 @@ AXIS = Rule(
 SAMPLER = Rule(
     _read_by(samplers.name_of, ValueError), f"is unknown (known: {', '.join(samplers.KINDS)})", samplers.KINDS
 )
+INIT = Rule(
+    lambda x: isinstance(x, str) and (x in ("teacher", "random") or "/" in x or os.path.exists(x)),
+    "is neither 'teacher', 'random' nor a folder or hub id with a UNet",
+    ("teacher", "random"),
+)
 STUDENT = Rule(
     lambda x: isinstance(x, str) and (x in students.STUDENTS or x.endswith(".json")),
     f"is unknown (known: {', '.join(students.STUDENTS)}, and a student's file, FILE.json)",
@@ -129,7 +135,7 @@ RULES = {
     "keep": or_none(number(0, 1, above=True, below=True), "the student by its name"),
     "task": or_none(TEXT, "the task that trains these parts", ""),
     "train": texts(word(*families.PARTS), f"parts: {', '.join(families.PARTS)}", least=1),
-    "init": word("teacher", "random"),
+    "init": INIT,
     "blank": or_none(DICT, "no new pipeline"),
     "seed": whole(0, 2**32 - 1),
     "weight.noise": number(0),
@@ -143,6 +149,14 @@ RULES = {
     "noise_offset": number(0),
     "caption_dropout": number(0, 1),
     "kl_weight": number(0),
+    "few_step.target": word("online", "average"),
+    "few_step.ode_steps": whole(1),
+    "few_step.guidance": Rule(
+        lambda x: isinstance(x, tuple | list) and 1 <= len(x) <= 2 and all(number(1).holds(each) for each in x),
+        "must be one or two numbers of at least 1, which is no guidance",
+    ),
+    "few_step.embedded": FLAG,
+    "few_step.huber": or_none(number(0, above=True), "squares alone"),
     "steps": whole(1, 2**31 - 1),
     "batch_size": whole(1),
     "accumulate": whole(1),

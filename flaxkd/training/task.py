@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flaxkd.pretrained import Folder
+
 
 class Network(NamedTuple):
-    """A pipeline for a sheet of samples: the teacher's folder, with these parts replaced."""
+    """A pipeline for a sheet of samples: the run's folder, with these parts replaced."""
 
     configs: Mapping[str, dict]  # {part: its config.json} of parts unlike the teacher's
     params: Mapping[str, dict]  # {part: tree}
+    drawn_as: Folder | None = None  # with its own sampler, steps and guidance; None: with those of the run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class Task:
     before(trained, frozen) -> {title: Network}: what it shows beside them, unchanged by training. Called once, with the
         weights before the first step.
     finish(trained, held_out) -> {part: config.json}: config known only at the end. held_out: a batch of examples.
+    drawn_as: the folder whose sampler and guidance its weights are drawn and exported with; None: the teacher's.
     passes: (a UNet's config.json, forward passes of an example through it, a backward pass counted as two), for
         estimates; () for a task without a UNet.
     """
@@ -47,6 +51,7 @@ class Task:
     columns: Callable[[dict, dict], dict[str, Network]] = lambda trained, frozen: {}
     before: Callable[[dict, dict], dict[str, Network]] = lambda trained, frozen: {}
     finish: Callable[[dict, dict], dict[str, dict]] = lambda trained, held_out: {}
+    drawn_as: Folder | None = None
     passes: tuple[tuple[dict, int], ...] = ()
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:

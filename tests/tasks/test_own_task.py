@@ -104,7 +104,7 @@ def test_it_is_timed(own, plain):
 def test_a_task_that_cannot_be_found_is_refused(own, plain, name):
     config = config_of(plain)
     config.task = name
-    with pytest.raises(ValueError, match=rf"task = '{name}' is not in the table \(distill, autoencoder\)"):
+    with pytest.raises(ValueError, match=rf"task = '{name}' is not in the table \(distill, autoencoder, few_step\)"):
         tasks.make(config, Folder.open(plain["teacher"]), np.float32)
 
 

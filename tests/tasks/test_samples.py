@@ -3,7 +3,6 @@
 import warnings
 
 import pytest
-from ml_collections import ConfigDict
 
 from flaxkd.diffusion import samplers
 from flaxkd.pretrained import Folder
@@ -12,8 +11,7 @@ from tests.diffusion.stand_ins import SD15
 
 
 def schedule(scheduler, **sample):
-    sample = ConfigDict(dict(sampler=None, steps=None) | sample)
-    return samples.schedule(sample, Folder(None, {"scheduler": SD15 | scheduler}))
+    return samples.schedule(Folder(None, {"scheduler": SD15 | scheduler}), **sample)
 
 
 def test_it_follows_the_teacher():

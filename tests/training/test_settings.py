@@ -52,7 +52,7 @@ WRONG = [
     ("student", "sd_tinny", "did you mean 'sd_tiny'"),
     ("keep", 1.0, "keep = 1.0 must be a number above 0 and below 1; None is the student by its name"),
     ("keep", 0.5, "keep = 0.5 and student = 'sd_small' are both given: --config.student=None"),
-    ("init", "scratch", "neither 'teacher' nor 'random'"),
+    ("init", "scratch", "neither 'teacher', 'random' nor a folder"),
     ("train", ("unnet",), "train = .'unnet',. must be a tuple of parts: unet, vae, text_encoder"),
     ("train", (), "must be a tuple of parts"),
     ("remat", "layers", "remat = 'layers' must be True, False, 'blocks' or 'transformer_blocks'"),

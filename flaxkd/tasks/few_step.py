@@ -1,0 +1,151 @@
+"""Few steps: a UNet learns to say where the teacher's guided ODE ends, from any point of it (a consistency model).
+
+LCM, Luo et al. 2023, arXiv:2310.04378, algorithm 1; as in diffusers' train_lcm_distill_sd_wds.py. The teacher is the
+run's; the UNet that learns is its own, a student cut from it, or that of the folder `config.init`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flaxkd import diffusion, pretrained
+from flaxkd.diffusion import consistency, samplers, sampling
+from flaxkd.models.attention import DotProductAttention
+from flaxkd.models.unet import guidance_embedding
+from flaxkd.pretrained import Folder
+from flaxkd.tasks import inputs, networks
+from flaxkd.tasks.losses import predict, pseudo_huber
+from flaxkd.training.task import Network, Task
+
+EMBEDDED = 256  # numbers in which the UNet sees the guidance, as in diffusers' scripts
+
+
+class Inputs(NamedTuple):
+    """What the networks see. The batch is the first axis of every leaf."""
+
+    noised: inputs.Inputs  # at timesteps of the ODE
+    guidance: jax.Array  # float32[b] of the teacher, 1 for none
+
+
+def task(config, folder: Folder, dtype, mesh=None) -> Task:
+    """The task of a configuration. folder: the teacher's. dtype: of the compute. mesh: as for distill.task.
+
+        L = mean huber(f(x_t, t) - f'(x_s, s))        without gradient through f' and x_s
+
+    x_s is one DDIM step of the guided teacher from x_t, to the next timestep of the ODE. f is what `consistency.lcm`
+    draws with. f' is f itself, or with `few_step.target` "average" the moving average of its weights.
+
+    Raises ValueError for a configuration that cannot be trained."""
+    _check(config, folder)
+    family, few_step = folder.family, config.few_step
+    teacher_config, teacher_params = folder.config("unet"), folder.params("unet")
+    unet_config, start = networks.begun(config, folder, teacher_params)
+    if few_step.embedded:
+        unet_config, start = with_guidance(unet_config, start)
+    channels = unet_config.get("time_cond_proj_dim")
+
+    attend = DotProductAttention(mesh, config.attention)
+    teacher_unet = folder.module("unet", dtype, attend=attend)
+    unet = pretrained.build("unet", unet_config, dtype, remat=config.remat, attend=attend)
+    encoders = {part: folder.module(part, dtype) for part in family.encoders}
+    frozen = {"teacher": teacher_params, **{part: folder.params(part) for part in encoders}}
+    frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
+
+    options = inputs.options(config, folder)
+    schedule, missing = options["schedule"], options["missing"]
+    visited = consistency.timesteps(len(schedule.alphas_cumprod), few_step.ode_steps)
+    stride = int(visited[0]) + 1
+    low, high = min(few_step.guidance), max(few_step.guidance)
+
+    def prepare(key, batch) -> Inputs:
+        key, key_guidance = jax.random.split(key)
+        noised = inputs.prepare(key, batch, **options, among=visited)
+        return Inputs(noised, jax.random.uniform(key_guidance, noised.timesteps.shape, minval=low, maxval=high))
+
+    def loss(trained, frozen, average, inputs: Inputs):
+        (noisy_latents, timesteps, captions, *_), guidance = inputs
+        nothing = {name: jnp.broadcast_to(ids, captions[name].shape) for name, ids in missing.items()}
+        both = jax.tree.map(sampling.pairs, captions | nothing, captions)
+        condition = family.condition(encoders, frozen, both)
+        seen = {name: x[1::2] for name, x in condition.items()}
+        if channels is not None:
+            seen["timestep_cond"] = guidance_embedding(guidance, channels)
+
+        def f(params, noisy_latents, timesteps):
+            noise_pred = predict(unet, params["unet"], noisy_latents, timesteps, seen).noise_pred
+            data, _ = diffusion.separate(schedule, noisy_latents, noise_pred, timesteps)
+            c_skip, c_out = consistency.boundary(timesteps[:, None, None, None])
+            return c_skip * noisy_latents + c_out * data
+
+        twice = lambda x: sampling.pairs(x, x)
+        said = predict(teacher_unet, frozen["teacher"], twice(noisy_latents), twice(timesteps), condition).noise_pred
+        negative, positive = jnp.float32(said[::2]), jnp.float32(said[1::2])
+        guided = negative + guidance[:, None, None, None] * (positive - negative)
+        before = jnp.maximum(timesteps - stride, 0)
+        nearer = diffusion.add_noise(schedule, *diffusion.separate(schedule, noisy_latents, guided, timesteps), before)
+        target = f(average if few_step.target == "average" else trained, nearer, before)
+        found = pseudo_huber(f(trained, noisy_latents, timesteps), jax.lax.stop_gradient(target), few_step.huber)
+        return found, {"loss": found}
+
+    def assemble(trained, frozen) -> dict:
+        return {"unet": trained["unet"], **{part: frozen[part] for part in encoders}}
+
+    usual = min(max(folder.guidance, low), high)
+    few = drawn_as(folder, schedule.prediction_type, few_step.ode_steps, usual if channels else 1.0)
+    steps = samplers.SAMPLERS["lcm"].steps
+    column = lambda title: lambda trained, frozen: {title: Network({"unet": unet_config}, assemble(trained, frozen))}
+    columns, begin = column(f"{steps} steps, trained"), column(f"{steps} steps, as begun")
+
+    def before(trained, frozen) -> dict:
+        whole = Network({}, assemble(trained, frozen) | {"unet": frozen["teacher"]}, folder)
+        return {"teacher": whole, **begin(trained, frozen)}
+
+    return Task(
+        batch=inputs.batch(config, folder),
+        trained={"unet": start},
+        frozen=frozen,
+        prepare=prepare,
+        loss=loss,
+        configs={"unet": unet_config},
+        assemble=assemble,
+        columns=columns,
+        before=before,
+        passes=((teacher_config, 2), (unet_config, 4 + bool(config.remat))),
+        drawn_as=few,
+    )
+
+
+def with_guidance(unet_config: dict, params: dict) -> tuple[dict, dict]:
+    """The same UNet with the guidance as one more input, which changes nothing before the first step.
+
+    diffusers' scripts begin with random weights there, and so with another network than the teacher."""
+    if unet_config.get("time_cond_proj_dim") is not None:
+        return unet_config, params
+    unet_config = unet_config | {"time_cond_proj_dim": EMBEDDED}
+    shape = pretrained.shapes("unet", unet_config)["time_embedding"]["cond_proj"]["kernel"].shape
+    embedding = params["time_embedding"] | {"cond_proj": {"kernel": jnp.zeros(shape)}}
+    return unet_config, params | {"time_embedding": embedding}
+
+
+def drawn_as(folder: Folder, prediction_type: str, ode_steps: int, guidance: float) -> Folder:
+    """The teacher's folder as a consistency model is drawn: its sampler and its guidance."""
+    scheduler = consistency.scheduler_config(folder.config("scheduler"), prediction_type, ode_steps)
+    return dataclasses.replace(folder.replace({"scheduler": scheduler}, {}, folder.step), drawn_with=guidance)
+
+
+def _check(config, folder: Folder) -> None:
+    """Raises ValueError for settings that do not fit together, or not the teacher."""
+    few_step, count = config.few_step, folder.config("scheduler").get("num_train_timesteps", 1000)
+    if tuple(config.train) != ("unet",):
+        raise ValueError(f"train = {tuple(config.train)}: few_step trains the unet alone")
+    if few_step.target == "average" and not config.ema_decay:
+        raise ValueError(
+            "few_step.target = 'average' is the moving average of the weights, and ema_decay is "
+            f"{config.ema_decay}: give it, 0.95 is diffusers', or take the target 'online'"
+        )
+    if few_step.ode_steps > count:
+        raise ValueError(f"few_step.ode_steps = {few_step.ode_steps}: the teacher has {count} timesteps")
+    if folder.config("unet").get("time_cond_proj_dim") is not None:
+        raise ValueError(f"{folder.path} draws in few steps itself: give its own teacher, and this folder as init")
