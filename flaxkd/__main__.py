@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": ("flaxkd.plan.__main__", "says whether a run fits on a machine, and what it will cost"),
     "ablation": ("flaxkd.ablation.__main__", "measures the worth of each term of the loss"),
     "recall": ("flaxkd.recall", "asks whether a model draws what its training captions say"),
+    "steps": ("flaxkd.steps", "asks how many steps a model needs"),
     "students": ("flaxkd.students.__main__", "prints the table of students"),
     "blocks": ("flaxkd.blocks", "draws the table of students"),
     "to-diffusers": ("convert.to_diffusers", "exports a checkpoint as a pipeline folder of diffusers"),

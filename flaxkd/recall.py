@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxkd.data import sources
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import grids
 from flaxkd.drawing.pipeline import Pipeline
+from flaxkd.evaluate import originals
 from flaxkd.machine import command
 
 BATCH = 32
@@ -37,18 +37,6 @@ def draw(
     return np.stack([np.asarray(image) for image in drawn])
 
 
-def nearest(drawn: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """Indices int[n, m]: for each picture uint8[n, H, W, 3] the originals uint8[m, H, W, 3], nearest first."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (drawn, originals))
-    squares = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)
-    return np.argsort(squares, axis=1, kind="stable")
-
-
-def recall(order: np.ndarray, k: int) -> float:
-    """The share of rows i of `order` int[n, m] with i among their first k."""
-    return float(np.mean([i in row[:k] for i, row in enumerate(order)]))
-
-
 @command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.recall", __doc__)
@@ -66,18 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not 1 <= args.captions <= args.originals:
-        raise ValueError(f"--captions {args.captions} of --originals {args.originals}: 1 is the least, all the most")
-    source = sources.open_source("openmoji", "train")
-    chosen = np.random.default_rng(args.seed).permutation(len(source))[: args.originals]
-    examples = [source[int(i)] for i in chosen]
-    captions = [example["caption"] for example in examples[: args.captions]]
-    originals = np.stack([example["image"] for example in examples])
+    captions, known = originals.read(args.captions, args.originals, args.seed)
     drawn = draw(args.model, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, vae=args.vae)
-    order = nearest(drawn, originals)
-    shares = ", ".join(f"{recall(order, k):.1%} among the {k}" for k in (1, 5, 20))
-    print(f"{len(captions)} pictures find their own original: {shares} nearest of {len(originals)}")
-    columns = {"drawn": drawn[:24], "original": originals[:24], "nearest": originals[order[:24, 0]]}
+    order = originals.nearest(drawn, known)
+    shares = ", ".join(f"{originals.recall(order, k):.1%} among the {k}" for k in (1, 5, 20))
+    print(f"{len(captions)} pictures find their own original: {shares} nearest of {len(known)}")
+    columns = {"drawn": drawn[:24], "original": known[:24], "nearest": known[order[:24, 0]]}
     grids.grid(columns, captions[:24], args.out, scale=1)
     print(f"wrote {args.out}")
 

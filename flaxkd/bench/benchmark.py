@@ -66,6 +66,7 @@ def run(config, *, names: list[str] | None, against: list[str], unet: dict, roun
         "latents": "{0} x {0} x {1}".format(teacher_config["sample_size"], teacher_config["in_channels"]),
         "batch": f"{config.batch_size} images, twice that in a denoising step",
         "sampler": f"{steps} steps of {samplers.DEFAULT}, guidance {folder.guidance:g}",
+        "sampler of few steps": f"{samplers.SAMPLERS[works.FEW].steps} steps of {works.FEW}, without guidance",
         "timing": f"median of {rounds}" + ", in turns" * bool(against),
         "precision": str(subject.dtype),
         "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
@@ -147,7 +148,13 @@ def changes(texts: list[str]) -> dict:
     return found
 
 
-TITLES = {"denoise": "denoising step", "image": "batch of pictures", "train": "training step"}
+TITLES = {
+    "denoise": "denoising step",
+    "image": "batch of pictures",
+    "few_steps": f"the same in {samplers.SAMPLERS[works.FEW].steps} steps",
+    "train": "training step",
+}
+BATCHES = ("image", "few_steps", "train")  # works of a batch of pictures
 
 
 def derive(rows: list[dict], batch_size: int, peak: float | None) -> list[dict]:
@@ -159,7 +166,7 @@ def derive(rows: list[dict], batch_size: int, peak: float | None) -> list[dict]:
     """
     forward = {row["model"]: row["denoise"]["flops"] / 2 for row in rows if row["denoise"]["flops"]}
     for row in rows:
-        for work in ("image", "train"):
+        for work in BATCHES:
             row[work]["images_per_second"] = batch_size / row[work]["seconds"]
         if (flops := row["train"]["flops"]) is None:
             continue
@@ -190,12 +197,12 @@ def markdown(result: dict) -> str:
 def times(rows: list[dict]) -> str:
     """Seconds are medians. images/s are for drawing whole pictures, and for training."""
     several = len({row["by"] for row in rows}) > 1
-    denoise, image, train = (f"s / {work}" for work in TITLES.values())
-    cells = [["by"] * several + [denoise, image, "images/s", train, "images/s"]]
+    denoise, *batches = (f"s / {work}" for work in TITLES.values())
+    cells = [["by"] * several + [denoise, *(title for batch in batches for title in (batch, "images/s"))]]
     for row in rows:
         cells.append([row["by"]] * several)
         cells[-1] += [table.number(row["denoise"]["seconds"], 3)]
-        for work in ("image", "train"):
+        for work in BATCHES:
             cells[-1] += [
                 table.number(row[work]["seconds"], 3),
                 table.number(row[work]["images_per_second"], 2),

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxkd import students
-from flaxkd.bench.works import Prepared, Subject
+from flaxkd.bench.works import FEW, Prepared, Subject
+from flaxkd.diffusion import samplers
 from flaxkd.evaluate.scores import device
 from flaxkd.pretrained import keys, save
 from flaxkd.pretrained.folder import SHARED
@@ -58,7 +59,7 @@ def check(config) -> None:
 def prepare(subject: Subject, work: str, by: str) -> Prepared:
     """One of `works.WORKS` by EAGER or COMPILED, run once. Torch does not report FLOPs or its whole memory."""
     begin = time.perf_counter()
-    make = {"denoise": _denoise, "image": _image, "train": _train}[work]
+    make = {"denoise": _denoise, "image": _image, "few_steps": _few_steps, "train": _train}[work]
     call = make(subject, _networks(subject), by == COMPILED)
     call()
     return Prepared(call, time.perf_counter() - begin)
@@ -141,6 +142,18 @@ def _denoise(subject: Subject, networks: Networks, compiled: bool) -> Callable:
 
 
 def _image(subject: Subject, networks: Networks, compiled: bool) -> Callable:
+    return _draw(subject, networks, compiled, num_inference_steps=subject.steps, guidance_scale=subject.folder.guidance)
+
+
+def _few_steps(subject: Subject, networks: Networks, compiled: bool) -> Callable:
+    import diffusers
+
+    row, pipeline = samplers.SAMPLERS[FEW], networks.pipeline
+    pipeline.scheduler = getattr(diffusers, row.scheduler).from_config(pipeline.scheduler.config)
+    return _draw(subject, networks, compiled, num_inference_steps=row.steps, guidance_scale=1.0)
+
+
+def _draw(subject: Subject, networks: Networks, compiled: bool, **options) -> Callable:
     import torch
 
     dtype, pipeline = _torch_dtype(subject), networks.pipeline
@@ -148,9 +161,7 @@ def _image(subject: Subject, networks: Networks, compiled: bool) -> Callable:
     if compiled:  # the parts that take the time, as in diffusers' documentation
         pipeline.unet = torch.compile(pipeline.unet)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode)
-    return lambda: (
-        pipeline(subject.prompts, num_inference_steps=subject.steps, guidance_scale=subject.folder.guidance).images
-    )
+    return lambda: pipeline(subject.prompts, **options).images
 
 
 def _condition(states, text_embeds=None, time_ids=None) -> dict:

@@ -1,6 +1,6 @@
-"""The timed work of a teacher or a student: a denoising step, a batch of pictures, a training step.
+"""The timed work of a teacher or a student: a denoising step, a batch of pictures, that in few steps, a training step.
 
-torch_works.py has the same three in PyTorch.
+torch_works.py has the same four in PyTorch.
 """
 
 import time
@@ -20,7 +20,7 @@ from flaxkd.pretrained import PARTS, Folder
 from flaxkd.training import step
 from flaxkd.training.task import Task
 
-WORKS = ("denoise", "image", "train")
+FEW = "lcm"  # the sampler of pictures in few steps
 
 
 class Subject(NamedTuple):
@@ -85,7 +85,7 @@ def subject(name: str, config: ConfigDict, folder: Folder, *, steps: int) -> Sub
 def prepare(subject: Subject, work: str) -> Prepared:
     """One of WORKS, compiled and run once."""
     begin = time.perf_counter()
-    call, compiled = {"denoise": _denoise, "image": _image, "train": _train}[work](subject)
+    call, compiled = WORKS[work](subject)
     call()
     return Prepared(call, time.perf_counter() - begin, *facts(compiled))
 
@@ -127,9 +127,17 @@ def _denoise(subject: Subject) -> tuple:
 
 def _image(subject: Subject) -> tuple:
     """Pictures of the prompts, from text to pixels, as drawn by `Pipeline`."""
-    pipeline, options = _pipeline(subject), {"batch_size": len(subject.prompts), "progress": False}
-    options |= {"sampler": samplers.DEFAULT, "num_inference_steps": subject.steps}
-    return lambda: pipeline(subject.prompts, **options), None
+    return _draw(subject, sampler=samplers.DEFAULT, num_inference_steps=subject.steps)
+
+
+def _few_steps(subject: Subject) -> tuple:
+    """The same as a model of few steps draws them, such as configs/lcm.py makes of any network: without guidance."""
+    return _draw(subject, sampler=FEW, num_inference_steps=samplers.SAMPLERS[FEW].steps, guidance_scale=1.0)
+
+
+def _draw(subject: Subject, **options) -> tuple:
+    pipeline = _pipeline(subject)
+    return lambda: pipeline(subject.prompts, batch_size=len(subject.prompts), progress=False, **options), None
 
 
 def _train(subject: Subject) -> tuple:
@@ -151,3 +159,6 @@ def _train(subject: Subject) -> tuple:
         return jax.block_until_ready((state, metrics))[1]
 
     return call, compiled
+
+
+WORKS = {"denoise": _denoise, "image": _image, "few_steps": _few_steps, "train": _train}

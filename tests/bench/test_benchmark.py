@@ -46,6 +46,7 @@ def rows() -> list[dict]:
             "parameters": 1234567,
             "denoise": of(flops and 4e9),
             "image": of(None),
+            "few_steps": of(None),
             "train": of(flops),
         }
 
@@ -58,13 +59,14 @@ def test_what_follows_from_the_measures():
     assert teacher["train"]["of_least"] == pytest.approx(6 / (3 * 2))
     assert student["train"]["of_least"] == pytest.approx(8.4 / (2 + 3 * 2))
     assert student["train"]["of_peak"] == pytest.approx(0.1) and "of_peak" not in torch["train"]
-    assert student["image"]["images_per_second"] == 4 and torch["train"]["images_per_second"] == 4 / 1.5
+    assert student["image"]["images_per_second"] == student["few_steps"]["images_per_second"] == 4
+    assert torch["train"]["images_per_second"] == 4 / 1.5
 
 
 def test_the_table_has_ratios_only_against_somebody(tmp_path):
     every = benchmark.derive(rows(), 4, None)
     text = benchmark.markdown({"settings": {"machine": "two cores"}, "rows": every})
-    assert "| sd_small | torch eager | 1.50 | 1.50 | 1.50 |" in text
+    assert "| sd_small | torch eager | 1.50 | 1.50 | 1.50 | 1.50 |" in text
     assert "| sd_small | 1,234,567 | 4.0 | 3 | 8.4 | 1.050 | 3 |" in text and "peak |" not in text
     alone = benchmark.markdown({"settings": {}, "rows": every[:2]})
     assert "divided" not in alone and "| by |" not in alone

@@ -1,0 +1,104 @@
+"""How many steps does a model need? Compares pictures of few steps with the teacher's of 25, from the same noise.
+
+    python -m flaxkd.steps [--model DIR|HUB_ID|WORKDIR] [--out steps]
+
+Draws training captions of OpenMoji with the teacher in 25 steps; then with the teacher and every --model in 1, 2, 4 and
+8 steps of ddim and dpmsolver++, or with a model of few steps of its own sampler. The table has the distance to the
+teacher's 25 steps, and the share of pictures with their own original among the 5 nearest, as `flaxkd.recall` has it.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from flaxkd.diffusion import samplers
+from flaxkd.drawing import grids
+from flaxkd.drawing.pipeline import Pipeline
+from flaxkd.evaluate import fidelity, originals
+from flaxkd.machine import command, files, progress
+
+BATCH, SHOWN = 32, 6
+TRAILING = {"timestep_spacing": "trailing", "steps_offset": 0}  # the right spacing for few steps (arXiv:2305.08891)
+
+
+def samplers_of(pipeline: Pipeline) -> tuple[str, ...]:
+    own = samplers.own(pipeline.scheduler_config)
+    return (own,) if samplers.SAMPLERS[own].steps < samplers.STEPS else ("ddim", "dpmsolver++")
+
+
+def draw(pipeline: Pipeline, captions: list[str], seed: int, sampler: str, steps: int) -> np.ndarray:
+    """Pictures uint8[n, H, W, 3] of captions; picture i has the same noise for all models and steps."""
+    config = pipeline.scheduler_config | (TRAILING if sampler == "ddim" else {})
+    shape = (len(captions), *pipeline.folder.latent_shape())
+    drawn = dataclasses.replace(pipeline, scheduler_config=config)(
+        captions,
+        sampler=sampler,
+        num_inference_steps=steps,
+        latents=np.random.default_rng(seed).standard_normal(shape, np.float32),
+        seed=seed,
+        batch_size=BATCH,
+        progress=False,
+    )
+    return np.stack([np.asarray(picture) for picture in drawn])
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """The rows of the table, written to `args.out`. Raises ValueError for wrong numbers."""
+    captions, known = originals.read(args.captions, args.originals, args.seed)
+    pipelines = [Pipeline.from_pretrained(model) for model in [args.teacher, *(args.model or [])]]
+    teacher, wanted, rows, columns = pipelines[0], None, [], {}
+    asked = [(teacher, samplers.own(teacher.scheduler_config), samplers.STEPS)]
+    asked += [(p, kind, n) for p in pipelines for kind in samplers_of(p) for n in args.steps or (1, 2, 4, 8)]
+    with progress.Bar(len(asked), "drawing", " rows") as bar:
+        for pipeline, kind, n in asked:
+            drawn = draw(pipeline, captions, args.seed, kind, n)
+            wanted = drawn if wanted is None else wanted
+            order = originals.nearest(drawn, known)
+            rows.append({"model": pipeline.name, "sampler": kind, "steps": n} | measure(drawn, wanted, order))
+            columns[f"{pipeline.name}, {kind}, {n}"] = drawn[:SHOWN]
+            bar.update()
+    args.out.mkdir(parents=True, exist_ok=True)
+    files.write_json(args.out / "steps.json", {"captions": args.captions, "seed": args.seed, "rows": rows})
+    files.write_text(args.out / "steps.md", table(rows))
+    grids.grid(columns, captions[:SHOWN], args.out / "steps.png", scale=1)
+    print(table(rows) + "\n".join(f"wrote {args.out / name}" for name in ("steps.md", "steps.json", "steps.png")))
+    return rows
+
+
+def measure(drawn: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> dict[str, float]:
+    """distance: the root mean square of the pixels' differences, of 255, on the mean over pictures."""
+    squares = np.square(drawn.astype(np.float64) - wanted.astype(np.float64)).mean((1, 2, 3))
+    return {
+        "distance": float(np.sqrt(squares).mean()),
+        "psnr": float(fidelity.psnr(drawn, wanted).mean()),
+        "recall": originals.recall(order, 5),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| model | sampler | steps | distance | PSNR, dB | recall |", "|---|---|---:|---:|---:|---:|"]
+    for row in rows:
+        near = f"{row['distance']:.1f} | {row['psnr']:.1f}" if row["distance"] else "0 | "
+        lines.append(f"| {row['model']} | {row['sampler']} | {row['steps']} | {near} | {row['recall']:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+@command.reported()
+def main(arguments: list[str] | None = None) -> None:
+    parser = command.parser("flaxkd.steps", __doc__)
+    command.add(parser, "model", action=command.Several, help=f"{command.MODEL}; repeat for several")
+    command.add(parser, "teacher")
+    command.add(parser, "steps", action=command.Several, type=int, help="repeat for several; default: 1, 2, 4, 8")
+    parser.add_argument("--captions", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--originals", type=int, default=512, help="default: %(default)s")
+    command.add(parser, "seed")
+    command.add(parser, "out", default=Path("steps"), help="result folder; default: %(default)s")
+    args = parser.parse_args(arguments)
+    command.keep_compiled_programs()
+    run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The table of few steps: which samplers draw, with which noise, and what is measured."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flaxkd import steps
+from flaxkd.evaluate import originals
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the pipelines are asked for, which draw a grey that is lighter with fewer steps."""
+    found = []
+
+    class Drawing:
+        def __init__(self, model):
+            self.name, self.folder = str(model), self
+            kind = "LCMScheduler" if model == "few" else "PNDMScheduler"
+            self.scheduler_config = {"_class_name": kind, "timestep_spacing": "leading"}
+
+        def latent_shape(self):
+            return 4, 4, 4
+
+    def draw(pipeline, captions, seed, sampler, n):
+        found.append((pipeline.name, sampler, n))
+        return np.full((len(captions), 32, 32, 3), 200 - n, np.uint8)
+
+    monkeypatch.setattr(steps.Pipeline, "from_pretrained", Drawing)
+    monkeypatch.setattr(steps, "draw", draw)
+    known = np.full((8, 32, 32, 3), 100, np.uint8)
+    monkeypatch.setattr(originals, "read", lambda n, m, seed: ([f"caption {i}" for i in range(n)], known))
+    return found
+
+
+def test_every_model_draws_with_its_samplers_in_every_number_of_steps(asked, tmp_path, capsys):
+    out = tmp_path / "steps"
+    steps.main(["--model", "few", "--steps", "2", "--steps", "4", "--captions", "7", "--out", str(out)])
+    plain = [("None", kind, n) for kind in ("ddim", "dpmsolver++") for n in (2, 4)]
+    assert asked == [("None", "pndm", 25), *plain, ("few", "lcm", 2), ("few", "lcm", 4)]
+    rows = json.loads((out / "steps.json").read_text())["rows"]
+    assert [row["distance"] for row in rows] == [0, 23, 21, 23, 21, 23, 21]
+    assert rows[1]["psnr"] == pytest.approx(20 * np.log10(255 / 23)) and rows[1]["recall"] == pytest.approx(5 / 7)
+    assert "| few | lcm | 4 | 21.0 | 21.7 | 71% |" in (out / "steps.md").read_text()
+    assert Image.open(out / "steps.png").width > 7 * 32
