@@ -11,13 +11,20 @@ from flaxkd.pretrained import families, fresh
 
 CAPTIONS = ["red apple", "green apple", "grinning face", "flag: Ivory Coast", "it's 12 o'clock"]
 
-UNET = dict(
+UNET = dict(  # attention in one stage alone: half as much to compile. tests/parity/test_models.py has it in three.
     sample_size=8,
     block_out_channels=(8, 16, 16, 16),
+    down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     layers_per_block=2,
     norm_num_groups=4,
     attention_head_dim=2,
     cross_attention_dim=16,
+)
+# The same in a UNet of XL, for tests that compile it and need no more.
+INNERMOST = dict(
+    down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
 )
 UNET_XL = dict(
     sample_size=8,

@@ -3,6 +3,7 @@
 import itertools
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from flaxkd import choosing, pretrained, students, tasks
 from flaxkd.choosing import solving, units
 from flaxkd.choosing.keep import published
 from flaxkd.data import sources
+from flaxkd.machine import sharding
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import FAMILIES, Folder
 from flaxkd.pretrained.families import count
@@ -175,16 +177,19 @@ def test_the_teacher_chooses_once(monkeypatch, tiny_pipeline, tmp_path, capsys):
     assert config.student == str(tmp_path / "student.json") and "wrote" in capsys.readouterr().out
 
 
-def test_a_block_of_zeros_is_a_block_removed(monkeypatch, home, tiny_xl, tmp_path):
+def test_a_block_of_zeros_is_a_block_removed(monkeypatch, home, tmp_path):
     """The teacher with zeros, which gives the error of the unit, is the student that is really cut: to 1e-5."""
     monkeypatch.setenv("FLAXKD_CACHE", str(home / "cache"))
     name = "up 0, attention 1, transformer blocks: 1"
     all_of = units.of
     monkeypatch.setattr(units, "of", lambda *of: [unit for unit in all_of(*of) if unit.name == name])
+    one = sharding.make_mesh(1, 1, jax.devices()[:1])  # for one device, compiling takes half as long
+    monkeypatch.setattr(sharding, "local_mesh", lambda: one)
     config = default.get_config()
     config.update_from_flattened_dict({"data.source": str(home / "pictures"), "data.resolution": 32})
     pictures = sources.open_source(config.data.source, "train", resolution=32)
-    folder = Folder.open(tiny_xl)
+    teacher = tiny.write(tmp_path / "teacher", tiny.XL | {"unet": tiny.XL["unet"] | tiny.INNERMOST})
+    folder = Folder.open(teacher)
     with pytest.raises(ValueError, match=r"no student of .* keeps as few as 50\.0% of its parameters: units worth"):
         choosing.choose(config, folder, pictures, jnp.float32, 0.5)
     choice = choosing.choose(config, folder, pictures, jnp.float32, 0.99, examples=8)

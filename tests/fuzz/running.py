@@ -31,6 +31,7 @@ class Outcome(NamedTuple):
 
 def run(cases: list[tuple[str, int]], seed: int, processes: int = 2) -> Iterator[Outcome]:
     """Runs the cases (target, number), and yields how each ended. The same seed gives the same cases."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}  # before the processes import JAX
     waiting = list(reversed(cases))
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
@@ -54,7 +55,8 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # which imports once, and forks
+        context.set_forkserver_preload(["tests.fuzz.targets"])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, self.scratch, self.seed), daemon=True)
         self.process.start()
@@ -91,7 +93,6 @@ class _Worker:
 
 
 def _work(pipe, scratch: Path, seed: int) -> None:
-    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     with open(os.devnull, "w") as nowhere:  # warnings and bars are not for whoever reads the table
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)

@@ -47,8 +47,9 @@ def test_a_fault_is_seen(tmp_path, use, error):
 
 
 def test_a_process_that_dies_or_hangs_is_told(monkeypatch):
-    """Both are cases of the process that runs them: here it kills itself, there it never answers."""
-    monkeypatch.setattr(running, "PATIENCE", 0.0)
+    """Both are cases of the process that runs them: here it is never told to begin, there it ends with an error."""
+    never = lambda worker, case: vars(worker).update(case=case, since=float("-inf"))
+    monkeypatch.setattr(running._Worker, "begin", never)
     (outcome,) = running.run([("overrides", 0)], seed=0)
     assert outcome.kind == "hangs" and outcome.is_fault
     monkeypatch.undo()

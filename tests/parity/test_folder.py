@@ -118,7 +118,7 @@ def test_skipped_layers_are_those_of_diffusers(diffusers_pipeline):
 # Fields as in configurations on the hub, which diffusers reads as another spelling of the same network.
 SPELLINGS = {
     **{"only_cross_attention": [False] * 4, "cross_attention_dim": [16] * 4, "attention_head_dim": [2] * 4},
-    **{"down_block_types": ["UNetResCrossAttnDownBlock2D"] * 3 + ["UNetResDownBlock2D"], "act_fn": "SiLU"},
+    **{"down_block_types": [f"UNetRes{kind}" for kind in tiny.UNET["down_block_types"]], "act_fn": "SiLU"},
     **{"upcast_attention": None, "use_linear_projection": None, "class_embeddings_concat": None},
     **{"resnet_out_scale_factor": 3.0, "cross_attention_norm": "group_norm", "resnet_skip_time_act": True},
     **{"mid_block_only_cross_attention": True, "addition_embed_type_num_heads": 8, "dropout": 0.1},

@@ -12,7 +12,7 @@ from configs import small
 from flaxkd import pretrained, students
 from flaxkd.machine import sharding
 from flaxkd.plan import compiling, devices, table
-from flaxkd.pretrained import Folder, families, hub
+from flaxkd.pretrained import Folder, families
 from flaxkd.tasks import distill
 from tests import tiny
 
@@ -32,23 +32,24 @@ def here(monkeypatch):
     return devices.target("v5e:2x2")
 
 
-def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shapes(here, monkeypatch):
-    fsdp = 4
+def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shapes(here, monkeypatch, tiny_pipeline):
+    fsdp, folder = 4, Folder.open(tiny_pipeline)
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1)
-    lowered = compiling.lower(config_of(mesh={"data": -1, "fsdp": fsdp}), here)
-    teacher = 2 * sum(
-        pretrained.count(part, Folder.open(hub.EMBEDDED).config(part)) for part in ("unet", "text_encoder")
-    )
-    assert lowered.held["parameters"] == pytest.approx(4 * 5_903_940 / fsdp, rel=0.01)
-    assert lowered.held["optimizer"] == pytest.approx(2 * lowered.held["parameters"], rel=1e-3)
-    assert lowered.held["teacher"] == pytest.approx(teacher / fsdp, rel=0.01)
-    assert lowered.held["average"] == 0 and lowered.attention == "plain"  # 256 tokens
-    unet = Folder.open(hub.EMBEDDED).config("unet")
+    config = config_of(teacher=str(tiny_pipeline), mesh={"data": -1, "fsdp": fsdp})
+    config.data.resolution = folder.resolution
+    lowered = compiling.lower(config, here)
+    unet = folder.config("unet")
     student = students.config(students.get("sd_small"), unet)
+    assert lowered.held["parameters"] == pytest.approx(4 * pretrained.count("unet", student) / fsdp, rel=0.01)
+    assert lowered.held["optimizer"] == pytest.approx(2 * lowered.held["parameters"], rel=1e-3)
+    teacher = folder.count("unet") + folder.count("text_encoder")
+    assert lowered.held["teacher"] == pytest.approx(2 * teacher / fsdp, rel=0.01)
+    assert lowered.held["average"] == 0 and lowered.attention == "plain"  # 64 tokens
     assert lowered.passes == ((unet, 1), (student, 3))
     forward = {name: students.cost(c)[1] for name, c in (("t", unet), ("s", student))}
     assert table.image_flops(lowered) == forward["t"] + 3 * forward["s"]
-    again = distill.task(config_of(remat=True), Folder.open(), jnp.float32)
+    config.remat = True
+    again = distill.task(config, folder, jnp.float32)
     assert again.passes == ((unet, 1), (student, 4))
 
 
