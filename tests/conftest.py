@@ -5,8 +5,6 @@ The environment is set before anything imports jax, which reads it once.
 
 import gc
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,7 +21,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import pytest
 
 from tests import tiny
-from tests.running import ROOT, flags, write_pictures, write_plain
+from tests.place import Place
+from tests.running import ROOT
 
 gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that live, and collections look at them all
 
@@ -54,33 +53,21 @@ def tiny_xl(tmp_path_factory) -> Path:
     return tiny.write(tmp_path_factory.mktemp("tiny") / "xl", tiny.XL)
 
 
-# -- Runs: flaxkd.train in a process of its own, since a kill needs one ----------------------------------------------
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Where flaxkd.train runs in processes of its own, since a kill needs one."""
+    made = Place(tmp_path_factory.mktemp("place"))
+    yield made
+    made.close()
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder of coloured squares with captions, and a cache of its own."""
-    folder = tmp_path_factory.mktemp("home")
-    write_pictures(folder / "pictures")
-    return folder
+@pytest.fixture(scope="session")
+def home(place) -> Path:
+    """A folder with `pictures`, coloured squares with captions, and a cache of its own."""
+    return place.home
 
 
-@pytest.fixture(scope="module")
-def command(home, tiny_pipeline):
-    """(workdir, *flags, **keys) -> a started process of flaxkd.train, which distils unless the keys say otherwise."""
-
-    def start(workdir, *more, **keys):
-        arguments = [*flags(home, workdir, **{"teacher": tiny_pipeline} | keys), *more]
-        environment = os.environ | {"FLAXKD_CACHE": str(home / "cache"), "XLA_FLAGS": ""}
-        return subprocess.Popen(
-            [sys.executable, "-m", "flaxkd.train", *arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def plain(home) -> dict:
+@pytest.fixture(scope="session")
+def plain(place) -> dict:
     """Keys of a run that trains a UNet of two blocks on its own: all of the loop, little to compile."""
-    return write_plain(home)
+    return place.plain

@@ -6,6 +6,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,14 +14,22 @@ from safetensors.numpy import load_file
 
 from configs import tiny
 from flaxkd import train
+from flaxkd.machine import sharding
 from tests.data.test_sources import image_folder
-from tests.running import EVERY, STEPS, assert_same_bits, finish, records, state
+from tests.running import EVERY, LONG, STEPS, assert_same_bits, records, state
 
 
 @pytest.fixture(scope="module")
-def finished(command, tmp_path_factory):
+def distil(place, tiny_pipeline):
+    """(workdir, **keys) -> a started training of sd_tiny."""
+    keys = LONG | {"teacher": tiny_pipeline, "student": "sd_tiny"}
+    return lambda workdir, **more: place.train(workdir, pictures=True, **keys | more)
+
+
+@pytest.fixture(scope="module")
+def finished(distil, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "straight"
-    return workdir, finish(command(workdir))
+    return workdir, distil(workdir).end(within=600)
 
 
 def test_a_run_leaves_what_it_says(finished):
@@ -68,27 +77,23 @@ def test_the_export_has_the_averaged_weights(finished):
     np.testing.assert_array_equal(exported["conv_in.weight"], kernel.transpose(3, 2, 0, 1).astype(np.float16))
 
 
-def test_a_workdir_of_another_run_is_refused(finished, command):
-    output = finish(command(finished[0], seed=1), 1)
+def test_a_workdir_of_another_run_is_refused(finished, distil):
+    output = distil(finished[0], seed=1).end(1)
     assert "holds a run of another configuration" in output and "seed: 0 there, 1 here" in output
     assert "--workdir" in output and "Traceback" not in output
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(plain, command, tmp_path):
-    keys = plain | {
-        "learning_rate.peak_value": 1e30,
-        "learning_rate.warmup_steps": 0,
-        "bad_steps.in_a_row": 3,
-    }
-    output = finish(command(tmp_path / "nan", **keys), 1)
+def test_a_loss_that_is_not_finite_stops_the_run(place, tmp_path):
+    keys = {"learning_rate.peak_value": 1e30, "learning_rate.warmup_steps": 0, "bad_steps.in_a_row": 3}
+    output = place.train(tmp_path / "nan", **keys).end(1)
     assert "the loss of step" in output and "last good checkpoint" in output and "Traceback" not in output
     assert "skipped, 1 so far" in output and "the last 3 steps were skipped" in output
     assert "NaN" not in (tmp_path / "nan" / "metrics.jsonl").read_text()
 
 
-def test_an_autoencoder_is_trained_on_pixels(plain, command, tmp_path):
+def test_an_autoencoder_is_trained_on_pixels(place, plain, tmp_path):
     workdir = tmp_path / "vae"
-    output = finish(command(workdir, **plain, train="('vae',)", **{"validation.examples": 8}))
+    output = place.train(workdir, train="('vae',)", **LONG | {"validation.examples": 8}).end()
     before, *_, after = (r["validation/psnr"] for r in records(workdir) if "validation/psnr" in r)
     assert after > before and "curves.png, then" in output and not (workdir / "samples.png").exists()
     read = lambda folder: json.loads((folder / "vae" / "config.json").read_text())
@@ -99,6 +104,8 @@ def test_an_autoencoder_is_trained_on_pixels(plain, command, tmp_path):
 def test_a_run_with_buckets_resumes_bit_for_bit(plain, tmp_path, monkeypatch):
     """Half of its pictures are squares, the others wide. It is resumed in the middle."""
     monkeypatch.setenv("FLAXKD_CACHE", str(tmp_path / "cache"))
+    one = sharding.make_mesh(1, 1, jax.devices()[:1])  # for one device, compiling takes half as long
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: one)
     image_folder(tmp_path / "pictures", [f"thing {i}" for i in range(40)], [(40, 40), (90, 60)] * 20)
     taken = []
     monkeypatch.setattr(train, "shape", lambda batch, real=train.shape: taken.append(real(batch)) or real(batch))

@@ -11,8 +11,8 @@ import traceback
 from pathlib import Path
 
 from tests import conftest as environment  # before JAX: a CPU, and compiled programs that are kept
-from tests.faults.place import Impossible, Place
 from tests.faults.table import FAULTS
+from tests.place import Impossible, Place
 
 
 def main(words: list[str]) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from flaxkd.machine import owners
 from tests import running
-from tests.faults.place import EVERY, STEPS, Place, one_line
+from tests.place import EVERY, STEPS, Place, one_line
 
 SAME = "resumes, bit for bit the undisturbed run"
 GOES_ON = "one warning; the training ends right"

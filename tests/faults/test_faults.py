@@ -2,15 +2,8 @@
 
 import pytest
 
-from tests.faults.place import Impossible, Place
 from tests.faults.table import FAULTS
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    made = Place(tmp_path_factory.mktemp("faults"))
-    yield made
-    made.close()
+from tests.place import Impossible
 
 
 @pytest.mark.parametrize("name", [name for name, row in FAULTS.items() if row.quick])

@@ -12,27 +12,23 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from flaxkd.machine import sharding
-from tests.faults.place import Place
-from tests.running import EVERY, ROOT, STEPS, records
+from tests.running import EVERY, LONG, ROOT, STEPS, records
 
 MANY = int(os.environ.get("FLAXKD_TEST_PROCESSES", 2))  # of which one dies
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
+@pytest.fixture
+def start(place):
     """(workdir, n) -> n started processes of one run, with a device each."""
-    place = Place(tmp_path_factory.mktemp("hosts"))
 
     def processes(workdir, n):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
         flags = [(address, f"--num_processes={n}", f"--process_id={i}") for i in range(n)] if n > 1 else [()]
-        often = {"checkpoint.every": EVERY, "validation.every": EVERY}
-        return [place.train(workdir, *of_process, steps=STEPS, **often) for of_process in flags]
+        return [place.train(workdir, *of_process, **LONG) for of_process in flags]
 
-    yield processes
-    place.close()
+    return processes
 
 
 def last_step(workdir) -> int:

@@ -14,7 +14,7 @@ from flaxkd.tasks import few_step
 from flaxkd.tasks.losses import Prediction, pseudo_huber
 from flaxkd.tasks.samples import schedule
 from tests import tiny
-from tests.running import finish, records
+from tests.running import records
 
 
 def config(plain, **changes):
@@ -195,10 +195,10 @@ def test_a_distilled_student_begins_from_its_folder(plain, tiny_pipeline, tmp_pa
         make(plain, init=str(other))
 
 
-def test_a_run_leaves_a_folder_that_draws_in_four_steps(command, plain, tmp_path):
-    keys = plain | {"task": "few_step", "init": plain["teacher"], "few_step.guidance": "(4.0,4.0)", "steps": 2}
+def test_a_run_leaves_a_folder_that_draws_in_four_steps(place, plain, tmp_path):
+    keys = {"task": "few_step", "init": plain["teacher"], "few_step.guidance": "(4.0,4.0)", "steps": 2}
     keys |= {"validation.every": 1, "few_step.ode_steps": 25, "checkpoint.every": 1}
-    finish(command(tmp_path / "run", **keys))
+    place.train(tmp_path / "run", **keys).end()
     assert [r["validation/loss"] > 0 for r in records(tmp_path / "run") if "validation/loss" in r] == [True] * 3
     out = tmp_path / "run" / "diffusers"
     index = json.loads((out / "model_index.json").read_text())

@@ -1,5 +1,7 @@
 """A task that is not in the package is trained, resumed, exported, planned and timed, and nothing else knows of it."""
 
+import signal
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from flaxkd import tasks
 from flaxkd.bench import works
 from flaxkd.plan import compiling, devices, table
 from flaxkd.pretrained import Folder
-from tests.running import EVERY, STEPS, assert_same_bits, finish, records, state, wait_for
+from tests.running import EVERY, LONG, STEPS, assert_same_bits, records, state
 
 # The text encoder learns to say everything a tenth louder.
 OWN = """
@@ -46,19 +48,19 @@ def louder(config, folder, dtype, mesh=None):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """The folder of a module that Python finds, in this process and in those that it starts."""
+    """The folder of a module that Python finds in this process."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own_task.py").write_text(OWN)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder))
         patch.syspath_prepend(folder)
         yield folder
 
 
-def test_it_is_trained_resumed_and_exported(own, command, plain, tmp_path):
-    keys = plain | {"task": "own_task:louder"}
+def test_it_is_trained_resumed_and_exported(own, place, plain, tmp_path):
+    found = f"import sys; sys.path.append({str(own)!r})\n"
+    start = lambda workdir: place.train(workdir, before=found, task="own_task:louder", **LONG)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finish(command(straight, **keys))
+    start(straight).end()
     losses = [r["validation/loss"] for r in records(straight) if "validation/loss" in r]
     assert len(losses) == STEPS // EVERY + 1 and min(losses) < 0.95 * losses[0]  # it is too small to learn steadily
     assert (straight / "curves.png").is_file() and not (straight / "samples.png").exists()
@@ -66,11 +68,11 @@ def test_it_is_trained_resumed_and_exported(own, command, plain, tmp_path):
     final = lambda params: params["text_model"]["final_layer_norm"]["scale"]
     assert np.mean(final(after)) > np.mean(final(before))
 
-    process = command(killed, **keys)
-    wait_for(killed / "checkpoints" / str(EVERY), process)
-    process.kill()
-    process.communicate()
-    assert "resuming at step" in finish(command(killed, **keys))
+    job = start(killed)
+    job.until((killed / "checkpoints" / str(EVERY)).exists, "a save")
+    job.send(signal.SIGKILL)
+    job.end(None)
+    assert "resuming at step" in start(killed).end()
     assert_same_bits(state(killed), state(straight))
 
 

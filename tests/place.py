@@ -1,6 +1,7 @@
-"""Where faults happen: tiny trainings and other commands in processes of their own, and disks of a few megabytes."""
+"""Where commands run: tiny trainings in processes of their own, which may be killed, and disks of a few megabytes."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -85,8 +86,12 @@ class Place:
         self.zygote: subprocess.Popen | None = None
         self.home = root / "home"
         running.write_pictures(self.home / "pictures")
-        self.plain = running.write_plain(self.home)
         self.known: dict[str, Path] = {}
+
+    @functools.cached_property
+    def plain(self) -> dict:
+        """Keys of a run that trains a UNet of two blocks on its own: all of the loop, little to compile."""
+        return running.write_plain(self.home)
 
     def close(self) -> None:
         if self.zygote:
@@ -121,7 +126,7 @@ class Place:
             return Job(process.pid, out, process)
         if self.zygote is None:
             self.zygote = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.zygote"], cwd=ROOT, env=os.environ | usual,
+                [sys.executable, "-m", "tests.zygote"], cwd=ROOT, env=os.environ | usual,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
         job = {"module": module, "arguments": arguments, "environment": usual | environment, "before": before}
