@@ -58,7 +58,7 @@ def write_folder(args: argparse.Namespace, dtype) -> None:
     address = upload(args.out) if upload else None
     for path in sorted(args.out.glob("*/*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
-    print(f'wrote {args.out}; try: {Folder(args.out).family.pipeline}.from_pretrained("{args.out}")')
+    print(f'wrote {args.out}; try: {Folder(args.out).pipeline}.from_pretrained("{args.out}")')
     if address:
         print(f"uploaded to {address}")
 

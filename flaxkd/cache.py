@@ -97,6 +97,7 @@ def build(args: argparse.Namespace, chunks: list, recipe: Recipe, folder: Folder
         args.out,
         recipe,
         encode=encoding.encoder(folder, dtype, mesh),
+        encoded=encoding.encoded(folder),
         tokenize=folder.tokenize,
         batch_size=args.batch_size * mesh.size,
         fingerprint=encoding.encoder_fingerprint(folder, dtype),

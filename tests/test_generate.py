@@ -215,8 +215,8 @@ def test_refuses_before_any_compute(pipeline, monkeypatch, wrong, message):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("unet/config.json", {"in_channels": 9}, "takes 9 channels for latents of 4"),
-        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "not inpainting, refiners"),
+        ("unet/config.json", {"in_channels": 8}, "takes 4 channels beside the noisy latents"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "not refiners"),
     ],
 )
 def test_refuses_models_that_need_more_than_a_caption(tiny_pipeline, tmp_path, file, change, message):

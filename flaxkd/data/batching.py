@@ -4,7 +4,7 @@ import collections
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -63,8 +63,10 @@ def filled(images: np.ndarray, batch_size: int) -> np.ndarray:
     return np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
 
 
-def halved(moments, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first n of moments [b, h, w, 2c] as float16, and the indices of those with non-finite values."""
+def halved(encoded: Mapping[str, Any], n: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The first n of {field: array [b, ...]}, floats as float16, and the indices of those with non-finite values."""
+    rows = {name: np.asarray(array)[:n] for name, array in encoded.items()}
     with np.errstate(over="ignore"):
-        moments = np.asarray(moments)[:n].astype(np.float16)
-    return moments, np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
+        rows = {name: x if np.issubdtype(x.dtype, np.integer) else x.astype(np.float16) for name, x in rows.items()}
+    bad = [~np.isfinite(x).reshape(n, -1).all(axis=1) for x in rows.values()]
+    return rows, np.flatnonzero(np.any(bad, axis=0))

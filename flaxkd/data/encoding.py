@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flaxkd.data import buckets, filters, loader, records, sources
+from flaxkd.data import buckets, filters, loader, masks, records, sources
 from flaxkd.machine import files, hosts, sharding
 from flaxkd.pretrained import Folder, families
 
@@ -26,7 +27,7 @@ def open_data(batch: Iterable[str], config, pictures: sources.Source, split: str
     fields = tuple(batch)
     if {*fields} <= {*loader.Pictures.fields}:
         return loader.Pictures(pictures, fields)
-    known = ("moments", *folder.family.captions.values(), "time_ids")
+    known = (*encoded(folder), *folder.family.captions.values(), "time_ids")
     if {*fields} <= {*known}:
         return loader.Records(ensure(config, pictures, split, folder, dtype), fields)
     raise ValueError(f"a task's batch names {fields}, but a reader has {loader.Pictures.fields} or {known}")
@@ -71,18 +72,45 @@ def moments(vae, params, images) -> jax.Array:
     return vae.apply({"params": params}, images.astype(np.float32) / 127.5 - 1, method="encode")
 
 
-def encoder(folder: Folder, dtype, mesh) -> Callable[[np.ndarray], jax.Array]:
-    """uint8[b, H, W, 3] -> moments float[b, h, w, 2c], by the autoencoder of a pipeline folder, in `dtype`, or as
-    `Folder.dtype` says.
+@sharding.jit(static_argnames="vae")
+def masked_latents(vae, params, images, masks) -> jax.Array:
+    """Unscaled latents float[b, h, w, c] of pictures uint8[b, H, W, 3] that are grey where masks bool[b, H, W] are
+    True: the mean of their posterior."""
+    seen = jnp.where(masks[..., None], 0, images.astype(np.float32) / 127.5 - 1)
+    return jnp.split(vae.apply({"params": params}, seen, method="encode"), 2, axis=-1)[0]
 
-    b is a multiple of the number of devices in `mesh`, which split the batch. The first call reads the weights."""
+
+def encoded(folder: Folder) -> dict[str, tuple]:
+    """The fields of a record that come from pixels, as in a `records.Layout`."""
+    return records.MOMENTS | {name: masks.FIELDS[name] for name in folder.beside}
+
+
+def encode(vae, params, images: np.ndarray, fields: Iterable[str], put: Callable) -> dict[str, jax.Array]:
+    """{field: array [b, ...]} of pictures uint8[b, H, W, 3]. fields: those of `encoded`. put: onto the devices."""
+    on_devices = put(images)
+    found = {"moments": moments(vae, params, on_devices)}
+    if "masks" not in fields:
+        return found
+    drawn, factor = np.stack([masks.of_picture(image) for image in images]), vae.config.factor
+    latents = [masked_latents(vae, params, on_devices, put(drawn[:, k])) for k in range(masks.MASKS)]
+    return found | {
+        "masks": drawn[:, :, ::factor, ::factor, None].astype(np.uint8),
+        "masked_latents": jnp.stack(latents, axis=1),
+    }
+
+
+def encoder(folder: Folder, dtype, mesh) -> Callable[[np.ndarray], dict[str, jax.Array]]:
+    """uint8[b, H, W, 3] -> {field of `encoded`: array [b, ...]}, by the autoencoder of a pipeline folder.
+
+    It computes in `dtype`, or as `Folder.dtype` says. b is a multiple of the number of devices in `mesh`, which split
+    the batch. The first call reads the weights."""
     vae, data = folder.module("vae", dtype), sharding.batch(mesh)
 
     @functools.cache
     def params():
         return jax.device_put(folder.params("vae", dtype), sharding.replicated(mesh))
 
-    return lambda images: moments(vae, params(), jax.device_put(images, data))
+    return lambda images: encode(vae, params(), images, encoded(folder), lambda x: jax.device_put(x, data))
 
 
 def ensure(config, pictures: sources.Source, split: str, folder: Folder, dtype) -> os.PathLike:
@@ -100,6 +128,7 @@ def ensure(config, pictures: sources.Source, split: str, folder: Folder, dtype) 
         pictures,
         files.cache_home() / "latents",
         encode=encoder(folder, dtype, mesh),
+        encoded=encoded(folder),
         tokenize=folder.tokenize,
         batch_size=BATCH * mesh.size,
         fingerprint=encoder_fingerprint(folder, dtype),

@@ -41,10 +41,11 @@ def build(
     out: os.PathLike,
     recipe: Recipe,
     *,
-    encode: Callable[[np.ndarray], Any],
+    encode: Callable[[np.ndarray], Mapping[str, Any]],
     tokenize: Callable[[list[str]], Mapping[str, np.ndarray]],
     batch_size: int,
     fingerprint: str,
+    encoded: Mapping[str, tuple] = records.MOMENTS,
     process_index: int = 0,
     process_count: int = 1,
     threads: int | None = None,
@@ -52,16 +53,16 @@ def build(
 ) -> dict | None:
     """Fills `out` with this process's chunks. Returns the result of `finish`: None while others' chunks are missing.
 
-    encode: uint8[b, H, W, 3] -> moments [b, h, w, 2c], always with b = batch_size; may be asynchronous, as in JAX.
-    tokenize: captions -> {field: int32[b, l]}. fingerprint: of both. threads: for decoding; None for one per core.
-    Raises ValueError if `out` was begun with other settings or a split is empty, files.DiskFull, and OSError for an
-    unreachable source. Finished chunks stay."""
+    encode: uint8[b, H, W, 3] -> {"moments": [b, h, w, 2c], ...}, always with b = batch_size; may be asynchronous, as in
+    JAX. encoded: its fields, as in a `records.Layout`. tokenize: captions -> {field: int32[b, l]}. fingerprint: of
+    both. threads: for decoding; None for one per core. Raises ValueError if `out` was begun with other settings or a
+    split is empty, files.DiskFull, and OSError for an unreachable source. Finished chunks stay."""
     if not chunks:
         raise ValueError("the source has no pictures")
     out = epath.Path(out)
     names = "\n".join(chunk.name.rpartition("/")[2] for chunk in chunks)  # hosts may see it under different paths
     plan = {"format": records.FORMAT, "source": hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()[:16]}
-    layout = records.layout_of(tokenize)
+    layout = records.layout_of(encoded, tokenize)
     plan |= {"parts": len(chunks), "encoder": fingerprint, "fields": layout.fields} | asdict(recipe)
     _claim(out, plan)
     done = _done(out)
@@ -168,11 +169,11 @@ def _fill(
             _clear(file)
         write = {kind: stack.enter_context(records.writer(file)) for kind, file in shards.items()}
 
-        def store(batch: list[Example], moments: Any, flipped: Any) -> None:
-            halves, bad = batching.halved(moments, len(batch))
-            mirrored, worse = (halves, bad) if flipped is None else batching.halved(flipped, len(batch))
+        def store(batch: list[Example], straight: Mapping, flipped: Mapping | None) -> None:
+            rows, bad = batching.halved(straight, len(batch))
+            mirrored, worse = (rows, bad) if flipped is None else batching.halved(flipped, len(batch))
             ids, crops = tokenize([example.caption for example in batch]), [example.crop for example in batch]
-            plain = records.fields_of(halves, ids, crops)
+            plain = records.fields_of(rows, ids, crops)
             other = records.fields_of(mirrored, ids, [crop.mirrored for crop in crops])
             for k, example in enumerate(batch):
                 if k in bad or k in worse:

@@ -54,7 +54,7 @@ class Pictures:
 
 class Records:
     """Examples {"moments": float32[h, w, 2c], and int32: "input_ids" [l], perhaps "input_ids_2" [l], "time_ids" [6]}
-    of a cache of latents."""
+    of a cache of latents; for inpainting also the fields of masks.py."""
 
     def __init__(self, cache: os.PathLike, fields: Sequence[str] | None = None):
         """fields: the wanted ones, None for all. Raises ValueError for those that the cache does not have."""

@@ -94,9 +94,9 @@ class Layout:
         return places, at
 
 
-def layout_of(tokenize: Callable[[list[str]], Mapping[str, np.ndarray]]) -> Layout:
-    """That of the records which `ensure` and large.py write."""
-    return Layout(MOMENTS | {name: ("int32", ids.shape[1:]) for name, ids in tokenize([""]).items()} | TIME_IDS)
+def layout_of(encoded: Mapping[str, tuple], tokenize: Callable[[list[str]], Mapping[str, np.ndarray]]) -> Layout:
+    """That of the records which `ensure` and large.py write. encoded: the fields that come from pixels."""
+    return Layout({**encoded} | {name: ("int32", ids.shape[1:]) for name, ids in tokenize([""]).items()} | TIME_IDS)
 
 
 class Runs(list):
@@ -113,10 +113,11 @@ def ensure(
     source,
     folder: Path,
     *,
-    encode: Callable[[np.ndarray], np.ndarray],
+    encode: Callable[[np.ndarray], Mapping[str, Any]],
     tokenize: Callable[[list[str]], Mapping[str, np.ndarray]],
     batch_size: int,
     fingerprint: str,
+    encoded: Mapping[str, tuple] = MOMENTS,
     flip: bool = False,
     progress: bool = True,
     shard_size: int = SHARD,
@@ -126,17 +127,17 @@ def ensure(
 ) -> Path:
     """Returns the cache of a source, a folder inside `folder`. Builds it if it is missing.
 
-    source: see sources.Source. encode: uint8[b, H, W, 3] -> VAE moments float32[b, h, w, 2c], always called
-    with b = batch_size. tokenize: captions -> {field: int32[b, l]}. fingerprint: of the encoder and the tokenizers.
-    flip: also keep mirrored pictures. shard_size: records per file. process_index, process_count: every process
-    builds its share of the files and calls `wait` once, which returns when all have called it. It then builds any
-    files still missing: none, if all processes see the same folder.
+    source: see sources.Source. encode: uint8[b, H, W, 3] -> {"moments": float32[b, h, w, 2c] of the VAE, ...}, always
+    called with b = batch_size. encoded: its fields, as in a `Layout`. tokenize: captions -> {field: int32[b, l]}.
+    fingerprint: of the encoder and the tokenizers. flip: also keep mirrored pictures. shard_size: records per file.
+    process_index, process_count: every process builds its share of the files and calls `wait` once, which returns when
+    all have called it. It then builds any files still missing: none, if all processes see the same folder.
     Unreadable pictures are left out, and named in one warning. Raises ValueError if the source is empty, none of its
     pictures can be read, or a moment is not finite in float16.
     """
     if len(source) == 0:
         raise ValueError("the source has no pictures")
-    layout = layout_of(tokenize)
+    layout = layout_of(encoded, tokenize)
     inputs = {"format": FORMAT, "source": source.fingerprint, "encoder": fingerprint, "flip": flip}
     inputs["fields"] = layout.fields
     cache = Path(folder) / hashlib.sha256(json.dumps([inputs, shard_size]).encode()).hexdigest()[:20]
@@ -264,16 +265,16 @@ def _encoded(
                 numbers, examples = zip(*batch, strict=True)
                 images = np.stack([example["image"] for example in examples])
                 images = images[:, :, ::-1] if mirrored else images
-                moments, bad = batching.halved(encode(batching.filled(images, batch_size)), len(images))
+                rows, bad = batching.halved(encode(batching.filled(images, batch_size)), len(images))
                 if bad.size:
                     where = f"picture {numbers[bad[0]]}, {examples[bad[0]]['caption']!r}"
                     raise ValueError(f"{where}: its moments are not finite in float16; check the VAE's weights")
                 crops = [example["crop"].mirrored if mirrored else example["crop"] for example in examples]
-                fields = fields_of(moments, tokenize([example["caption"] for example in examples]), crops)
+                fields = fields_of(rows, tokenize([example["caption"] for example in examples]), crops)
                 yield list(zip(fields, examples, strict=True))
 
 
-def fields_of(moments: np.ndarray, ids: Mapping[str, np.ndarray], crops: Sequence[pictures.Crop]) -> list[dict]:
-    """The fields of each record, from those of a batch."""
-    batch = {"moments": moments, **ids, "time_ids": [crop.time_ids for crop in crops]}
+def fields_of(rows: Mapping[str, np.ndarray], ids: Mapping[str, np.ndarray], crops: Sequence[pictures.Crop]) -> list:
+    """The fields {name: array} of each record, from those of a batch. rows: those that come from pixels."""
+    batch = {**rows, **ids, "time_ids": [crop.time_ids for crop in crops]}
     return [{name: values[k] for name, values in batch.items()} for k in range(len(crops))]

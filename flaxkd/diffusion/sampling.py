@@ -185,6 +185,15 @@ def mask_of_latents(mask: jax.Array, factor: int) -> jax.Array:
 
 
 @sharding.jit(static_argnames=("vae",))
+def seen_beside(vae: nn.Module, params: dict, images: jax.Array, masks: jax.Array) -> jax.Array:
+    """float32[b, h, w, 1 + c], what an inpainting UNet sees beside the noisy latents: the mask, and the latents of
+    `images` float32[b, H, W, 3] in [0, 1] that are grey where `masks` bool[b, H, W] are True."""
+    grey = jnp.where(masks[..., None], 0.5, images)
+    latents = image_to_latents(vae, params, grey).astype(jnp.float32)
+    return jnp.concatenate([mask_of_latents(masks, vae.config.factor), latents], axis=-1)
+
+
+@sharding.jit(static_argnames=("vae",))
 def image_to_latents(vae: nn.Module, params: dict, images: jax.Array) -> jax.Array:
     """Latents float32[b, h, w, 4] of images float32[b, H, W, 3] in [0, 1]: the mean of their posterior, scaled.
 

@@ -59,6 +59,9 @@ def draw(
         ids, weights = encode(folder, [*prompts, *negatives], emphasis=emphasis, long_prompts=long_prompts)
         both, weights, empty = both | ids, np.split(weights, 2), folder.conditions([""], size)
     inputs, negative_inputs = ({name: x[half] for name, x in both.items()} for half in (slice(n), slice(n, None)))
+    if folder.beside:  # an inpainting UNet sees what stays; without a mask it draws everywhere
+        masks = masks or [np.ones(size, bool)] * n
+        images = images or [np.zeros((*size, 3), np.float32)] * n
     put = lambda x: sharding.put(x, sharding.batch(mesh))
     starts = range(0, n, batch_size)
     steps = len(starts) * len(schedule.timesteps)
@@ -67,19 +70,19 @@ def draw(
             rows = np.arange(start, start + batch_size).clip(max=n - 1)
             first, between = zip(*map(noise, rows.tolist()), strict=True)
             pixels = lambda of, rows=rows: None if of is None else put(np.stack([of[i] for i in rows]))
-            begin, mask = pixels(images), pixels(masks)
-            begin = None if begin is None else sampling.image_to_latents(modules["vae"], params["vae"], begin)
+            vae, image, mask = (modules["vae"], params["vae"]), pixels(images), pixels(masks)
+            beside = {"beside": sampling.seen_beside(*vae, image, mask)} if folder.beside else {}
             drawn = sampling.text_to_image(
                 modules=modules,
                 condition=pipeline.folder.family.condition,
                 params=params,
-                inputs={name: put(x[rows]) for name, x in inputs.items()},
-                negative_inputs={name: put(x[rows]) for name, x in negative_inputs.items()},
+                inputs={name: put(x[rows]) for name, x in inputs.items()} | beside,
+                negative_inputs={name: put(x[rows]) for name, x in negative_inputs.items()} | beside,
                 latents=put(np.stack(first)),
                 schedule=schedule,
                 guidance=float(guidance) if guidance > 1 else None,  # an int would compile another program
-                image_latents=begin,
-                mask=None if mask is None else sampling.mask_of_latents(mask, folder.factor),
+                image_latents=None if image is None else sampling.image_to_latents(*vae, image),
+                mask=None if mask is None or beside else sampling.mask_of_latents(mask, folder.factor),
                 noise=None if schedule.noise is None else np.stack(between, axis=1),
                 token_weights=None if weights is None else (put(weights[1][rows]), put(weights[0][rows])),
                 empty_inputs=empty,

@@ -51,8 +51,8 @@ class Pipeline:
         with its newest checkpoint. dtype: of parameters and compute; None is bfloat16 on an accelerator and float32
         on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`. vae: another
         autoencoder than the model's own: folder, file or hub id.
-        Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it draws from
-        more than a caption (inpainting)."""
+        Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it is of a kind
+        that flaxkd does not know."""
         folder = export.open_model(model, vae)
         made = cls.from_folder(folder, "embedded teacher" if model is None else str(model), dtype, mesh)
         return made if folder.step is None else dataclasses.replace(made, name=f"{model}, step {folder.step()}")

@@ -11,7 +11,7 @@ pictures are reused: the same command resumes.
 import argparse
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from flaxkd.evaluate import fidelity, scores, table
 from flaxkd.machine import command, files, hosts, progress, sharding
 from flaxkd.models.vae import sample_latents
 from flaxkd.pretrained import Folder, shapes
+from flaxkd.tasks import inputs
 
 SHOWN = 8  # prompts in samples.png
 
@@ -203,17 +204,20 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
     args, mesh = setup.args, setup.mesh
     teacher = load(models[0], setup.dtype, mesh)
     scaling_factor = teacher.folder.scaling_factor
-    moments = encode(teacher, held.images, args.batch_size, mesh, "held out")
+    pixels = encode(teacher, held.images, args.batch_size, mesh, "held out", encoding.encoded(teacher.folder))
+    moments, beside = pixels.pop("moments"), {}
+    if pixels:  # every picture with one of its masks, the same for all models
+        beside["beside"] = np.asarray(inputs.beside(jax.random.key(args.seed), **pixels, scaling_factor=scaling_factor))
     noise = np.random.default_rng(args.seed).standard_normal((len(moments), *setup.latents), np.float32)
     latents = np.asarray(sample_latents(noise, moments, scaling_factor))
     features = lambda moments: fidelity.latent_features(np.split(moments, 2, axis=-1)[0] * scaling_factor)
-    drawn, of_teacher, reference = {}, None, network(teacher, held.captions, setup.resolution)
+    drawn, of_teacher, reference = {}, None, network(teacher, held.captions, setup.resolution, beside)
     for found, pairs, row in zip(models, held.pairs, rows, strict=True):
         first = found is models[0]
         model = teacher if first else load(found, setup.dtype, mesh)
         paths = draw(setup, model, "fidelity", held.captions)
         drawn[model.name] = images = np.stack([resumable.read(path) for path in paths])
-        own = features(encode(teacher, images, args.batch_size, mesh, model.name))
+        own = features(encode(teacher, images, args.batch_size, mesh, model.name)["moments"])
         several = len(own) > 1  # a covariance needs them
         row |= {"frechet_latent_data": fidelity.frechet(own, features(moments))} if several else {}
         if first:
@@ -223,7 +227,7 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
         row["ssim"] = float(fidelity.ssim(images, of_images).mean())
         row |= {"frechet_latent": fidelity.frechet(own, of_teacher)} if several else {}
         values = fidelity.errors(
-            network(model, held.captions, setup.resolution),
+            network(model, held.captions, setup.resolution, beside),
             reference,
             latents,
             held.schedule,
@@ -353,6 +357,7 @@ def check(model: Candidate, teacher: Candidate) -> None:
         "pixels per latent are": [folder.factor for folder in folders],
         "prediction_type is": [kind.prediction_type for kind in kinds],
         "training timesteps are": [len(kind.alphas_cumprod) for kind in kinds],
+        "fields beside the noisy latents are": [folder.beside for folder in folders],
     }.items():
         if own != others:
             wrong.append(f"{what} {own!r}, not {others!r}")
@@ -383,24 +388,28 @@ def load(model: Candidate, dtype, mesh) -> Candidate:
     return model._replace(pipeline=pipeline, fingerprint=resumable.fingerprint(pipeline.params))
 
 
-def network(model: Candidate, captions: list[str], resolution: int) -> fidelity.Network:
-    """The predicting networks of a loaded model, with `captions` from its own tokenizer. resolution: in pixels."""
+def network(model: Candidate, captions: list[str], resolution: int, beside: dict) -> fidelity.Network:
+    """The predicting networks of a loaded model, with `captions` from its own tokenizer. resolution: in pixels.
+
+    beside: {"beside": what an inpainting UNet sees there}, else {}."""
     pipeline, folder = model.pipeline, model.folder
     parts = ("unet", *folder.family.encoders)
     modules = {part: pipeline.modules[part] for part in parts}
     params = {part: pipeline.params[part] for part in parts}
-    inputs = folder.conditions(captions, (resolution, resolution))
-    return fidelity.Network(modules, folder.family.condition, params, inputs)
+    conditions = folder.conditions(captions, (resolution, resolution)) | beside
+    return fidelity.Network(modules, folder.family.condition, params, conditions)
 
 
-def encode(model: Candidate, images: np.ndarray, batch_size: int, mesh, what: str) -> np.ndarray:
-    """Moments float32[n, h, w, 2c] of pictures uint8[n, H, W, 3], from the model's autoencoder. what: whose."""
+def encode(
+    model: Candidate, images: np.ndarray, batch_size: int, mesh, what: str, fields: Iterable[str] = ("moments",)
+) -> dict[str, np.ndarray]:
+    """`fields` of pictures uint8[n, H, W, 3], from the model's autoencoder: see `encoding.encode`. what: whose."""
     found, pipeline, n = [], model.pipeline, len(images)
+    vae, put = (pipeline.modules["vae"], pipeline.params["vae"]), lambda x: jax.device_put(x, sharding.batch(mesh))
     with progress.Bar(n, f"fidelity: encoding, {what}", " pictures", first=progress.COMPILING, leave=False) as bar:
         for start in range(0, n, batch_size):
             here = np.arange(start, start + batch_size).clip(max=n - 1)  # one shape: compiled once
-            batch = jax.device_put(images[here], sharding.batch(mesh))
-            moments = encoding.moments(pipeline.modules["vae"], pipeline.params["vae"], batch)
-            found.append(np.asarray(moments, np.float32))
+            found.append({name: np.asarray(x) for name, x in encoding.encode(*vae, images[here], fields, put).items()})
             bar.update(min(batch_size, n - start))
-    return np.concatenate(found)[:n]
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *found)
+    return {name: x if x.dtype == np.uint8 else x.astype(np.float32) for name, x in joined.items()}

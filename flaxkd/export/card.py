@@ -135,7 +135,7 @@ def depths(unet: dict) -> str:
 
 
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
-    pipeline, steps = source.family.pipeline, samplers.usual_steps(None, source.config("scheduler"))
+    pipeline, steps = source.pipeline, samplers.usual_steps(None, source.config("scheduler"))
     few = f"It draws in few steps, {steps} are usual, and has learnt its guidance: leave it at {source.guidance:g}.\n"
     few = few if steps != samplers.STEPS else ""
     try:

@@ -403,7 +403,8 @@ REMAT = (False, True, "blocks", "transformer_blocks")
 class UNet2DCondition(nn.Module):
     """Predicts the noise (or v) in `sample`.
 
-    sample: float[b, h, w, in_channels], noisy latents. timesteps: int or float[b].
+    sample: float[b, h, w, in_channels], noisy latents. timesteps: int or float[b]. beside: float[b, h, w, c], the last
+    of these channels, where a UNet sees more than noisy latents; None: `sample` has them all.
     encoder_hidden_states: float[b, l, cross_attention_dim]. For SDXL also text_embeds float[b, e] and time_ids [b, 6].
     timestep_cond: float[b, time_cond_proj_dim], a `guidance_embedding`, where the guidance is an input; None: without.
     Returns float[b, h, w, out_channels] in `dtype`. With `mutable=["features"]`, also what every block, layer and
@@ -425,7 +426,14 @@ class UNet2DCondition(nn.Module):
 
     @nn.compact
     def __call__(
-        self, sample, timesteps, encoder_hidden_states, text_embeds=None, time_ids=None, timestep_cond=None
+        self,
+        sample,
+        timesteps,
+        encoder_hidden_states,
+        text_embeds=None,
+        time_ids=None,
+        timestep_cond=None,
+        beside=None,
     ):
         c, inner = self.config, self.remat == "transformer_blocks"
         down_block, mid_block, up_block = (
@@ -443,6 +451,7 @@ class UNet2DCondition(nn.Module):
             temb = temb + TimestepEmbedding(4 * width, self.dtype, name="add_embedding")(added)
         encoder_hidden_states = encoder_hidden_states.astype(self.dtype)
 
+        sample = sample if beside is None else jnp.concatenate([sample, beside.astype(sample.dtype)], axis=-1)
         x = Conv(width, dtype=self.dtype, name="conv_in")(sample.astype(self.dtype))
         skips = [x]
         for i, stage in enumerate(c.down):

@@ -120,7 +120,7 @@ MISSING = -1
 def text_states(modules: Mapping, params: Mapping, inputs: Mapping) -> dict:
     """{"encoder_hidden_states": float[b, l, d]}: a text encoder's last states for input_ids int32[b, l]. Traceable."""
     states = modules["text_encoder"].apply({"params": params["text_encoder"]}, inputs["input_ids"])
-    return {"encoder_hidden_states": states}
+    return {"encoder_hidden_states": states} | _beside(inputs)
 
 
 def two_text_states(modules: Mapping, params: Mapping, inputs: Mapping) -> dict:
@@ -142,7 +142,12 @@ def two_text_states(modules: Mapping, params: Mapping, inputs: Mapping) -> dict:
         "encoder_hidden_states": states,
         "text_embeds": jnp.where(present, pooled, 0),
         "time_ids": inputs["time_ids"],
-    }
+    } | _beside(inputs)
+
+
+def _beside(inputs: Mapping) -> dict:
+    """What the UNet sees beside the noisy latents, if it sees anything there."""
+    return {name: inputs[name] for name in ("beside",) if name in inputs}
 
 
 class Architecture(NamedTuple):
@@ -163,7 +168,7 @@ class Family:
     """A row: what all pipelines of a kind share."""
 
     title: str
-    pipeline: str  # diffusers' class for its folders
+    pipelines: Mapping[int, str]  # channels that its UNet sees beside the noisy latents: diffusers' class
     captions: Mapping[str, str]  # part that reads the caption: the field of an example with its token ids
     unet: Mapping[str, Any]  # fields of unet/config.json that set it apart; a missing one is False
     condition: Callable[[Mapping, Mapping, Mapping], dict]  # (modules, params, inputs) -> keyword arguments of its UNet
@@ -179,6 +184,11 @@ class Family:
     guidance: float = 7.5  # diffusers' default for its pipeline
     tag: str = "stable-diffusion"  # of its models on the hub
     code: str = "https://github.com/CompVis/stable-diffusion"  # the original
+
+    @property
+    def pipeline(self) -> str:
+        """diffusers' class for its folders that draw from text alone."""
+        return self.pipelines[0]
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -203,16 +213,22 @@ _BESIDE_SD = {"requires_safety_checker": False, "feature_extractor": [None, None
               "safety_checker": [None, None]}  # fmt: skip
 _BESIDE_SDXL = {ZEROS: True, "feature_extractor": [None, None], "image_encoder": [None, None]}
 
+# Channels of a UNet beside the noisy latents: the fields of a record that they come from, see data/masks.py.
+INPAINTING = 5  # the mask, and the latents of the picture without what is masked
+BESIDE = {0: (), INPAINTING: ("masks", "masked_latents")}
+_SD = {0: "StableDiffusionPipeline", INPAINTING: "StableDiffusionInpaintPipeline"}
+_SDXL = {0: "StableDiffusionXLPipeline", INPAINTING: "StableDiffusionXLInpaintPipeline"}
+
 FAMILIES = {
-    "sd1": Family("Stable Diffusion 1.x", "StableDiffusionPipeline", CAPTION,
+    "sd1": Family("Stable Diffusion 1.x", _SD, CAPTION,
                   {"use_linear_projection": False, "addition_embed_type": False}, text_states, _BESIDE_SD,
                   stages=4, layers=2, shown="sd15", single_file={"text_encoder": ldm.CLIP},
                   modelspec={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"}),
-    "sd2": Family("Stable Diffusion 2.x", "StableDiffusionPipeline", CAPTION,
+    "sd2": Family("Stable Diffusion 2.x", _SD, CAPTION,
                   {"use_linear_projection": True, "addition_embed_type": False}, text_states, _BESIDE_SD,
                   stages=4, layers=2, shown="sd21", single_file={"text_encoder": ldm.OPEN_CLIP},
                   modelspec={"epsilon": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"}),
-    "sdxl": Family("Stable Diffusion XL", "StableDiffusionXLPipeline", SDXL_CAPTIONS,
+    "sdxl": Family("Stable Diffusion XL", _SDXL, SDXL_CAPTIONS,
                    {"use_linear_projection": True, "addition_embed_type": True}, two_text_states, _BESIDE_SDXL,
                    stages=3, layers=2, shown="sdxl",
                    single_file={"text_encoder": ldm.SDXL_CLIP, "text_encoder_2": ldm.SDXL_OPEN_CLIP},
@@ -224,7 +240,7 @@ FAMILIES = {
 
 def of(index: dict, unet: dict, vae: dict) -> Family | None:
     """The row of a pipeline, from its model_index.json, unet/config.json and vae/config.json; None if unknown."""
-    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):  # inpainting and the like
+    if beside(unet, vae) not in BESIDE:
         return None
     kind, found = class_name(index), networks(index)
     encoders = tuple(name for name in found if name.startswith("text_encoder"))
@@ -238,6 +254,11 @@ def of(index: dict, unet: dict, vae: dict) -> Family | None:
         if same and found == {part: PARTS[part].class_name for part in family.parts}:
             return family
     return None
+
+
+def beside(unet: dict, vae: dict) -> int:
+    """The channels that a UNet takes beside the noisy latents, from unet/config.json and vae/config.json."""
+    return unet.get("in_channels", 4) - vae.get("latent_channels", 4)
 
 
 def class_name(index: dict) -> str:

@@ -117,19 +117,28 @@ class Folder:
         known = ", ".join(family.title for family in families.FAMILIES.values())
         error = ValueError(
             f"{self.path} is a {families.class_name(self.index) or 'pipeline without a name'} of "
-            f"{', '.join(networks) or 'unnamed parts'}: flaxkd knows {known} from text alone, not inpainting, "
-            "refiners or other models"
+            f"{', '.join(networks) or 'unnamed parts'}: flaxkd knows {known}, from text alone or for inpainting, "
+            "not refiners or other models"
         )
         if networks and "unet" not in networks:  # a transformer
             raise error
         unet, vae = self.config("unet"), self.config("vae")
-        taken, made = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-        if taken != made:
-            raise ValueError(f"{error}; its UNet takes {taken} channels for latents of {made}")
+        if (more := families.beside(unet, vae)) not in families.BESIDE:
+            raise ValueError(f"{error}; its UNet takes {more} channels beside the noisy latents")
         found = families.of(self.index, unet, vae)
         if found is None:
             raise error
         return found
+
+    @property
+    def pipeline(self) -> str:
+        """diffusers' class for it."""
+        return self.family.pipelines[families.beside(self.config("unet"), self.config("vae"))]
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The fields of a record that its UNet sees beside the noisy latents: () for a model that draws from text."""
+        return families.BESIDE[families.beside(self.config("unet"), self.config("vae"))]
 
     @property
     def guidance(self) -> float:

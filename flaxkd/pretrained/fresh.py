@@ -80,10 +80,11 @@ def write(out: Path, architecture: dict, captions: list[str], seed: int, base: F
         files.write_json(path / "scheduler" / CONFIGS["scheduler"], scheduler)
         encoders = tuple(part for part in architecture if part.startswith("text_encoder"))
         family = next(row for row in families.FAMILIES.values() if row.encoders == encoders)
-        index = {"_class_name": family.pipeline, "scheduler": ["diffusers", scheduler["_class_name"]]}
-        files.write_json(path / "model_index.json", index)
         made = [part for part in family.parts if part not in kept]
         configs = {part: dict(architecture[part]) if part in made else base.config(part) for part in family.parts}
+        kind = family.pipelines[families.beside(configs["unet"], configs["vae"])]
+        index = {"_class_name": kind, "scheduler": ["diffusers", scheduler["_class_name"]]}
+        files.write_json(path / "model_index.json", index)
         source = Folder(path, configs)
         if "vocab_size" in kept:
             write_tokenizer(base, path)

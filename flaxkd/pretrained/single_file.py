@@ -51,7 +51,7 @@ ALONE = (
     (rf"{UNET}input_blocks\.|conv_in\.", "a UNet alone: give the whole model, for a pipeline its folder"),
     (r"(cond_stage_model|text_model|embeddings|transformer)\.", "a text encoder alone: give the whole model"),
 )  # fmt: skip
-CHANNELS = {5: "from a depth map", 7: "for upscaling", 8: "InstructPix2Pix", 9: "inpainting"}
+CHANNELS = {5: "from a depth map", 7: "for upscaling", 8: "InstructPix2Pix"}
 
 
 def read(path: Path, own_vae: bool = True) -> tuple[dict[str, dict], dict[str, Callable]]:
@@ -75,7 +75,7 @@ def read(path: Path, own_vae: bool = True) -> tuple[dict[str, dict], dict[str, C
             usual = clip_tokenizer.options(ldm.is_open_clip(family.single_file[part]))
             readers[name] = functools.partial(clip_tokenizer.make, **options.get(name, usual))
     index = {  # a tokenizer without a reader must lie beside the file
-        "_class_name": family.pipeline,
+        "_class_name": family.pipelines[families.beside(configs["unet"], configs.get("vae", {}))],
         "scheduler": ["diffusers", configs["scheduler"].get("_class_name", "PNDMScheduler")],
     }
     return configs | {"model_index": index}, readers
@@ -127,9 +127,9 @@ def _check_kind(path: Path, found: dict[str, np.ndarray], own_vae: bool) -> None
     if what is None and not (present["unet"] and present["text_encoder"]):
         what = f"without a {'text encoder' if present['unet'] else 'UNet'}"
     shape = found.get("model.diffusion_model.input_blocks.0.0.weight", np.empty(0)).shape
-    if what is None and len(shape) == 4 and (channels := shape[1]) != 4:
+    if what is None and len(shape) == 4 and (channels := shape[1]) - 4 not in families.BESIDE:
         kind = f" ({CHANNELS[channels]})" if channels in CHANNELS else ""
-        what = f"a model whose UNet takes {channels} channels{kind}, not the 4 of text to image"
+        what = f"a model whose UNet takes {channels} channels{kind}, not the 4 of text to image or the 9 of inpainting"
     if what:
         raise ValueError(f"{path} is {what}. {NEEDED}")
     if own_vae and not present["vae"]:

@@ -12,6 +12,8 @@ from flaxkd.machine import files
 from flaxkd.pretrained import families, keys
 from flaxkd.pretrained.folder import CONFIGS, DRAWN_WITH, NO_LIMIT, Folder
 
+VERSION = "0.22.0"  # of diffusers, the oldest for all folders; its pipelines for inpainting do not load without one
+
 
 def save(
     out: Path,
@@ -45,7 +47,8 @@ def save(
             _write_part(new / part, part, config, keys.to_tensors(params))
         files.write_json(new / "scheduler" / CONFIGS["scheduler"], source.config("scheduler"))
         write_tokenizer(source, new)
-        files.write_json(new / "model_index.json", _model_index(source))
+        made = source.replace({part: config for part, (config, _) in parts.items()}, {})
+        files.write_json(new / "model_index.json", _model_index(made))
         for name, path in (beside or {}).items():
             shutil.copyfile(path, new / name)
         if card is not None:
@@ -112,7 +115,8 @@ def _write_part(folder: Path, part: str, config: dict, tensors: dict[str, np.nda
 def _model_index(source: Folder) -> dict:
     family = source.family
     kept = ("_diffusers_version", families.ZEROS)
-    index = {"_class_name": family.pipeline, DRAWN_WITH: source.guidance, **family.index}
+    index = {"_class_name": source.pipeline, "_diffusers_version": VERSION}
+    index |= {DRAWN_WITH: source.guidance, **family.index}
     index |= {key: value for key, value in source.index.items() if key in kept}
     rows = {part: families.PARTS[part] for part in source.parts}
     index |= {part: [row.library, row.class_name] for part, row in rows.items()}

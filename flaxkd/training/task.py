@@ -23,8 +23,8 @@ class Task:
     """What is trained, and against what. A function of (config, folder, dtype, mesh) makes it: see flaxkd.tasks.
 
     batch: one example, {name: jax.ShapeDtypeStruct} without the batch axis; the names are those of
-        data/loader.py ("images"; or of "moments", "input_ids", "input_ids_2" and "time_ids" those it reads). A batch
-        with buckets differs in the sizes of its moments.
+        data/loader.py ("images"; or of "moments", "input_ids", "input_ids_2", "time_ids", "masks" and "masked_latents"
+        those it reads). A batch with buckets differs in the sizes of its moments.
     trained: {part: tree} in float32. frozen: {name: tree} in compute precision, without gradients, never saved.
     prepare(key, batch) -> inputs: all randomness, for the whole batch at once: neither the number of devices nor the
         accumulation changes it. The batch is the first axis of every leaf of inputs.

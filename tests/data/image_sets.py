@@ -103,8 +103,9 @@ def listed(folder, name="metadata.jsonl"):
     return folder
 
 
-def make(source, out, recipe=RECIPE, rows=10, **changes):
-    options = {"encode": encode, "tokenize": tokenize, "batch_size": 4, "fingerprint": "vae", "threads": 2}
+def make(source, out, recipe=RECIPE, rows=10, encode=encode, **changes):
+    moments = lambda images: {"moments": encode(images)}
+    options = {"encode": moments, "tokenize": tokenize, "batch_size": 4, "fingerprint": "vae", "threads": 2}
     parts = readers.open_chunks(str(source), rows=rows)
     return large.build(parts, out, recipe, **{**options, "progress": False, **changes})
 

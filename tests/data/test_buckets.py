@@ -85,8 +85,9 @@ def shaped(n):
     return sources.Source(n, load, "shapes", sizes=SMALL)
 
 
-def ensure(n, folder, **changes):
-    options = {"encode": encode, "tokenize": image_sets.tokenize, "batch_size": 4, "fingerprint": "vae"}
+def ensure(n, folder, encode=encode, **changes):
+    moments = lambda images: {"moments": encode(images)}
+    options = {"encode": moments, "tokenize": image_sets.tokenize, "batch_size": 4, "fingerprint": "vae"}
     return records.ensure(shaped(n), folder, **{**options, "progress": False, **changes})
 
 
@@ -158,7 +159,8 @@ def test_mirrored_records_have_their_own_time_ids(tmp_path):
         image, crop = pictures.fit(Image.new("RGB", (13, 8), (i, i, i)), SMALL[:1])
         return {"image": image, "caption": f"picture {i}", "crop": crop}
 
-    options = {"encode": encode, "tokenize": image_sets.tokenize, "batch_size": 4, "fingerprint": "vae"}
+    moments = lambda images: {"moments": encode(images)}
+    options = {"encode": moments, "tokenize": image_sets.tokenize, "batch_size": 4, "fingerprint": "vae"}
     source = sources.Source(6, odd, "odd", sizes=SMALL[:1])
     folder = records.ensure(source, tmp_path, **options, flip=True, progress=False)
     lefts = {int(x) for batches in [loader.Records(folder).batches(6, 0)] for _ in range(4)

@@ -37,8 +37,9 @@ def numbered(size, fingerprint="numbers"):
     return sources.Source(size, load, fingerprint)
 
 
-def ensure(source, folder, **changes):
-    options = {"encode": encode, "tokenize": tokenize, "batch_size": 4, "fingerprint": "vae"}
+def ensure(source, folder, encode=encode, **changes):
+    moments = lambda images: {"moments": encode(images)}
+    options = {"encode": moments, "tokenize": tokenize, "batch_size": 4, "fingerprint": "vae"}
     return records.ensure(source, folder, **{**options, "progress": False, **changes})
 
 
@@ -48,7 +49,8 @@ def order(batch):
 
 
 def test_record_round_trip():
-    layout, moments = records.layout_of(tokenize), np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float16)
+    layout = records.layout_of(records.MOMENTS, tokenize)
+    moments = np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float16)
     example = {"moments": moments, **{name: ids[0] for name, ids in tokenize(["piñata"]).items()}}
     example["time_ids"] = np.array([900, 1200, 0, 170, 512, 512])
     again = records.Layout(json.loads(json.dumps(layout.fields)))

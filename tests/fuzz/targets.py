@@ -98,7 +98,8 @@ def _trained_on(folder: Path, scratch: Path, victim: Path) -> None:
     found = {}
     for split in ("train", "validation"):
         source = sources.open_source(str(folder), split, resolution=8)
-        options = {"encode": image_sets.encode, "tokenize": _tokenize, "batch_size": 4}
+        moments = lambda images: {"moments": image_sets.encode(images)}
+        options = {"encode": moments, "tokenize": _tokenize, "batch_size": 4}
         cache = records.ensure(source, scratch / "cache", **options, fingerprint="vae", progress=False)
         reader = loader.Records(cache)
         found |= dict(zip(reader.captions(N), reader.examples(N)[0]["moments"], strict=True))

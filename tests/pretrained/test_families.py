@@ -31,13 +31,15 @@ def test_a_folder_knows_its_family_and_sizes(tmp_path, name, family):
         ({"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}, {}),
         ({"_class_name": "KandinskyPipeline"}, {}),
         ({}, {}),
-        ({"_class_name": "StableDiffusionInpaintPipeline"}, {"in_channels": 9}),
+        ({"_class_name": "StableDiffusionInstructPix2PixPipeline"}, {"in_channels": 8}),
     ],
 )
 def test_another_kind_of_pipeline_is_in_no_row(index, unet):
     row = ARCHITECTURES["sd15"]
     usual = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
     assert families.of(usual, row.unet, row.configs["vae"]) is FAMILIES["sd1"]
+    inpainting = usual | {"_class_name": "StableDiffusionInpaintPipeline"}
+    assert families.of(inpainting, row.unet | {"in_channels": 9}, row.configs["vae"]) is FAMILIES["sd1"]
     assert families.of(index, row.unet | unet, row.configs["vae"]) is None
 
 

@@ -195,6 +195,12 @@ def channels(n):
     return lambda found: found | {"model.diffusion_model.input_blocks.0.0.weight": np.zeros((8, n, 3, 3), np.float32)}
 
 
+def test_an_inpainting_model_is_one_too(file, tmp_path):
+    folder = Folder.open(rewrite(file, tmp_path / "inpainting.safetensors", channels(9), lambda header: {}))
+    assert folder.family is FAMILIES["sd1"] and folder.pipeline == "StableDiffusionInpaintPipeline"
+    assert folder.stored("unet")["conv_in"]["kernel"].shape == (3, 3, 9, 8)
+
+
 def added(*keys):
     return lambda found: found | {key: np.zeros((1, 1), np.float32) for key in keys}
 
@@ -205,7 +211,7 @@ def instead(*keys):
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 REFUSED = {
-    "inpainting": (channels(9), r"takes 9 channels \(inpainting\)"),
+    "depth": (channels(5), r"takes 5 channels \(from a depth map\)"),
     "instruct": (channels(8), r"takes 8 channels \(InstructPix2Pix\)"),
     "two text encoders": (added("conditioner.embedders.1.model.ln_final.weight"), "is SDXL's refiner, or another"),
     "unclip": (added(f"{UNET}label_emb.0.0.weight"), "is SDXL's refiner, or another model that takes more than a cap"),
