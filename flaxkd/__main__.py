@@ -28,6 +28,7 @@ COMMANDS = {
     "students": ("flaxkd.students.__main__", "prints the table of students"),
     "blocks": ("flaxkd.blocks", "draws the table of students"),
     "to-diffusers": ("convert.to_diffusers", "exports a checkpoint as a pipeline folder of diffusers"),
+    "to-inpainting": ("convert.to_inpainting", "widens the UNet of a model, to be trained for inpainting"),
     "from-diffusers": ("convert.from_diffusers", "turns a pipeline folder into an Orbax checkpoint"),
 }
 
