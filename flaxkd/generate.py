@@ -51,6 +51,7 @@ def draw(args: argparse.Namespace) -> None:
             num_images_per_prompt=args.num_images,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
+            guidance_rescale=args.guidance_rescale,
             height=args.height,
             width=args.width,
             image=args.image,
@@ -94,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt, a column each; default: 1")
     command.add(parser, "steps", help=samplers.USUAL)
     command.add(parser, "guidance")
+    rescale = "how much of the contrast that guidance adds to take back, 0 to 1; default: 0"
+    add("--guidance-rescale", type=float, default=0.0, help=rescale)
     command.add(parser, "clip-skip")
     spaced = "; dpmsolver++:karras and so on space the steps"
     add("--sampler", help=f"{', '.join(samplers.KINDS)}{spaced}; default: the model's own")

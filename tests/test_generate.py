@@ -191,6 +191,7 @@ REFUSED = [
     (dict(sampler="dpm3"), "'dpm3' is unknown .*euler_ancestral"),
     (dict(num_inference_steps=0), "steps = 0"),
     (dict(guidance_scale=float("nan")), "guidance_scale = nan"),
+    (dict(guidance_rescale=1.1), "guidance_rescale = 1.1: it is 0 to 1"),
     (dict(seed=-1), "seed = -1"),
     (dict(batch_size=0), "batch_size = 0"),
     (dict(num_images_per_prompt=0), "num_images_per_prompt = 0"),

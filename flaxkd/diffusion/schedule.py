@@ -54,11 +54,19 @@ class NoiseSchedule(NamedTuple):
 
     @classmethod
     def from_config(cls, scheduler_config: dict, prediction_type: str | None = None) -> "NoiseSchedule":
-        """`prediction_type` overrides the file's. Raises ValueError for an unsupported one."""
+        """`prediction_type` overrides the file's. Raises ValueError for an unsupported one, and for "epsilon" with
+        `rescale_betas_zero_snr`: at a timestep of noise alone there is nothing to learn, and nothing to draw from."""
         kind = prediction_type or scheduler_config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type = {kind!r} is not supported (supported: epsilon, v_prediction)")
-        return cls(alphas_cumprod(scheduler_config).astype(np.float32), kind)
+        alphas = alphas_cumprod(scheduler_config).astype(np.float32)
+        if kind == "epsilon" and not alphas.all():
+            raise ValueError(
+                "prediction_type = 'epsilon' does not go with rescale_betas_zero_snr, whose last timestep is noise "
+                "alone: is it a model for v_prediction (--config.prediction_type=v_prediction)? Else set it to false "
+                "in scheduler_config.json"
+            )
+        return cls(alphas, kind)
 
 
 def _weights(schedule: NoiseSchedule, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -94,7 +102,7 @@ def min_snr_weights(schedule: NoiseSchedule, timesteps, gamma: float) -> jax.Arr
     """Loss weights float32[b] of Min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556).
 
     min(snr, gamma) / snr, or for v, min(snr, gamma) / (snr + 1), as in diffusers. The signal-to-noise ratio snr is
-    alphas_cumprod / (1 - alphas_cumprod)."""
+    alphas_cumprod / (1 - alphas_cumprod). With `rescale_betas_zero_snr`, the last timestep has the weight 0."""
     alphas = jnp.asarray(schedule.alphas_cumprod)[timesteps]
     snr = alphas / (1 - alphas)
     return jnp.minimum(snr, gamma) / (snr + 1 if schedule.prediction_type == "v_prediction" else snr)

@@ -36,6 +36,7 @@ def draw(
     leave: bool = True,
     emphasis: bool = False,
     long_prompts: bool = False,
+    guidance_rescale: float = 0.0,
 ) -> Iterator[np.ndarray]:
     """The pictures uint8[H, W, 3] of all prompts, in order.
 
@@ -47,7 +48,7 @@ def draw(
     one on each device; the last batch is filled up: it compiles nothing of its own. finite: raise FloatingPointError
     for a picture that is not finite; otherwise it is black. words: of a bar over the steps of all batches, None for no
     bar; leave: whether the bar stays at the end. guidance: below 1 it is 1, no guidance, as in diffusers, and a warning
-    says so. emphasis, long_prompts: see emphasis.py."""
+    says so. emphasis, long_prompts: see emphasis.py. guidance_rescale: see `sampling.text_to_image`."""
     if guidance < 1:
         warnings.warn(f"guidance = {guidance:g} is drawn as 1, as in diffusers: without guidance", stacklevel=2)
     modules, params, mesh = pipeline.modules, pipeline.params, pipeline.mesh
@@ -86,6 +87,7 @@ def draw(
                 noise=None if schedule.noise is None else np.stack(between, axis=1),
                 token_weights=None if weights is None else (put(weights[1][rows]), put(weights[0][rows])),
                 empty_inputs=empty,
+                guidance_rescale=float(guidance_rescale) or None,
                 tick=None if words is None else bar.update,
             )
             drawn = sharding.whole(drawn, mesh)[: n - start]

@@ -80,6 +80,7 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         height: int | None = None,
         width: int | None = None,
         image: Picture | Sequence[Picture] | None = None,
@@ -105,6 +106,8 @@ class Pipeline:
         `samplers.schedule`; without a sampler, the model's own draws; None: the usual steps of the sampler.
         guidance_scale: how far from the negative prompt
         to the prompt, 1 is none, and so is anything below, with a warning; None: the model's own, `Folder.guidance`.
+        guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1; 0.7 for models without
+        signal at their last timestep.
         height, width: pixels; None: as in training. image: picture or path to start from, one for all or one each,
         scaled and cropped to the size. mask_image: white where to draw in the image, black where it stays (as the
         autoencoder gives it back). strength: how much the image changes, in (0, 1]; None: 0.8, and with a mask 1: from
@@ -135,6 +138,8 @@ class Pipeline:
             raise ValueError(
                 f"guidance_scale = {guidance_scale}: 1 is no guidance, {self.folder.guidance:g} the model's"
             )
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale = {guidance_rescale}: it is 0 to 1, and 0.7 is usual")
         height, width = self._pixels("height", height), self._pixels("width", width)
         settings = {}
         if image is None and strength is not None:
@@ -178,10 +183,12 @@ class Pipeline:
             masks=masks or None,
             emphasis=emphasis,
             long_prompts=long_prompts,
+            guidance_rescale=guidance_rescale,
             words=(f"drawing {n} pictures" if n > 1 else "drawing") if progress else None,
         )
         pictures = [Image.fromarray(x) for x in drawn]
         options = {"clip_skip": clip_skip, "emphasis": emphasis, "long_prompts": long_prompts}
+        options |= {"guidance_rescale": guidance_rescale}
         settings |= {name: value for name, value in options.items() if value}
         settings |= {
             "num_inference_steps": num_inference_steps,

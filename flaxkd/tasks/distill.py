@@ -80,8 +80,15 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         assemble=assemble,
         columns=columns,
         before=before,
+        drawn_as=predicting(folder, config.prediction_type),
         passes=((teacher_config, 1), learning) if student else (learning,),
     )
+
+
+def predicting(folder: Folder, prediction_type: str | None) -> Folder | None:
+    """The folder with another prediction_type in its scheduler's configuration; None for its own."""
+    scheduler = folder.config("scheduler") | {"prediction_type": prediction_type}
+    return prediction_type and folder.replace({"scheduler": scheduler}, {}, folder.step)
 
 
 def _check(config, folder: Folder) -> None:

@@ -78,7 +78,7 @@ def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: fl
     noise = jax.random.normal(key_noise, shape)
     if noise_offset:  # a shift of whole channels lets a UNet learn very dark and very bright pictures
         noise += noise_offset * jax.random.normal(key_offset, (b, 1, 1, latents.shape[-1]))
-    if pixels:
+    if pixels:  # with a key of its own: all else is as without masks
         conditions["beside"] = beside(jax.random.fold_in(key, 5), **pixels, scaling_factor=scaling_factor)
     weighted = timestep_sampling == "uniform" and snr_gamma is not None
     if among is None:

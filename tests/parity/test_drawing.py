@@ -79,6 +79,27 @@ def test_a_model_of_few_steps_is_drawn_from_its_folder_alone(tmp_path, monkeypat
     assert levels(ours, np.round(expected * 255)) <= 1
 
 
+def test_a_model_without_signal_at_the_start_is_drawn_as_diffusers_does(tmp_path):
+    """v-prediction, `rescale_betas_zero_snr`, trailing timesteps and a rescaled guidance."""
+    source = Folder.open(write_plain(tmp_path)["teacher"])
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    unet = source.config("unet"), tiny.weights(source.shapes("unet"), 0)
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "guidance_rescale": 0.7}
+    for kind in ("ddim", "euler", "dpmsolver++"):
+        scheduler = {"_class_name": samplers.SAMPLERS[kind].scheduler, "clip_sample": False}
+        made = source.replace({"scheduler": source.config("scheduler") | zero | scheduler}, {})
+        folder = pretrained.save(tmp_path / kind, source=made, parts={"unet": unet})
+        theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+        assert theirs.scheduler.config.rescale_betas_zero_snr and type(theirs.scheduler).__name__ in scheduler.values()
+        theirs.set_progress_bar_config(disable=True)
+        start = torch.tensor(latents.transpose(0, 3, 1, 2))
+        expected = theirs("red apple", latents=start, output_type="np", **settings).images[0]
+        (ours,) = Pipeline.from_pretrained(folder)("red apple", latents=latents, progress=False, **settings)
+        assert ours.info["sampler"] == kind and np.std(expected) > 0.05
+        assert levels(ours, np.round(expected * 255)) <= 1
+
+
 @pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "before.png"

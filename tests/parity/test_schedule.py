@@ -9,13 +9,13 @@ from tests.tasks.test_losses import SD, normal
 torch = pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_forward_process_equals_diffusers(kind):
+@pytest.mark.parametrize(("kind", "zero"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
+def test_forward_process_equals_diffusers(kind, zero):
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
 
-    scheduler = DDPMScheduler.from_config(SD | {"prediction_type": kind})
-    schedule = diffusion.NoiseSchedule.from_config(SD | {"prediction_type": kind})
+    config = SD | {"prediction_type": kind, "rescale_betas_zero_snr": zero}
+    scheduler, schedule = DDPMScheduler.from_config(config), diffusion.NoiseSchedule.from_config(config)
     latents, noise, timesteps = normal(0, 5, 2, 2, 4), normal(1, 5, 2, 2, 4), np.array([0, 1, 250, 600, 999])
     tensors = [torch.tensor(x) for x in (latents, noise, timesteps)]
     np.testing.assert_allclose(

@@ -10,7 +10,9 @@ from configs import default
 from flaxkd import tasks
 from flaxkd.machine import sharding
 from flaxkd.pretrained import Folder
+from flaxkd.tasks import inputs
 from flaxkd.training.step import init_state, make_step, optimizer
+from tests.running import write_plain
 
 # (devices, fsdp). A UNet takes a minute for each to compile. The suite has one mesh, and compares meshes on the small
 # networks of training/test_step.py and machine/test_hosts.py; FLAXKD_TEST_DEVICES=8 compares all of 8 devices here.
@@ -107,3 +109,23 @@ def test_a_student_equal_to_the_teacher_has_no_distillation_loss(tiny_pipeline):
     task = tasks.make(config(student=None, train=("unet", "text_encoder")), Folder.open(tiny_pipeline), jnp.float32)
     assert set(task.trained) == {"unet", "text_encoder"} and task.frozen == {}
     assert task.configs.keys() == {"unet", "text_encoder"}
+
+
+def test_a_teacher_without_signal_at_the_last_timestep(tmp_path):
+    """v-prediction with `rescale_betas_zero_snr`: there, v is minus the latents, and Min-SNR weighs it with 0."""
+    folder = Folder.open(write_plain(tmp_path)["teacher"])
+    zero = folder.config("scheduler") | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    c = config(student=None, snr_gamma=5.0, caption_dropout=0.0)
+    c.data.resolution = 32
+    task = tasks.make(c, folder.replace({"scheduler": zero}, {}), jnp.float32)
+    assert task.drawn_as is None
+    moments = np.concatenate([np.full((2, 8, 8, 4), 3.0), np.full((2, 8, 8, 4), -60.0)], -1).astype(np.float32)
+    data = task.random_batch(2, seed=0) | {"moments": moments}
+    options = inputs.options(c, folder.replace({"scheduler": zero}, {}))
+    ready = inputs.prepare(jax.random.key(0), data, **options, among=np.array([999]))
+    np.testing.assert_allclose(ready.target, -3 * folder.scaling_factor, rtol=1e-5)
+    assert not ready.noise_weights.any() and np.std(ready.noisy_latents) > 0.9
+    loss, _ = jax.jit(task.loss)(task.trained, task.frozen, {}, ready._replace(noise_weights=jnp.ones(2)))
+    assert 0 < loss < 1e3
+    c.prediction_type = "v_prediction"  # of a teacher whose file says otherwise: drawn and exported with it
+    assert tasks.make(c, folder, jnp.float32).drawn_as.config("scheduler")["prediction_type"] == "v_prediction"
