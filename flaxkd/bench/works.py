@@ -52,7 +52,9 @@ class Subject(NamedTuple):
         SDXL also text_embeds float32[2b, e] and time_ids float32[2b, 6]."""
         rng, b = np.random.default_rng(0), 2 * self.config.batch_size
         _, _, _, *added = PARTS["unet"].inputs(PARTS["unet"].config.from_dict(self.unet_config))
-        shapes = [self.folder.latent_shape(), (self.folder.text_length, self.unet_config["cross_attention_dim"])]
+        h, w, c = self.folder.latent_shape()
+        c = self.unet_config.get("in_channels", c)  # of an inpainting UNet, also what it sees beside the noisy latents
+        shapes = [(h, w, c), (self.folder.text_length, self.unet_config["cross_attention_dim"])]
         shapes += [x.shape[1:] for x in added]
         noisy_latents, *conditions = (rng.standard_normal((b, *shape), np.float32) for shape in shapes)
         return noisy_latents, np.full(b, 500, np.int32), *conditions

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert import to_inpainting
 from flaxkd import export, pretrained, students
 from flaxkd.data import encoding
 from flaxkd.drawing.pipeline import Pipeline
@@ -195,8 +196,11 @@ def channels(n):
     return lambda found: found | {"model.diffusion_model.input_blocks.0.0.weight": np.zeros((8, n, 3, 3), np.float32)}
 
 
-def test_an_inpainting_model_is_one_too(file, tmp_path):
-    folder = Folder.open(rewrite(file, tmp_path / "inpainting.safetensors", channels(9), lambda header: {}))
+def test_an_inpainting_model_is_one_too(tiny_pipeline, tmp_path):
+    source = Folder(tiny_pipeline)
+    config, params = to_inpainting.widened(source)
+    writer.write(tmp_path / "file.safetensors", source.replace({"unet": config}, {"unet": lambda: params}))
+    folder = Folder.open(tmp_path / "file.safetensors")
     assert folder.family is FAMILIES["sd1"] and folder.pipeline == "StableDiffusionInpaintPipeline"
     assert folder.stored("unet")["conv_in"]["kernel"].shape == (3, 3, 9, 8)
 
