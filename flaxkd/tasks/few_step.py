@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxkd import diffusion, pretrained
-from flaxkd.diffusion import consistency, samplers, sampling
+from flaxkd.diffusion import consistency, sampling
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.models.unet import guidance_embedding
 from flaxkd.pretrained import Folder
@@ -94,13 +94,11 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
 
     usual = min(max(folder.guidance, low), high)
     few = drawn_as(folder, schedule.prediction_type, few_step.ode_steps, usual if channels else 1.0)
-    steps = samplers.SAMPLERS["lcm"].steps
-    column = lambda title: lambda trained, frozen: {title: Network({"unet": unet_config}, assemble(trained, frozen))}
-    columns, begin = column(f"{steps} steps, trained"), column(f"{steps} steps, as begun")
+    network = lambda trained, frozen: Network({"unet": unet_config}, assemble(trained, frozen))
 
     def before(trained, frozen) -> dict:
-        whole = Network({}, assemble(trained, frozen) | {"unet": frozen["teacher"]}, folder)
-        return {"teacher": whole, **begin(trained, frozen)}
+        teacher = Network({}, assemble(trained, frozen) | {"unet": frozen["teacher"]}, folder)
+        return {"teacher": teacher, "as begun": network(trained, frozen)}
 
     return Task(
         batch=inputs.batch(config, folder),
@@ -110,7 +108,7 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         loss=loss,
         configs={"unet": unet_config},
         assemble=assemble,
-        columns=columns,
+        columns=lambda trained, frozen: {"few steps": network(trained, frozen)},
         before=before,
         passes=((teacher_config, 2), (unet_config, 4 + bool(config.remat))),
         drawn_as=few,
