@@ -178,6 +178,7 @@ class Family:
     shown: str  # its architecture in the tables of students
     single_file: Mapping[str, str]  # {text encoder: the beginning of its names in a single file}
     modelspec: Mapping[str, str]  # prediction_type -> architecture in the header of a single file
+    kohya: str  # ss_base_model_version in the header of an adapter
     sizes: bool = False  # whether an example has time_ids: its original size, its crop and its size
     penultimate: bool = False  # whether the states are those before the last layer of the encoders
     upcasts: bool = False  # whether its autoencoder computes in float32 where its config.json asks for it
@@ -223,17 +224,19 @@ FAMILIES = {
     "sd1": Family("Stable Diffusion 1.x", _SD, CAPTION,
                   {"use_linear_projection": False, "addition_embed_type": False}, text_states, _BESIDE_SD,
                   stages=4, layers=2, shown="sd15", single_file={"text_encoder": ldm.CLIP},
-                  modelspec={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"}),
+                  modelspec={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"}, kohya="sd_v1"),
     "sd2": Family("Stable Diffusion 2.x", _SD, CAPTION,
                   {"use_linear_projection": True, "addition_embed_type": False}, text_states, _BESIDE_SD,
                   stages=4, layers=2, shown="sd21", single_file={"text_encoder": ldm.OPEN_CLIP},
-                  modelspec={"epsilon": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"}),
+                  modelspec={"epsilon": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"},
+                  kohya="sd_v2"),
     "sdxl": Family("Stable Diffusion XL", _SDXL, SDXL_CAPTIONS,
                    {"use_linear_projection": True, "addition_embed_type": True}, two_text_states, _BESIDE_SDXL,
                    stages=3, layers=2, shown="sdxl",
                    single_file={"text_encoder": ldm.SDXL_CLIP, "text_encoder_2": ldm.SDXL_OPEN_CLIP},
                    modelspec={"epsilon": "stable-diffusion-xl-v1-base", "v_prediction": "stable-diffusion-xl-v1-base"},
-                   sizes=True, penultimate=True, upcasts=True, guidance=5.0, tag="stable-diffusion-xl",
+                   kohya="sdxl_base_v1-0", sizes=True, penultimate=True, upcasts=True, guidance=5.0,
+                   tag="stable-diffusion-xl",
                    code="https://github.com/Stability-AI/generative-models"),
 }  # fmt: skip
 

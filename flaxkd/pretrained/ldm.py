@@ -99,6 +99,13 @@ class Blocks(NamedTuple):
     attention: tuple[bool, ...]
 
 
+# Of Stable Diffusion 1.x and 2.x, and XL.
+WHOLE_UNETS = (
+    Blocks((2,) * 4, (3,) * 4, (False, True, True, True)),
+    Blocks((2,) * 3, (3,) * 3, (True, True, False)),
+)
+
+
 def to_ldm(part: str, tensors: Tensors, *, prefix: str | None = None, gaps: bool = False) -> Tensors:
     """The tensors {diffusers' key: array} of a part under LDM's names, with the prefix of the part.
 
@@ -144,7 +151,11 @@ def _renamed(key: str, pairs: Pairs, missing: str | None = None) -> str:
 
 def _unet(keys: Iterable[str], gaps: bool = False) -> Pairs:
     keys = set(keys)
-    here, gaps = (blocks(keys), gaps) if "conv_in.weight" in keys else _ldm_blocks(keys)
+    return unet_pairs(blocks(keys), gaps) if "conv_in.weight" in keys else unet_pairs(*_ldm_blocks(keys))
+
+
+def unet_pairs(here: Blocks, gaps: bool = False) -> Pairs:
+    """The pairs of a UNet of these blocks. gaps: how LDM counts its layers, see above."""
     pairs, n = dict(UNET), 0
     for block, layers in enumerate(here.down):
         for i in range(layers):

@@ -1,0 +1,341 @@
+"""LoRA files: reading every dialect, fitting one to a model, and writing two of them.
+
+Whatever a file holds is read as two small matrices for each module, A and B, with all scales folded into B, in the form
+of `weights.lora`. LoCon, LoHa and LoKr are products of two matrices too. lora_names.py has the names. A file is written
+so that every program applies the same: alpha = rank, and PEFT names for diffusers or kohya's for other programs.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save
+
+from flaxkd.machine import files
+from flaxkd.models.unet import UNetConfig
+from flaxkd.pretrained import families, keys, lora_forms, lora_names, tensors
+from flaxkd.pretrained.folder import Folder
+from flaxkd.pretrained.single_file import MODELSPEC
+from flaxkd.pretrained.writing import cast
+from flaxkd.weights import lora
+
+NAME = "pytorch_lora_weights.safetensors"  # that diffusers looks for in a folder
+OWN = "flaxkd."  # what only flaxkd writes into a header: student, teacher and the layers of its UNet
+REMEDY = "python -m convert.lora --lora {} --to-student STUDENT --out NEW"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraFile:
+    """A file as read. parts: {part: adapter} in float32, see `weights.lora`, with the scales folded in.
+
+    scales: {part: {module: scale found in the file}}. magnitudes: {part: {module: float32[o]}} of DoRA. dialects: those
+    of its keys. unknown: keys of none. metadata: of its header."""
+
+    path: Path
+    parts: dict[str, dict]
+    scales: dict[str, dict[tuple, float]]
+    magnitudes: dict[str, dict[tuple, np.ndarray]]
+    dialects: tuple[str, ...]
+    unknown: tuple[str, ...]
+    metadata: dict[str, str]
+
+    def describe(self) -> str:
+        """A line for each part: its modules, ranks, and on how many of them each scale was found."""
+        lines = [f"{self.path}: {', '.join(self.dialects)}"]
+        for part, adapter in self.parts.items():
+            pairs = lora.layers(adapter)
+            ranks = sorted({a.shape[-1] for a, _ in pairs.values()})
+            scales = collections.Counter(self.scales[part].values()).most_common()
+            found = ", ".join(f"{scale:g} on {n}" for scale, n in scales)
+            lines.append(f"  {part:15} {len(pairs):4} modules, rank {', '.join(map(str, ranks))}, scale {found}")
+            if self.magnitudes.get(part):
+                lines[-1] += f", DoRA on {len(self.magnitudes[part])}"
+        return "\n".join(lines)
+
+
+def split(text: str | os.PathLike) -> tuple[Path, float]:
+    """(file, scale) of FILE or FILE:SCALE. Raises FileNotFoundError."""
+    path, colon, number = str(text).rpartition(":")
+    if colon and not Path(text).exists():
+        with contextlib.suppress(ValueError):  # a colon of the name
+            scale = float(number)
+            return _file(Path(path)), scale
+    return _file(Path(text)), 1.0
+
+
+def _file(path: Path) -> Path:
+    """The file itself; of a folder, the one that diffusers takes."""
+    inside = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    path = path / NAME if (path / NAME).is_file() else inside[0] if len(inside) == 1 else path
+    if not path.is_file():
+        found = f" (it has {', '.join(x.name for x in inside) or 'none'})" if path.is_dir() else ""
+        raise FileNotFoundError(f"there is no file {path}{found}: --lora takes FILE.safetensors or FILE:SCALE")
+    return path
+
+
+# -- Reading -----------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike) -> LoraFile:
+    """Reads a LoRA file of any dialect. Warns of keys that are in none.
+
+    Raises FileNotFoundError, and ValueError that names the file: if it is no LoRA, of a kind that flaxkd does not read
+    (`lora_names.REFUSED`), damaged, or has tensors of a module that do not fit each other."""
+    path = _file(Path(path))
+    metadata = tensors.header(path)[1]
+    modules, unknown, dialects = collections.defaultdict(dict), [], set()
+    try:
+        for key, array in tensors.read([path]).items():
+            name = lora_names.parse(key)
+            if name is None:
+                unknown.append(key)
+                continue
+            if name.role in modules[name.part, name.module]:
+                raise ValueError(f"{key} is there twice, by two names")
+            if not np.isfinite(array := array.astype(np.float32)).all():
+                raise ValueError(f"{key} has numbers that are NaN or infinite")
+            modules[name.part, name.module][name.role] = array
+            dialects.add(name.dialect)
+        if not modules:
+            raise ValueError(f"it has no tensor of a LoRA, but {', '.join(unknown[:3]) or 'nothing'}")
+        configured = _Configured(path, metadata)
+        adapters, scales, magnitudes = ({} for _ in range(3))
+        for (part, module), roles in sorted(modules.items()):
+            form = lora_forms.read(roles, lambda rank, p=part, m=module: configured.scale(p, m, rank))
+            adapters.setdefault(part, {})[module] = form.pair
+            scales.setdefault(part, {})[module] = form.scale
+            if "magnitude" in roles:
+                magnitudes.setdefault(part, {})[module] = roles["magnitude"]
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path} cannot be read as a LoRA: {error}") from error
+    if unknown:
+        more = ", ..." if len(unknown) > keys.LISTED else ""
+        listed = ", ".join(unknown[: keys.LISTED])
+        warnings.warn(f"{path}: {len(unknown)} tensors are of no LoRA and not applied: {listed}{more}", stacklevel=2)
+    parts = {part: tree(pairs) for part, pairs in adapters.items()}
+    return LoraFile(path, parts, scales, magnitudes, tuple(sorted(filter(None, dialects))), tuple(unknown), metadata)
+
+
+def tree(pairs: Mapping[tuple, tuple]) -> dict:
+    """The inverse of `weights.lora.layers`: the adapter of {path of a module: (A, B)}."""
+    named = lambda pair: {f"lora_{name}": {"kernel": x} for name, x in zip("AB", pair, strict=True)}
+    return unflatten_dict({path: named(pair) for path, pair in pairs.items()})
+
+
+class _Configured:
+    """The scale of a module without an alpha of its own: 1, or as peft's configuration of the file says.
+
+    diffusers writes it into the header, peft itself into adapter_config.json beside the file."""
+
+    def __init__(self, path: Path, metadata: dict[str, str]):
+        self.config: dict = {}
+        beside = path.with_name("adapter_config.json")
+        if "lora_adapter_metadata" in metadata:
+            try:
+                self.config = json.loads(metadata["lora_adapter_metadata"])
+            except json.JSONDecodeError as error:
+                raise ValueError(f"lora_adapter_metadata in its header is no JSON: {error}") from error
+        elif path.name.startswith("adapter_model") and beside.is_file():
+            self.config = {f"unet.{name}": value for name, value in files.read_json(beside).items()}
+        if not isinstance(self.config, dict):
+            raise ValueError("lora_adapter_metadata in its header is no object {...}")
+
+    def scale(self, part: str, module: tuple, rank: int) -> float:
+        of = lambda name, default: self.config.get(f"{part}.{name}") or default
+        name, alpha = ".".join(module), of("lora_alpha", rank)
+        patterns = of("alpha_pattern", {})
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                alpha = value
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise ValueError(f"lora_alpha = {alpha!r} in its header is no number")
+        return alpha / (rank**0.5 if of("use_rslora", False) else rank)
+
+
+# -- Fitting to a model ------------------------------------------------------------------------------------------------
+
+
+def fit(file: LoraFile, folder: Folder) -> dict[str, dict]:
+    """{part: adapter} of a file for this model, its matrices in the form of the model's layers.
+
+    DoRA becomes the difference of whole kernels, since it depends on them. Raises one ValueError if anything in the
+    file does not apply: it names both families, or the remedy for a teacher's file on a student, or the modules."""
+    _check_layers(file, folder)
+    fitted, wrong = {}, []
+    for part, adapter in file.parts.items():
+        kernels = flatten_dict(folder.shapes(part)) if part in folder.parts else {}
+        fitted[part] = {}
+        for module, pair in lora.layers(adapter).items():
+            kernel = kernels.get((*module, "kernel"))
+            name = f"{part}: {'.'.join(module)}"
+            if kernel is None:
+                wrong.append(f"{name}: there is no such module")
+            elif (shaped := lora_forms.shaped(*pair, kernel.shape)) is None:
+                a, b = pair
+                wrong.append(f"{name}: {(*a.shape[:-1], b.shape[-1])} in the file, {kernel.shape} in the model")
+            else:
+                fitted[part][module] = shaped
+    if wrong:
+        raise ValueError(_misfit(file, folder, wrong))
+    for part, magnitudes in file.magnitudes.items():
+        params = folder.stored(part) if magnitudes else {}
+        kernels = flatten_dict(params)
+        for module, magnitude in magnitudes.items():
+            kernel = np.asarray(kernels[*module, "kernel"], np.float32)
+            fitted[part][module] = lora_forms.dora(fitted[part][module], magnitude, kernel, ".".join(module))
+    return {part: tree(pairs) for part, pairs in fitted.items()}
+
+
+def _check_layers(file: LoraFile, folder: Folder) -> None:
+    """Raises ValueError if the header says that the file is for a UNet of other layers than the model's."""
+    made_for, here = file.metadata.get(f"{OWN}layers"), layers(folder.config("unet"))
+    if made_for not in (None, here):
+        student = file.metadata.get(f"{OWN}student")
+        there = f"the student {student}: --to-teacher makes a file for its teacher" if student else "a whole UNet: "
+        remedy = "" if student else REMEDY.format(file.path)
+        raise ValueError(
+            f"{file.path} is for {there}{remedy}. The layers of its UNet have {made_for} transformer blocks, those of "
+            f"{folder.path} {here}"
+        )
+
+
+def applied(folder: Folder, loras: Iterable[str | os.PathLike]) -> Folder:
+    """The same model with LoRA files merged: kernel + sum of scale * A @ B, made in float32. Nothing else changes.
+
+    loras: FILE or FILE:SCALE. The base stays in its folder, so leaving a file out of the list unloads it. Raises what
+    `read` and `fit` do."""
+    parts: dict[str, list] = {}
+    for file, scale in map(split, loras):
+        for part, adapter in fit(read(file), folder).items():
+            parts.setdefault(part, []).append((adapter, scale))
+    weights = {part: lambda part=part: _merged(folder, part, parts[part]) for part in parts}
+    return folder.replace({}, weights, folder.step)
+
+
+def _merged(folder: Folder, part: str, adapters: list[tuple[dict, float]]) -> dict:
+    params = folder.stored(part)
+    dtypes = {path: x.dtype for path, x in flatten_dict(params).items()}
+    for adapter, scale in adapters:
+        params = lora.merge(params, adapter, scale, np.float32)
+    flat = flatten_dict(params)
+    return unflatten_dict({path: x.astype(dtypes[path]) for path, x in flat.items()})
+
+
+def layers(unet_config: dict) -> str:
+    """The transformer blocks of all layers of a UNet, stage by stage, which tell a student from its teacher.
+
+    Of the teacher of Stable Diffusion 1.x: "1 1|1 1|1 1|0 0|1|0 0 0|1 1 1|1 1 1|1 1 1"."""
+    c = UNetConfig.from_dict(unet_config)
+    stages = [*c.down, *([c.mid] if c.mid else []), *c.up]
+    return "|".join(" ".join(str(depth or 0) for depth in stage.depths) for stage in stages)
+
+
+def family(parts: Mapping[str, dict]) -> families.Family | None:
+    """The family whose text states the adapted UNet reads, by their width in the published models; None: unknown."""
+    widths = {a.shape[-2] for path, (a, _) in lora.layers(parts.get("unet", {})).items() if path[-2:-1] == ("attn2",)
+              if path[-1] in ("to_k", "to_v")}  # fmt: skip
+    published = {row.unet["cross_attention_dim"]: row.family for row in families.ARCHITECTURES.values()}
+    name = published.get(widths.pop()) if len(widths) == 1 else None
+    return families.FAMILIES[name] if name else None
+
+
+def _misfit(file: LoraFile, folder: Folder, wrong: list[str]) -> str:
+    of, listed = family(file.parts), "".join(f"\n  {line}" for line in wrong[: keys.LISTED])
+    listed += f"\n  ... and {len(wrong) - keys.LISTED} more" * (len(wrong) > keys.LISTED)
+    if of is not None and of is not folder.family:
+        here = f"{folder.path} is {folder.family.title}"
+        return f"{file.path} is for {of.title}, and {here}. Misfits ({len(wrong)}):{listed}"
+    c, row = UNetConfig.from_dict(folder.config("unet")), folder.family
+    whole = len(c.block_out_channels) == row.stages and c.mid and {len(x.depths) for x in c.down} == {row.layers}
+    if not whole and any(line.startswith("unet") for line in wrong):
+        return (
+            f"{file.path} is for a whole UNet, and {folder.path} is a student's: as it is, its modules would be put on "
+            f"other layers or none. {REMEDY.format(file.path)} makes a file for it. Misfits ({len(wrong)}):{listed}"
+        )
+    return f"{len(wrong)} modules of {file.path} do not fit {folder.path}:{listed}"
+
+
+# -- Writing -----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: str | os.PathLike, parts: Mapping[str, dict], dialect: str, metadata: Mapping[str, str], dtype=np.float32
+) -> Path:
+    """Writes adapters as one file, scales folded, alpha = rank, and returns its path.
+
+    parts: {part: adapter}. dialect: "peft" (without alpha) or "kohya" (with alpha for each module). metadata: see
+    `header`; identities of the tensors are added to it. Raises ValueError for another ending, or a number too large."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors")
+    two = metadata.get("ss_base_model_version") == families.FAMILIES["sdxl"].kohya or "text_encoder_2" in parts
+    written = {}
+    for part, adapter in parts.items():
+        for module, pair in lora.layers(adapter).items():
+            name = lambda role, part=part, module=module: lora_names.key(dialect, part, module, role, two)
+            for role, x in zip("AB", pair, strict=True):
+                _, array = keys.to_diffusers((*module, f"lora_{role}", "kernel"), np.asarray(x))
+                written[name(role)] = np.ascontiguousarray(array)
+            if dialect == "kohya":
+                written[name("alpha")] = np.array(pair[0].shape[-1], np.float32)
+    written = cast(written, dtype, str(path))
+    content = save(written, {"format": "pt", **metadata})
+    start = 8 + int.from_bytes(content[:8], "little")
+    identities = {
+        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(path) as scratch:
+        scratch.write_bytes(save(written, {"format": "pt", **metadata, **identities}))
+    return path
+
+
+def header(
+    folder: Folder, name: str, parts: Mapping[str, dict], *, student: str | None = None, teacher: str | None = None,
+    trained: Mapping[str, object] | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """The metadata that user interfaces read: of kohya's scripts (ss_), of modelspec, and flaxkd's own.
+
+    folder: the model it is for. name: of the file, its alias. student: row of the table, or a student's file; teacher:
+    of that student. trained: further ss_ fields, such as {"steps": 400, "tag_frequency": {...}}."""
+    ranks = [a.shape[-1] for adapter in parts.values() for a, _ in lora.layers(adapter).values()]
+    rank = str(max(ranks, default=0))
+    unet, row = folder.config("unet"), folder.family
+    prediction = folder.config("scheduler").get("prediction_type", "epsilon")
+    kohya = {
+        "base_model_version": row.kohya,
+        "v2": str(row is families.FAMILIES["sd2"]),
+        "network_module": "networks.lora",
+        "network_dim": rank,
+        "network_alpha": rank,
+        "network_args": "{}",
+        "output_name": name,
+        "sd_model_name": student or folder.path.name,
+        "resolution": f"({folder.size[1]}, {folder.size[0]})",
+        **(trained or {}),
+    }
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{row.modelspec[prediction]}/lora",
+        "implementation": "diffusers",
+        "title": name,
+        "resolution": f"{folder.size[1]}x{folder.size[0]}",
+        "prediction_type": {"v_prediction": "v"}.get(prediction, prediction),
+    }
+    own = {"student": student, "teacher": teacher, "layers": layers(unet)}
+    text = lambda value: value if isinstance(value, str) else json.dumps(value)
+    return (
+        {f"ss_{key}": text(value) for key, value in kohya.items()}
+        | {f"{MODELSPEC}{key}": value for key, value in spec.items()}
+        | {f"{OWN}{key}": value for key, value in own.items() if value}
+    )
