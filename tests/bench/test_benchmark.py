@@ -115,4 +115,5 @@ def test_the_training_step_costs_little_more_than_it_must(monkeypatch):
     for name in ("teacher", "sd_small"):
         student = works.subject(name, config, folder, steps=2)
         flops[name] = works._denoise(student)[1].cost_analysis()["flops"] / 2
-    assert 1 < flops["step"] / (flops["teacher"] + 3 * flops["sd_small"]) < 1.05
+    # 1.067 with attention in one stage, since the optimizer's share is larger there; one more forward pass is 1.2.
+    assert 1 < flops["step"] / (flops["teacher"] + 3 * flops["sd_small"]) < 1.1
