@@ -145,7 +145,7 @@ def test_a_value_gets_the_type_of_its_key(overrides, key, value):
         ("batch-size=3", 'Did you mean "batch_size"'),
         ("learning_rat.peak_value=3", 'Did you mean "learning_rate.peak_value"'),
         ("learning_rate.peak_valu=3", 'Did you mean "learning_rate.peak_value"'),
-        ("guidance=3", 'Did you mean "sample.guidance"'),
+        ("guidance=3", 'Did you mean "few_step.guidance" or "sample.guidance"'),
         ("sample.zzz=3", "sample has sample.every, sample.guidance, "),
         ("zzz=3", r"default\.py has all keys"),
         ("steps.x=3", 'Did you mean "steps"'),
