@@ -4,8 +4,8 @@
 
 One prompt makes a picture. Several prompts (--prompt again, or --prompts FILE with one a line), several models (--model
 again, all with the same seeds) or several pictures of each (--num-images) make a labelled grid. --image starts from a
-picture, --strength sets how much of it changes, and --mask where. The settings are written into the PNG. Without
---model, the embedded teacher draws.
+picture, --strength sets how much of it changes, and --mask where. --lora merges LoRA files into all models. The
+settings are written into the PNG. Without --model, the embedded teacher draws.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from flaxkd.diffusion import samplers
 from flaxkd.drawing import grids
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import command
+from flaxkd.pretrained import lora_files
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -38,9 +39,11 @@ def draw(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} must end in .png: the settings are written into it")
     if args.sampler is not None:
         samplers.name_of(args.sampler)
+    for file, scale in map(lora_files.split, args.lora):
+        print(f"{lora_files.read(file).describe()}, applied {scale:g} times")
     models = dict.fromkeys(args.model or [None])
     pipelines = [
-        Pipeline.from_pretrained(model, args.dtype, vae=args.vae) for model in models
+        Pipeline.from_pretrained(model, args.dtype, vae=args.vae, lora=args.lora) for model in models
     ]  # all are loaded before the first one draws
     columns: dict[str, list] = {}
     several = args.num_images > 1
@@ -83,6 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     command.add(parser, "model", action=command.Several, help=f"{command.MODEL}; repeat for several columns")
     command.add(parser, "vae")
+    command.add(parser, "lora")
     add("--prompt", action="append", default=[], help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
     add("--negative-prompt", help='what not to draw; default: nothing, which with Stable Diffusion XL is not ""')

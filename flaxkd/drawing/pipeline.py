@@ -24,9 +24,10 @@ from flaxkd.drawing import batches
 from flaxkd.drawing.emphasis import parse
 from flaxkd.machine import sharding
 from flaxkd.models.attention import DotProductAttention
-from flaxkd.pretrained import Folder
+from flaxkd.pretrained import Folder, lora_files
 
 Picture = Image.Image | str | os.PathLike
+WITH = " + "  # before a LoRA in the name of a pipeline
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,18 +45,23 @@ class Pipeline:
     mesh: Any
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike | None = None, dtype=None, mesh=None, vae=None) -> "Pipeline":
+    def from_pretrained(
+        cls, model: str | os.PathLike | None = None, dtype=None, mesh=None, vae=None, lora: Sequence = ()
+    ) -> "Pipeline":
         """Reads a pipeline folder of diffusers, a single-file checkpoint, a hub id (owner/name), or a run's workdir.
 
         model: None is the embedded teacher. A workdir draws with its export (`diffusers/`), or before there is one,
         with its newest checkpoint. dtype: of parameters and compute; None is bfloat16 on an accelerator and float32
         on a CPU. mesh: the devices that draw; None is all of this process, see `sharding.local_mesh`. vae: another
-        autoencoder than the model's own: folder, file or hub id.
+        autoencoder than the model's own: folder, file or hub id. lora: see `with_lora`.
         Raises FileNotFoundError and ValueError, both with the remedy, if there is no such model, or if it is of a kind
         that flaxkd does not know."""
         folder = export.open_model(model, vae)
-        made = cls.from_folder(folder, "embedded teacher" if model is None else str(model), dtype, mesh)
-        return made if folder.step is None else dataclasses.replace(made, name=f"{model}, step {folder.step()}")
+        name = "embedded teacher" if model is None else str(model)
+        made = cls.from_folder(lora_files.applied(folder, lora), _with(name, lora), dtype, mesh)
+        if folder.step is not None:
+            made = dataclasses.replace(made, name=_with(f"{model}, step {folder.step()}", lora))
+        return dataclasses.replace(made, folder=folder)
 
     @classmethod
     def from_folder(cls, folder: Folder, name: str, dtype=None, mesh=None, parts=None, params=None) -> "Pipeline":
@@ -66,6 +72,17 @@ class Pipeline:
         read = {part: folder.params(part, dtype) for part in (folder.parts if parts is None else parts)}
         on_devices = sharding.put(read, sharding.replicated(mesh)) | (params or {})
         return cls(name, folder, FrozenDict(modules), on_devices, folder.config("scheduler"), mesh)
+
+    def with_lora(self, *lora: str | os.PathLike) -> "Pipeline":
+        """The same pipeline with these LoRA files, each FILE or FILE:SCALE, in place of those it has; none: the base.
+
+        The weights are its folder's + the sum of scale * A @ B, made in float32 and then cast. Raises what
+        `lora_files.read` and `lora_files.fit` do, if a file is for another family or UNet."""
+        folder = lora_files.applied(self.folder, lora)
+        dtypes = {part: self.modules[part].dtype for part in ("unet", *folder.family.encoders)}
+        params = {part: folder.params(part, dtype) for part, dtype in dtypes.items()}
+        made = self.with_parts({}, sharding.put(params, sharding.replicated(self.mesh)))
+        return dataclasses.replace(made, name=_with(self.name.partition(WITH)[0], lora))
 
     def with_parts(self, modules: dict[str, Any], params: dict[str, dict]) -> "Pipeline":
         """The same pipeline with these networks or weights in place of its own."""
@@ -239,6 +256,10 @@ class Pipeline:
                     f"{len(tokens['input_ids']) - 2}: not seen is {lost!r}",
                     stacklevel=3,
                 )
+
+
+def _with(name: str, lora: Sequence) -> str:
+    return WITH.join([name, *(os.path.basename(file) for file in lora)])
 
 
 def _each(name: str, value, kind: type, n: int) -> list:

@@ -53,6 +53,12 @@ FLAGS = {
     "model": {"help": f"{MODEL}; default: the embedded teacher"},
     "teacher": {"help": f"{MODEL}; default: the embedded teacher"},
     "vae": {"help": "another autoencoder than the model's own: folder, file or hub id (owner/name)"},
+    "lora": {
+        "action": Several,
+        "default": (),
+        "metavar": "FILE[:SCALE]",
+        "help": "LoRA file of any dialect, and how much of it; repeat for several; default: none",
+    },
     "students": {
         "action": Several,
         "commas": True,

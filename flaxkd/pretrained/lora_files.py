@@ -121,14 +121,8 @@ def read(path: str | os.PathLike) -> LoraFile:
         more = ", ..." if len(unknown) > keys.LISTED else ""
         listed = ", ".join(unknown[: keys.LISTED])
         warnings.warn(f"{path}: {len(unknown)} tensors are of no LoRA and not applied: {listed}{more}", stacklevel=2)
-    parts = {part: tree(pairs) for part, pairs in adapters.items()}
+    parts = {part: lora.tree(pairs) for part, pairs in adapters.items()}
     return LoraFile(path, parts, scales, magnitudes, tuple(sorted(filter(None, dialects))), tuple(unknown), metadata)
-
-
-def tree(pairs: Mapping[tuple, tuple]) -> dict:
-    """The inverse of `weights.lora.layers`: the adapter of {path of a module: (A, B)}."""
-    named = lambda pair: {f"lora_{name}": {"kernel": x} for name, x in zip("AB", pair, strict=True)}
-    return unflatten_dict({path: named(pair) for path, pair in pairs.items()})
 
 
 class _Configured:
@@ -192,7 +186,7 @@ def fit(file: LoraFile, folder: Folder) -> dict[str, dict]:
         for module, magnitude in magnitudes.items():
             kernel = np.asarray(kernels[*module, "kernel"], np.float32)
             fitted[part][module] = lora_forms.dora(fitted[part][module], magnitude, kernel, ".".join(module))
-    return {part: tree(pairs) for part, pairs in fitted.items()}
+    return {part: lora.tree(pairs) for part, pairs in fitted.items()}
 
 
 def _check_layers(file: LoraFile, folder: Folder) -> None:

@@ -1,6 +1,6 @@
 """Students: THE TABLE (table) and what a row says (row), cutting one from its teacher, feature pairs, a picture."""
 
-from flaxkd.students.cutting import config, cost, shapes, take, teacher_path, view
+from flaxkd.students.cutting import config, cost, give_adapter, shapes, take, take_adapter, teacher_path, view
 from flaxkd.students.pairs import PAIRINGS, feature_pairs
 from flaxkd.students.row import CHOSEN, Published, Student, read, write
 from flaxkd.students.table import CLASH, STUDENTS, TABLE, diagram, get, of
@@ -18,10 +18,12 @@ __all__ = [
     "diagram",
     "feature_pairs",
     "get",
+    "give_adapter",
     "of",
     "read",
     "shapes",
     "take",
+    "take_adapter",
     "teacher_path",
     "view",
     "write",

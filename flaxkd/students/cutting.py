@@ -8,6 +8,7 @@ from flaxkd.models.layers import frozen, one
 from flaxkd.models.unet import UNet2DCondition, UNetConfig, each
 from flaxkd.pretrained.families import FAMILIES, PARTS
 from flaxkd.students.row import ALL, RESNET, Student
+from flaxkd.weights import lora
 
 
 def config(student: Student, teacher_config: dict) -> dict:
@@ -157,6 +158,27 @@ def view(student: Student, teacher_params: dict, student_shapes: dict) -> dict:
         found = "\n  ".join(wrong)
         raise ValueError(f"this teacher lacks {len(wrong)} of the student's parameters:\n  {found}")
     return unflatten_dict(new)
+
+
+def take_adapter(student: Student, adapter: dict, student_shapes: dict) -> tuple[dict, list[tuple[str, ...]]]:
+    """(a LoRA of the teacher's UNet as one of the student's, the modules left out since the student has none).
+
+    Exact: cutting the teacher with its adapter merged is merging the student's into the cut teacher, bit for bit.
+    student_shapes: the student's parameters as shapes."""
+    pairs, new = lora.layers(adapter), {}
+    for path in flatten_dict(student_shapes):
+        source = teacher_path(student, path[:-1])
+        if path[-1] == "kernel" and source in pairs:
+            new[path[:-1]] = source
+    left_out = sorted(pairs.keys() - {*new.values()})
+    return lora.tree({module: pairs[source] for module, source in new.items()}), left_out
+
+
+def give_adapter(student: Student, adapter: dict) -> dict:
+    """The inverse: a LoRA of the student's UNet under the teacher's names. The teacher's other layers stay as they are.
+
+    It is not the same function on the teacher: it serves programs that know the whole layout alone."""
+    return lora.tree({teacher_path(student, module): pair for module, pair in lora.layers(adapter).items()})
 
 
 def shapes(unet_config: dict) -> dict:

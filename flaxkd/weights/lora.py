@@ -12,7 +12,7 @@ kernel + scale * A @ B, over the last axis. Networks know nothing of it.
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -71,6 +71,29 @@ def layers(adapter: dict) -> dict[Path, tuple]:
     """{path of a module: its (A, B)}."""
     found = flatten_dict(adapter, is_leaf=lambda path, tree: "lora_A" in tree)
     return {path: (pair["lora_A"]["kernel"], pair["lora_B"]["kernel"]) for path, pair in found.items()}
+
+
+def tree(pairs: Mapping[Path, tuple]) -> dict:
+    """The inverse of `layers`: the adapter of {path of a module: (A, B)}."""
+    named = lambda pair: {f"lora_{name}": {"kernel": x} for name, x in zip("AB", pair, strict=True)}
+    return unflatten_dict({path: named(pair) for path, pair in pairs.items()})
+
+
+def nearest(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """(A, B, share of the squared norm that A @ B keeps) of the nearest product of this rank to a change of a kernel.
+
+    By singular values, their roots on both sides, as numpy arrays in float32. rank: at most that of the matrix."""
+    matrix = difference.reshape(-1, difference.shape[-1]).astype(np.float64)
+    rank = min(rank, *matrix.shape)
+    wide = matrix.shape[0] > matrix.shape[1]
+    small = matrix.T if wide else matrix  # its smaller side first: that squared has the vectors of one side
+    squares, vectors = (x[..., ::-1] for x in np.linalg.eigh(small @ small.T))
+    roots = np.sqrt(np.sqrt(np.maximum(squares[:rank], np.finfo(np.float64).tiny)))
+    left, right = vectors[:, :rank] * roots, (vectors[:, :rank] / roots).T @ small
+    a, b = (right.T, left.T) if wide else (left, right)
+    kept = squares[:rank].sum() / max(squares.sum(), np.finfo(np.float64).tiny)
+    b = b.reshape(*(1,) * (difference.ndim - 2), *b.shape)
+    return a.reshape(*difference.shape[:-1], rank).astype(np.float32), b.astype(np.float32), float(kept)
 
 
 def delta(a, b):

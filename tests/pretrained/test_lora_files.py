@@ -185,7 +185,7 @@ def test_scales_come_from_the_header_of_diffusers_with_its_patterns(tmp_path):
 @pytest.mark.parametrize("dialect", ["peft", "kohya"])
 def test_what_is_written_is_read_back_and_says_what_it_is_for(tmp_path, model, dialect):
     parts = {part: lora.init(model.shapes(part), "all", 2, seed=1) for part in ("unet", "text_encoder")}
-    parts = {part: lora_files.tree({m: (a, b + noise(*b.shape)) for m, (a, b) in lora.layers(tree).items()})
+    parts = {part: lora.tree({m: (a, b + noise(*b.shape)) for m, (a, b) in lora.layers(tree).items()})
              for part, tree in parts.items()}  # fmt: skip
     header = lora_files.header(model, "toy", parts, trained={"steps": 7, "tag_frequency": {"toys": {"sks": 3}}})
     path = lora_files.write(tmp_path / "toy.safetensors", parts, dialect, header)
@@ -280,7 +280,7 @@ def test_files_are_named_with_scales(tmp_path):
 
 def test_merging_adds_up_and_leaves_the_base_alone(tmp_path, model):
     parts = adapter(UNET, "attention")
-    parts["unet"] = lora_files.tree({m: (a, b + 1) for m, (a, b) in lora.layers(parts["unet"]).items()})
+    parts["unet"] = lora.tree({m: (a, b + 1) for m, (a, b) in lora.layers(parts["unet"]).items()})
     path = lora_files.write(tmp_path / "x.safetensors", parts, "kohya", {})
     base, other = model.params("unet"), written(tmp_path / "y.safetensors", DIALECTS["PEFT"])
     merged = lora_files.applied(model, [f"{path}:0.7", f"{other}:0.3"]).params("unet")
