@@ -53,6 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.timestep_sampling = "uniform"
     # standard deviation of a constant added to the noise per channel (0.1 is usual)
     config.noise_offset = 0.0
+    # standard deviation of noise added to what the UNet sees and not to its target (0.1 is advised by its paper)
+    config.input_perturbation = 0.0
     # share of captions replaced by "", or zeros for SDXL; 0.1 to train from scratch for guidance
     config.caption_dropout = 0.0
     config.kl_weight = 2e-3  # for train = ("vae",) alone
@@ -66,6 +68,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # the guidance is an input of the UNet, chosen at drawing; otherwise it is learnt, and drawn with 1
     config.few_step.embedded = False
     config.few_step.huber = 1e-3  # where the Huber loss turns from squares to distances; None: squares alone
+
+    # Prior preservation (DreamBooth): every other example of a batch is a picture of the subject's class, so that the
+    # model keeps it. loss = loss_instance + prior.weight * loss_prior
+    config.prior = ConfigDict()
+    config.prior.prompt = placeholder(str)  # that of the class, "a dog"; None: without
+    config.prior.weight = 1.0
+    # drawn by the model itself before training, with its own sampler and guidance; 0: `folder` has pictures of yours
+    config.prior.pictures = 200
+    config.prior.folder = placeholder(str)  # where they are kept, for further runs; None: WORKDIR/class
 
     # The optimizer: names and arguments are those of optax.
     config.steps = 1000  # optimizer steps; a run in the same workdir may get more of them later
@@ -98,10 +109,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # The data.
     config.data = ConfigDict()
     # or a folder or zip of pictures with captions in metadata.jsonl (file_name, text) or beside them, or a cache made
-    # by `python -m flaxkd.cache`
+    # by `python -m flaxkd.cache`; "subject": five pictures of a green cat, for configs/dreambooth.py
     config.data.source = "openmoji"
     config.data.caption_column = placeholder(str)  # of the metadata; None: text, caption or prompt
     config.data.image_column = placeholder(str)  # of the metadata; None: file_name, file, path, ...
+    # of all pictures of a folder: "a sks dog". Then none is held out: validation has the same ones, at fixed noise
+    config.data.caption = placeholder(str)
     config.data.background = "white"  # color behind transparent pixels
     config.data.resolution = 64  # pixels; 512 for SD 1.x and 2.1-base, 768 for 2.1, 1024 for SDXL
     # None: squares. Sizes ((height, width), ...) in pixels, or the preset "sdxl": the nine of SDXL, scaled to the

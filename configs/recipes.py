@@ -53,6 +53,30 @@ def embedded_lcm(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def embedded_finetune(config: ConfigDict) -> ConfigDict:
+    """Further training of the embedded miniature, or of a student of it, in minutes on two CPU cores."""
+    embedded(config)
+    config.learning_rate = cosine(config, peak_value=2e-4, warmup_steps=20, end_value=1e-5)
+    return config
+
+
+def embedded_dreambooth(config: ConfigDict) -> ConfigDict:
+    """The five pictures of a green cat, and the miniature's own cats, in minutes on two CPU cores."""
+    config.data.source = "subject"
+    config.data.caption = "sks cat face"
+    config.prior.prompt = "cat face"
+    config.prior.pictures = 40
+    config.train = ("unet", "text_encoder")
+    config.steps = 200
+    config.batch_size = 8  # 4 of the subject, 4 of the class
+    config.learning_rate = dict(schedule="constant_schedule", value=1e-4)
+    config.validation.every = 50
+    config.sample.every = 50
+    config.sample.prompts = ("sks cat face", "cat face", "dog face", "red apple", "blue heart", "grinning face")
+    config.checkpoint.every = 100
+    return config
+
+
 def lcm(config: ConfigDict) -> ConfigDict:
     """diffusers' train_lcm_distill_sd_wds.py as its README runs it: 1,000 steps of 12 images at 1e-6.
 
@@ -129,6 +153,42 @@ def sdxl(config: ConfigDict) -> ConfigDict:
     config.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
     config.batch_size = 128  # 32 x 4 accumulation steps of Segmind; 8 x 4 on 4 devices of KOALA-Lightning
     config.data.resolution = 1024
+    return config
+
+
+def portrait(config: ConfigDict) -> ConfigDict:
+    """Segmind's portraits: SD-Tiny on 7K pictures drawn by Realistic Vision 4.0, 768 px, 131,000 steps of 128 at 1e-4.
+
+    By the card of segmind/portrait-finetuned; the pictures were not published."""
+    photographs(config)
+    config.teacher = "segmind/tiny-sd"
+    config.steps = 131_000
+    config.batch_size = 128  # 32 x 4 accumulation steps
+    config.learning_rate = dict(schedule="constant_schedule", value=1e-4)
+    config.data.resolution = 768
+    return config
+
+
+def bksdm_dreambooth(config: ConfigDict) -> ConfigDict:
+    """BK-SDM's DreamBooth (scripts/finetune_full.sh): BK-SDM-Base, 800 steps of one picture and one of its class.
+
+    Its rate is 1e-6 and its prompts are those of a dog, as in google/dreambooth's dog: give your own."""
+    photographs(config)
+    config.teacher = "nota-ai/bk-sdm-base"
+    config.train = ("unet", "text_encoder")
+    config.data.caption = "a sks11df dog"
+    config.prior.prompt = "a dog"
+    config.steps = 800
+    config.batch_size = 2  # one of either
+    config.learning_rate = dict(schedule="constant_schedule", value=1e-6)
+    config.remat = True
+    config.seed = 1234
+    config.log_every = 10
+    config.validation.every = 100
+    config.validation.examples = 16
+    config.sample.every = 100
+    config.sample.prompts = ("a sks11df dog in the jungle", "a dog in the jungle")
+    config.checkpoint.every = 200
     return config
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from flaxkd import choosing, export, tasks
-from flaxkd.data import encoding, sources
-from flaxkd.drawing import grids
+from flaxkd.data import encoding, loader, sources
+from flaxkd.drawing import class_pictures, grids
 from flaxkd.machine import checkpoints, command, configuration, cpu, hosts, progress, sharding, streams
 from flaxkd.pretrained import Folder, fresh
 from flaxkd.tasks.samples import Sheet
@@ -109,7 +109,8 @@ def set_up(
         metrics.note_start(workdir, command=typed, machine=machine)
         introduce(config, folder, task, machine, before)
 
-    batches, kinds, held_out = open_examples(config, task, pictures, folder, dtype, mesh)
+    prior = class_pictures.ensure(config, folder, workdir, dtype) if config.prior.prompt else None
+    batches, kinds, held_out = open_examples(config, task, pictures, prior, folder, dtype, mesh)
     like = state_shapes(task, config, tx)
     frozen = sharding.put(task.frozen, sharding.params(mesh, task.frozen))
     train_step, evaluate = make_step(task, config, tx, mesh, like)
@@ -141,13 +142,20 @@ def open_pictures(config, split: str) -> sources.Source:
         background=config.data.background,
         caption_column=config.data.caption_column,
         image_column=config.data.image_column,
+        caption=config.data.caption or None,
     )
 
 
 def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
     """The teacher's pipeline folder; for `config.blank`, a new one in the workdir, all or some of it random."""
     if config.blank is None:
-        return Folder.open(config.teacher, config.vae, config.clip_skip)
+        folder = export.open_model(config.teacher, config.vae)  # a finished run stands for its export
+        if folder.step is not None:
+            raise ValueError(
+                f"teacher = {config.teacher!r} is a run that has not finished: resume it, or export its newest "
+                f"checkpoint, `python -m convert.to_diffusers --workdir {config.teacher} --out DIR`, and give DIR"
+            )
+        return folder.skip_layers(config.clip_skip)
     captions = pictures.captions or [picture["caption"] for picture in pictures]
     base = Folder.open(config.teacher, config.vae)
     write = lambda: fresh.write(workdir / "blank", config.blank.to_dict(), captions, config.seed, base)
@@ -157,12 +165,20 @@ def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
     return write()  # an existing one is left alone
 
 
-def open_examples(config, task: Task, pictures: dict[str, sources.Source], folder: Folder, dtype, mesh) -> tuple:
+def open_examples(
+    config, task: Task, pictures: dict[str, sources.Source], prior: sources.Source | None, folder: Folder, dtype, mesh
+) -> tuple:
     """(endless batches of this process's rows, the shapes they may have, held-out batches on the devices): the fields
     of the task's batch.
 
-    The last is [] for a run that does not validate: then those pictures need not be encoded."""
-    reader = lambda split: encoding.open_data(task.batch, config, pictures[split], split, folder, dtype)
+    prior: pictures of the class, for every other example; None: none. The last of the three is [] for a run that does
+    not validate: then those pictures need not be encoded."""
+    opened = lambda source, split: encoding.open_data(task.batch, config, source, split, folder, dtype)
+
+    def reader(split: str):
+        own = opened(pictures[split], split)
+        return own if prior is None else loader.Pairs(own, opened(prior, split))
+
     training = reader("train")
     batches = training.batches(
         config.batch_size,

@@ -18,7 +18,8 @@ from tests.running import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text())
 OF_SDXL = ("ssd_1b", "vega", "koala_1b", "koala_700m")
-ARGUMENTS = {"small": "sd15", "tiny": "sd15"} | dict.fromkeys(OF_SDXL, "sdxl")
+ARGUMENTS = {"small": "sd15", "tiny": "sd15", "finetune": "portrait", "dreambooth": "bksdm"}
+ARGUMENTS |= dict.fromkeys(OF_SDXL, "sdxl")
 CASES = [(name, None) for name in NAMES] + [*ARGUMENTS.items()]
 PUBLISHED = {"small": "sd_small", "tiny": "sd_tiny"}
 PUBLISHED |= {name: name for name in ("bk_base", "bk_small", "bk_tiny", *OF_SDXL)}
@@ -107,9 +108,9 @@ def test_every_key_that_is_read_exists():
     known = leaves(load("default"))
     known = {*known, *(key.rpartition(".")[0] for key in known), "blank.to_dict", "blank.values", "to_dict"}
     known |= {"copy_and_resolve_references"}
-    signs = {"config.seed", "config.data", "config.learning_rate", "config.keep", "config.few_step"}
+    signs = {"config.seed", "config.data", "config.learning_rate", "config.keep", "config.few_step", "config.prior"}
     takes_it = [path for path in (ROOT / "flaxkd").rglob("*.py") if signs & chains(path)]
-    assert {"train", "step", "distill", "encoding"} <= {path.stem for path in takes_it}
+    assert {"train", "step", "inputs", "finetune", "encoding"} <= {path.stem for path in takes_it}
     for path in takes_it:
         read = {chain.partition(".")[2] for chain in chains(path) if chain.startswith("config.")}
         assert not read - known, path.name
@@ -177,6 +178,9 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "vae": "stabilityai/sd-vae-ft-mse",
         "data.image_column": "file",
         "data.buckets": ((64, 64), (96, 48)),
+        "data.caption": "a sks dog",
+        "prior.prompt": "a dog",
+        "prior.folder": "DIR",
         "sample.sampler": "unipc",
         "sample.steps": 9,
         "sample.guidance": 3.0,

@@ -129,6 +129,10 @@ class Records:
         stored = open_records(self.cache, self.about, "moments")
         return _shapes([self._stack([stored[numbers[0]]]) for numbers in self._buckets()], n)
 
+    def sizes(self) -> set[tuple[int, ...]]:
+        """The shapes of its moments."""
+        return {batch["moments"].shape[1:] for batch in self.shapes(1)}
+
     def _buckets(self) -> list[np.ndarray]:
         """The numbers of the records of each size, int[n], ascending."""
         found, start = collections.defaultdict(list), 0
@@ -170,6 +174,59 @@ class Records:
                 f"the records of {self.cache} are not as its cache.json says ({error}): delete the folder and build "
                 "the cache again"
             ) from error
+
+
+class Pairs:
+    """Examples of two caches in turn: the rows 0, 2, ... of a batch are of the first, the rows 1, 3, ... of the second.
+
+    Each has epochs of its own, so the smaller one begins again sooner."""
+
+    def __init__(self, first: Records, second: Records):
+        """Raises ValueError for pictures of several sizes: both halves of a batch must have the same."""
+        self.readers = first, second
+        if len({size for reader in self.readers for size in reader.sizes()}) > 1:
+            raise ValueError("data.buckets: prior preservation takes squares alone")
+
+    def batches(self, batch_size: int, seed: int, *, rows: Sequence[int] | None = None, flip: bool | None = None, **_):
+        """Endless iterator of batches, as `Records.batches` but without variants. batch_size: an even number.
+
+        A process reads whole batches, and gives its own `rows` of them."""
+        halves = [reader.batches(batch_size // 2, seed + i, flip=flip) for i, reader in enumerate(self.readers)]
+        return Turns(halves, rows)
+
+    def examples(self, n: int) -> list[dict[str, np.ndarray]]:
+        """n examples (an even number), the first ones of each cache in turn and over again, in one batch."""
+        halves = [reader.examples(n // 2)[0] for reader in self.readers]
+        return [_in_turn(*(jax.tree.map(lambda x: x[np.arange(n // 2) % len(x)], half) for half in halves))]
+
+    def shapes(self, n: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """The batches of n examples that `batches` may give, as shapes."""
+        return self.readers[0].shapes(n)
+
+
+class Turns:
+    """The iterator of `Pairs`. Its position is that of both halves."""
+
+    def __init__(self, halves: Sequence[grain.DatasetIterator], rows: Sequence[int] | None):
+        self.halves, self.rows = halves, rows
+
+    def __iter__(self) -> "Turns":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return {name: _own(x, self.rows) for name, x in _in_turn(*map(next, self.halves)).items()}
+
+    def get_state(self) -> dict:
+        return {"halves": [half.get_state() for half in self.halves]}
+
+    def set_state(self, state: dict) -> None:
+        for half, position in zip(self.halves, state["halves"], strict=True):
+            half.set_state(position)
+
+
+def _in_turn(first: dict, second: dict) -> dict[str, np.ndarray]:
+    """A batch of the rows of two batches, one of each in turn."""
+    return {name: np.stack([x, second[name]], 1).reshape(-1, *x.shape[1:]) for name, x in first.items()}
 
 
 def _shapes(batches: list[dict], n: int) -> list[dict[str, jax.ShapeDtypeStruct]]:

@@ -25,6 +25,7 @@ from flaxkd.machine import files, hosts
 from flaxkd.machine.progress import Bar
 
 METADATA = "metadata.jsonl"
+SUBJECT = Path(__file__).parents[1] / "assets" / "subject"  # five pictures of one thing, for DreamBooth's miniature
 
 
 @dataclass(frozen=True)
@@ -94,18 +95,24 @@ def open_source(
     background: str = "white",
     caption_column: str | None = None,
     image_column: str | None = None,
+    caption: str | None = None,
 ) -> Source:
     """Opens "openmoji" (built on first use), the image folder or zip `name`, or a folder of `python -m flaxkd.cache`.
 
     split: "train" or "validation", by a hash of the caption. data_dir: of TFDS, `default_data_dir()` if None.
     resolution: pixels per side. sizes: several (height, width) in place of its squares, see buckets.py. background:
-    color behind transparent pixels. caption_column, image_column: of metadata; None for the usual names. Raises
+    color behind transparent pixels. caption_column, image_column: of metadata; None for the usual names. caption: of
+    all pictures of a folder or zip, which needs no captions then and is not split: few pictures of one subject. Raises
     FileNotFoundError or ValueError that names the faulty lines.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'validation'")
     pictures.color(background)
     sizes = tuple(sizes or [(resolution, resolution)])
+    if name == SUBJECT.name and not Path(name).exists():
+        name = str(SUBJECT)
+    if caption and (name == openmoji.OpenMoji.name or is_cache(epath.Path(name).expanduser())):
+        raise ValueError(f"data.caption = {caption!r}: {name} has captions of its own; give a folder of pictures")
     if name == openmoji.OpenMoji.name:
         return _openmoji(split, Path(data_dir) if data_dir else default_data_dir(), sizes)
     path = epath.Path(name).expanduser()
@@ -117,7 +124,7 @@ def open_source(
         other = f"; for a {path.suffix}, run `python -m flaxkd.cache --source {name}` first" if path.is_file() else ""
         raise FileNotFoundError(f"no data set {name!r}: give 'openmoji' or a folder with {METADATA}{other}")
     path = folders.of_split(path, "train")
-    return _image_folder(path, split, sizes, background, caption_column, image_column)
+    return _image_folder(path, split, sizes, background, caption_column, image_column, caption)
 
 
 def is_cache(folder: os.PathLike) -> bool:
@@ -174,11 +181,12 @@ def _image_folder(
     background: str,
     caption_column: str | None,
     image_column: str | None,
+    caption: str | None,
 ) -> Source:
-    tree, entries, left = _entries(folder, caption_column, image_column)
+    tree, entries, left = _entries(folder, caption_column, image_column, caption)
     if left and split == "train":  # said once, though both splits are opened
         logging.warning("%d pictures are left out:\n%s", len(left), pictures.shown(left))
-    entries = _in_split(entries, split, folder)
+    entries = entries if caption else _in_split(entries, split, folder)
     # size and time stand for the contents: reading a million pictures takes hours
     digest = hashlib.sha256(f"image_folder 3 {sizes} {pictures.color(background)}".encode())
     for _, file, caption in entries:
@@ -200,7 +208,9 @@ def _image_folder(
     return Source(len(entries), load, digest.hexdigest(), captions=captions, sizes=sizes)
 
 
-def _entries(folder: epath.Path, caption_column: str | None, image_column: str | None) -> tuple:
+def _entries(
+    folder: epath.Path, caption_column: str | None, image_column: str | None, caption: str | None
+) -> tuple:
     """The tree of a folder or zip, (place, picture, caption) of its pictures, and a line for each one left out: those
     without a caption beside them, and those that the metadata do not name.
 
@@ -209,6 +219,8 @@ def _entries(folder: epath.Path, caption_column: str | None, image_column: str |
         tree = folders.open_tree(folder)
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{folder} is damaged ({error}): download or pack it again") from error
+    if caption and (found := [("", file, caption) for file in tree.files if pictures.is_picture(file)]):
+        return tree, found, []
     listing = folders.Listing(tree, image_column)
     if not len(listing):
         packed = [file for file in tree.files if file.lower().endswith((".tar", ".gz", ".tgz", ".parquet", ".arrow"))]
@@ -249,7 +261,7 @@ def _in_split(entries: list, split: str, folder: Path) -> list:
     captions = {caption for _, _, caption in entries}
     validation = {caption for caption in captions if openmoji.split_of(caption) == "validation"}
     if len(captions) < 2:
-        raise ValueError(f"{folder} has one caption only: give at least two, one to hold out")
+        raise ValueError(f"{folder} has one caption only: give at least two, one to hold out; or data.caption, for all")
     if not validation:
         validation = {min(captions, key=openmoji.caption_hash)}
     if validation == captions:

@@ -46,8 +46,17 @@ def draw(
         differ="holds pictures drawn with other settings",
         remedy="Remove that folder, or choose another --out.",
     )
-    paths = [folder / f"{i:06d}{suffix}" for i in range(len(prompts))]
-    mine = range(process_index, len(prompts), process_count)
+    shared = {"process_index": process_index, "process_count": process_count}
+    return fill(folder, len(prompts), pictures_of, size=size, suffix=suffix, **shared)
+
+
+def fill(
+    folder: Path, n: int, pictures_of: Callable[[list[int]], Iterable[np.ndarray]], *,
+    size: int | None = None, suffix: str = ".png", process_index: int = 0, process_count: int = 1,
+) -> list[Path]:  # fmt: skip
+    """Draws the missing ones of n pictures in a folder that is claimed for them. For the arguments, see `draw`."""
+    paths = [folder / f"{i:06d}{suffix}" for i in range(n)]
+    mine = range(process_index, n, process_count)
     missing = [i for i in mine if not paths[i].is_file()]
     for i, image in zip(missing, pictures_of(missing) if missing else (), strict=True):
         save(image, paths[i], size)

@@ -5,17 +5,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from flaxkd.pretrained import PARTS, Folder
-from flaxkd.tasks import autoencoder, distill, few_step
+from flaxkd.tasks import autoencoder, distill, few_step, finetune
 from flaxkd.training.task import Task
 
 
 class Row(NamedTuple):
     make: Callable[..., Task]  # (config, folder, dtype, mesh) -> Task
     trains: frozenset[str]  # the parts that `config.train` may name
+    students: tuple[bool, ...] = (True, False)  # whether it is the row for a run with a student, and for one without
 
 
+UNETS = frozenset({"unet", "text_encoder", "text_encoder_2"})
 TASKS = {
-    "distill": Row(distill.task, frozenset({"unet", "text_encoder", "text_encoder_2"})),
+    "distill": Row(distill.task, UNETS, (True,)),
+    "finetune": Row(finetune.task, UNETS, (False,)),
     "autoencoder": Row(autoencoder.task, frozenset({"vae"})),
     "few_step": Row(few_step.task, frozenset({"unet"})),
 }
@@ -24,10 +27,12 @@ TASKS = {
 def make(config, folder: Folder, dtype, mesh=None) -> Task:
     """The task of a configuration. `config.task` is a row of TASKS, or "module:function" outside this package.
 
-    None is the row that trains the parts of `config.train`. folder: the teacher's. dtype: of the compute. mesh: the
-    devices it will run on. Raises ValueError if the task is not found or refuses the configuration."""
+    None is the row that trains the parts of `config.train`, with a student or without. folder: the teacher's. dtype: of
+    the compute. mesh: the devices it will run on. Raises ValueError if the task is not found or refuses the
+    configuration."""
     parts = frozenset(config.train)
-    name = config.task or next((name for name, row in TASKS.items() if parts and parts <= row.trains), None)
+    fits = lambda row: parts and parts <= row.trains and bool(config.student) in row.students
+    name = config.task or next((name for name, row in TASKS.items() if fits(row)), None)
     if name in TASKS:
         return TASKS[name].make(config, folder, dtype, mesh)
     if name is None:

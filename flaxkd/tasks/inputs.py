@@ -21,6 +21,7 @@ class Inputs(NamedTuple):
     conditions: dict[str, jax.Array]  # what `Family.condition` reads: token ids int32[b, l], perhaps time_ids, beside
     target: jax.Array  # float32[b, h, w, 4]
     noise_weights: jax.Array  # float32[b]
+    of_class: jax.Array | None = None  # float32[b], 1 for pictures of a subject's class; None: there are none
 
 
 def batch(config, folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
@@ -46,6 +47,7 @@ def options(config, folder: Folder) -> dict:
         "missing": folder.tokenize([None]),
         "caption_dropout": config.caption_dropout,
         "noise_offset": config.noise_offset,
+        "input_perturbation": config.input_perturbation,
         "snr_gamma": config.snr_gamma,
         "timestep_sampling": config.timestep_sampling,
     }
@@ -63,7 +65,8 @@ def beside(key, masks, masked_latents, scaling_factor: float) -> jax.Array:
 
 def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: float, missing: Mapping[str, np.ndarray],
             caption_dropout: float, noise_offset: float, snr_gamma: float | None,
-            timestep_sampling: str = "uniform", among: np.ndarray | None = None) -> Inputs:  # fmt: skip
+            input_perturbation: float = 0.0, timestep_sampling: str = "uniform",
+            among: np.ndarray | None = None) -> Inputs:  # fmt: skip
     """Samples latents, noise, timesteps and dropped captions for a batch {"moments", "input_ids", ...}.
 
     missing: {field: int32[1, l]}, the token ids of a dropped caption, as `Folder.tokenize([None])` has them. among:
@@ -88,8 +91,11 @@ def prepare(key, batch, *, schedule: diffusion.NoiseSchedule, scaling_factor: fl
     if caption_dropout:
         dropped = jax.random.bernoulli(key_dropout, caption_dropout, (b, 1))
         conditions |= {name: jnp.where(dropped, jnp.asarray(ids), conditions[name]) for name, ids in missing.items()}
+    added = noise
+    if input_perturbation:  # more noise than the target has: at drawing, the UNet sees its own errors
+        added += input_perturbation * jax.random.normal(jax.random.fold_in(key_noise, 1), shape)
     return Inputs(
-        diffusion.add_noise(schedule, latents, noise, timesteps),
+        diffusion.add_noise(schedule, latents, added, timesteps),
         timesteps,
         conditions,
         diffusion.target(schedule, latents, noise, timesteps),

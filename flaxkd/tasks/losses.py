@@ -29,10 +29,15 @@ def mse(a, b, weights=None) -> jax.Array:
     """Mean squared error in float32, for equal shapes (broadcasting would hide a wrong pair). weights: [b] or None."""
     if a.shape != b.shape:
         raise ValueError(f"cannot compare {a.shape} with {b.shape}")
-    squares = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))
+    errors = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))
     if weights is not None:
-        squares = squares * weights.reshape(-1, *[1] * (a.ndim - 1))
-    return jnp.mean(squares)
+        errors = errors * weights.reshape(-1, *[1] * (a.ndim - 1))
+    return jnp.mean(errors)
+
+
+def squares(a, b) -> jax.Array:
+    """The mean squared error of each example, float32[b], of a and b [b, ...] of equal shapes."""
+    return jax.vmap(mse)(a, b)
 
 
 def pseudo_huber(a, b, c: float | None) -> jax.Array:
@@ -60,7 +65,7 @@ def token_mse(student, teacher) -> jax.Array:
 FEATURE_TERMS = {False: mse, True: relative_mse, "token": token_mse}
 
 
-def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weight, *, noise_weights=None,
+def kd_loss(student: Prediction, teacher: Prediction, target, pairs, weight, *, noise_weights=None,
             normalize: bool | str = False) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """The distillation loss (Kim et al. 2023, arXiv:2305.15798, equations 1 to 4; distill-sd's README).
 
@@ -68,7 +73,7 @@ def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weig
           + w_output  mean|noise_T - noise_S|^2
           + w_feature sum_l mean|f_T^l - f_S^l|^2
 
-    target: float32[b, h, w, 4], the noise or v. teacher: None for none; then L is the first term alone.
+    target: float32[b, h, w, 4], the noise or v.
     pairs: ((student module, teacher module), ...). weight: has `.noise`, `.output`, `.feature`.
     noise_weights: float32[b] for the first term (Min-SNR), or None. normalize: a name in FEATURE_TERMS, the form of the
     terms of the sum; they are as above for False.
@@ -76,8 +81,6 @@ def kd_loss(student: Prediction, teacher: Prediction | None, target, pairs, weig
     scalars. Raises KeyError that names a module without a feature, ValueError for a pair of unequal shapes.
     """
     loss_noise = mse(student.noise_pred, target, noise_weights)
-    if teacher is None:
-        return weight.noise * loss_noise, {"loss": weight.noise * loss_noise, "loss_noise": loss_noise}
     term = FEATURE_TERMS[normalize]
     terms = {s: term(student.features[s], teacher.features[t]) for s, t in pairs}
     loss_output = mse(student.noise_pred, teacher.noise_pred)

@@ -147,6 +147,7 @@ RULES = {
     "snr_gamma": or_none(number(0, above=True), "off"),
     "timestep_sampling": word("uniform", "min_snr"),
     "noise_offset": number(0),
+    "input_perturbation": number(0),
     "caption_dropout": number(0, 1),
     "kl_weight": number(0),
     "few_step.target": word("online", "average"),
@@ -157,6 +158,10 @@ RULES = {
     ),
     "few_step.embedded": FLAG,
     "few_step.huber": or_none(number(0, above=True), "squares alone"),
+    "prior.prompt": or_none(TEXT, "no prior preservation", ""),
+    "prior.weight": number(0),
+    "prior.pictures": whole(0),
+    "prior.folder": or_none(TEXT, "`class` in the workdir", ""),
     "steps": whole(1, 2**31 - 1),
     "batch_size": whole(1),
     "accumulate": whole(1),
@@ -175,6 +180,7 @@ RULES = {
     "compilation_cache": or_none(TEXT, "that of the environment", ""),
     "data.source": TEXT,
     "data.caption_column": or_none(TEXT, "text, caption or prompt", ""),
+    "data.caption": or_none(TEXT, "each picture's own", ""),
     "data.image_column": or_none(TEXT, "file_name, file or path", ""),
     "data.background": COLOR,
     "data.resolution": whole(1),
@@ -262,6 +268,18 @@ def _together(config: ConfigDict) -> Iterator[str]:
         )
     if config.keep and config.blank:
         yield f"keep = {config.keep} and blank are both given: only a trained teacher can choose what to keep"
+    if config.prior.prompt and (config.student or config.task not in (None, "", "finetune") or "vae" in config.train):
+        yield (
+            f"prior.prompt = {config.prior.prompt!r} is for fine-tuning alone, as configs/dreambooth.py does it: not "
+            f"for student = {config.student!r}, task = {config.task!r}, train = {tuple(listed(config.train))}"
+        )
+    if config.prior.prompt and (config.batch_size % 2 or config.validation.examples % 2):
+        yield (
+            f"batch_size = {config.batch_size}, validation.examples = {config.validation.examples}: with prior.prompt "
+            "half of them are pictures of the class, so both must be even"
+        )
+    if config.prior.prompt and not config.prior.pictures and not config.prior.folder:
+        yield "prior.pictures = 0: then prior.folder must name your own pictures of the class"
     if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
         yield "timestep_sampling = 'min_snr' samples by the weights of snr_gamma: give it, 5.0 is usual"
     if config.dtype and dtypes.spelt(config.dtype) == "float16":

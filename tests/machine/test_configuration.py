@@ -178,6 +178,11 @@ def test_none_is_none_for_a_key_of_any_type():
     assert operator.attrgetter(*keys, "bad_steps.spike")(config) == (None,) * 7
 
 
+def test_the_table_of_other_training_scripts_is_that_of_the_errors():
+    table = (ROOT / "docs" / "finetuning.md").read_text("utf-8").partition("| there | here |\n|---|---|\n")[2]
+    assert table.splitlines() == [f"| `{name}` | {here} |" for name, here in diffusers_flags.HERE.items()]
+
+
 def test_the_names_of_other_training_scripts_lead_to_keys_that_exist():
     config = small.get_config()
     for name, here in diffusers_flags.HERE.items():

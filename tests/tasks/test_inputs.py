@@ -50,6 +50,15 @@ def test_caption_dropout_puts_the_empty_caption_in_a_share_of_rows():
     assert abs(empty.mean() - 0.25) < 0.03
 
 
+def test_input_perturbation_is_in_what_the_unet_sees_alone():
+    plain, perturbed = inputs()[0], inputs(input_perturbation=0.5)[0]
+    np.testing.assert_array_equal(plain.target, perturbed.target)
+    sigma = np.sqrt(1 - inputs()[1].alphas_cumprod[plain.timesteps])[:, None, None, None]
+    added = (perturbed.noisy_latents - plain.noisy_latents) / sigma
+    np.testing.assert_allclose(np.std(added), 0.5, atol=0.02)
+    assert abs(np.corrcoef(np.ravel(added), np.ravel(plain.target))[0, 1]) < 0.05
+
+
 def test_noise_offset_shifts_whole_channels():
     plain, shifted = inputs()[0].target, inputs(noise_offset=0.5)[0].target
     np.testing.assert_allclose(np.var(plain), 1.0, atol=0.05)

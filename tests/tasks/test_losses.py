@@ -78,13 +78,10 @@ def test_normalised_pairs_do_not_depend_on_the_scale_of_the_features(predictions
 
 
 def test_noise_weights_weigh_examples(predictions):
-    student, _, target = predictions
-    weights = jnp.array([2.0, 0.0])
-    loss, metrics = kd_loss(student, None, target, (), WEIGHT, noise_weights=weights)
-    np.testing.assert_allclose(loss, np.mean((student.noise_pred[0] - target[0]) ** 2), rtol=1e-6)
-    assert metrics.keys() == {"loss", "loss_noise"}
-    weight = ConfigDict(dict(noise=0.5, output=0.0, feature=0.0))
-    half, metrics = kd_loss(student, None, target, (), weight, noise_weights=weights)
+    student, teacher, target = predictions
+    weights, weight = jnp.array([2.0, 0.0]), ConfigDict(dict(noise=0.5, output=0.0, feature=0.0))
+    half, metrics = kd_loss(student, teacher, target, (), weight, noise_weights=weights)
+    loss = np.mean((student.noise_pred[0] - target[0]) ** 2)
     np.testing.assert_allclose((half, metrics["loss"], metrics["loss_noise"]), (loss / 2, loss / 2, loss), rtol=1e-6)
 
 

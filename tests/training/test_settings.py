@@ -51,6 +51,7 @@ WRONG = [
     ("pairing", "segmint", "did you mean 'segmind'"),
     ("student", "sd_tinny", "did you mean 'sd_tiny'"),
     ("keep", 1.0, "keep = 1.0 must be a number above 0 and below 1; None is the student by its name"),
+    ("prior.prompt", "a dog", "prior.prompt = 'a dog' is for fine-tuning alone.*student = 'sd_small'"),
     ("keep", 0.5, "keep = 0.5 and student = 'sd_small' are both given: --config.student=None"),
     ("init", "scratch", "neither 'teacher', 'random' nor a folder"),
     ("train", ("unnet",), "train = .'unnet',. must be a tuple of parts: unet, vae, text_encoder"),
