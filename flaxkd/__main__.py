@@ -17,6 +17,7 @@ from flaxkd.machine.configuration import suggestion
 COMMANDS = {
     "train": ("flaxkd.train", "trains what a configuration describes: a student, a teacher, an autoencoder"),
     "generate": ("flaxkd.generate", "draws pictures of prompts with a teacher or a student"),
+    "serve": ("flaxkd.serve.__main__", "serves models over HTTP, with a page to draw on"),
     "report": ("flaxkd.report", "puts a run on one page"),
     "cache": ("flaxkd.cache", "encodes a large image set beforehand"),
     "evaluate": ("flaxkd.evaluate.__main__", "compares students with their teacher; FID, inception and CLIP score"),

@@ -21,7 +21,7 @@ ORDER = (
     ("training",),
     ("tasks",),
     ("evaluate", "plan", "choosing"),
-    ("bench", "ablation", "convert"),
+    ("bench", "ablation", "convert", "serve"),
 )
 
 # What may use torch, within functions: the scores of the extra `eval`, and the benchmark's other side.

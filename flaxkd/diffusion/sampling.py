@@ -100,22 +100,22 @@ def text_to_image(
     modules: the networks of a pipeline, static. condition: that of its family, static (see pretrained/families.py).
     params: {part: tree}, preferably on the device. inputs: what `condition` reads of the prompts, token ids int32[b,
     l] and perhaps time_ids int32[b, 6] (`Folder.conditions`). negative_inputs: the same of what not to draw. latents:
-    float32[b, h, w, 4], unit Gaussian. guidance: 1 is none, 7.5 is usual. Values below 1 follow the equation too,
-    where diffusers ignores `negative_inputs`. None is 1, at half the compute: `negative_inputs` are not seen. Nor are
-    they by a UNet with a `time_cond_proj_dim`, whose input the guidance is. image_latents: float32[b, h, w, 4] of
-    `image_to_latents`, from which a schedule with a strength begins (SDEdit, Meng et al. 2021, arXiv:2108.01073).
-    mask: float32[b, h, w, 1], where to draw; the rest stays as in `image_latents`. None: everywhere.
-    noise: float32[steps, b, h, w, 4] as in `solve`. tick: called when a step is done. token_weights: float32[b, k, l]
-    of the negative prompts and of the prompts, whose ids are then int32[b, k, l], k chunks that the UNet sees
-    together; a state is moved away from that of `empty_inputs`, those of one empty prompt. guidance_rescale: how much
-    of the standard deviation that guidance adds to a noise_pred is taken back, 0 to 1 (Lin et al. 2023,
-    arXiv:2305.08891, equation 16); None: nothing.
+    float32[b, h, w, 4], unit Gaussian. guidance: one, or float32[b] for each picture; 1 is none, 7.5 is usual. Values
+    below 1 follow the equation too, where diffusers ignores `negative_inputs`. None is 1, at half the compute:
+    `negative_inputs` are not seen. Nor are they by a UNet with a `time_cond_proj_dim`, whose input the guidance is.
+    image_latents: float32[b, h, w, 4] of `image_to_latents`, from which a schedule with a strength begins (SDEdit,
+    Meng et al. 2021, arXiv:2108.01073). mask: float32[b, h, w, 1], where to draw; the rest stays as in
+    `image_latents`. None: everywhere. noise: float32[steps, b, h, w, 4] as in `solve`. tick: called when a step is
+    done; what it raises ends the drawing. token_weights: float32[b, k, l] of the negative prompts and of the prompts,
+    whose ids are then int32[b, k, l], k chunks that the UNet sees together; a state is moved away from that of
+    `empty_inputs`, those of one empty prompt. guidance_rescale: how much of the standard deviation that guidance adds
+    to a noise_pred is taken back, 0 to 1 (Lin et al. 2023, arXiv:2305.08891, equation 16); None: nothing.
     """
     channels = modules["unet"].config.time_cond_proj_dim
     alone = channels is not None or guidance is None
     states = _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs, alone=alone)
     if channels is not None:
-        scales = jnp.full(len(latents), 1.0 if guidance is None else guidance)
+        scales = jnp.broadcast_to(1.0 if guidance is None else guidance, len(latents))
         states, guidance = states | {"timestep_cond": guidance_embedding(scales, channels)}, None
     kept = None if mask is None else Kept(image_latents, latents, mask)
     of_data, of_noise = schedule.start
@@ -170,7 +170,7 @@ def _step(unet, params, states, guidance, guidance_rescale, carry, schedule, noi
         noise_pred = unet.apply({"params": params}, both, jnp.full(len(both), timestep), **states)
         noise_pred = noise_pred.astype(jnp.float32).reshape(-1, 2, *latents.shape[1:])
         negative, positive = noise_pred[:, 0], noise_pred[:, 1]
-        guided = negative + guidance * (positive - negative)
+        guided = negative + jnp.reshape(guidance, (-1, 1, 1, 1)) * (positive - negative)
         if guidance_rescale is None:
             return guided
         deviation = lambda x: jnp.std(x, axis=(1, 2, 3), keepdims=True)

@@ -25,7 +25,7 @@ def draw(
     prompts: Sequence[str],
     noise: Noise,
     schedule: Schedule,
-    guidance: float,
+    guidance: float | Sequence[float],
     *,
     batch_size: int,
     negatives: Sequence[str | None] | None = None,
@@ -34,6 +34,7 @@ def draw(
     finite: bool = True,
     words: str | None = None,
     leave: bool = True,
+    tick: Callable[[], object] | None = None,
     emphasis: bool = False,
     long_prompts: bool = False,
     guidance_rescale: float = 0.0,
@@ -47,10 +48,13 @@ def draw(
     prompt. masks: bool[H, W], where to draw in each of them; None: everywhere. batch_size: pictures at a time, at least
     one on each device; the last batch is filled up: it compiles nothing of its own. finite: raise FloatingPointError
     for a picture that is not finite; otherwise it is black. words: of a bar over the steps of all batches, None for no
-    bar; leave: whether the bar stays at the end. guidance: below 1 it is 1, no guidance, as in diffusers, and a warning
-    says so. emphasis, long_prompts: see emphasis.py. guidance_rescale: see `sampling.text_to_image`."""
-    if guidance < 1:
-        warnings.warn(f"guidance = {guidance:g} is drawn as 1, as in diffusers: without guidance", stacklevel=2)
+    bar; leave: whether the bar stays at the end. guidance: one, or one for each prompt; below 1 it is 1, no guidance,
+    as in diffusers, and a warning says so. tick: called after each step of a batch, in place of the bar's count; what
+    it raises ends the drawing. emphasis, long_prompts: see emphasis.py. guidance_rescale: see
+    `sampling.text_to_image`."""
+    scales = np.broadcast_to(np.float32(guidance), len(prompts))
+    if scales.min() < 1:
+        warnings.warn(f"guidance = {scales.min():g} is drawn as 1, as in diffusers: without guidance", stacklevel=2)
     modules, params, mesh = pipeline.modules, pipeline.params, pipeline.mesh
     n, batch_size = len(prompts), -(-batch_size // mesh.size) * mesh.size
     negatives, folder, weights, empty = negatives or [None] * n, pipeline.folder, None, None
@@ -81,14 +85,14 @@ def draw(
                 negative_inputs={name: put(x[rows]) for name, x in negative_inputs.items()} | beside,
                 latents=put(np.stack(first)),
                 schedule=schedule,
-                guidance=float(guidance) if guidance > 1 else None,  # an int would compile another program
+                guidance=put(np.maximum(scales[rows], 1)) if scales.max() > 1 else None,
                 image_latents=None if image is None else sampling.image_to_latents(*vae, image),
                 mask=None if mask is None or beside else sampling.mask_of_latents(mask, folder.factor),
                 noise=None if schedule.noise is None else np.stack(between, axis=1),
                 token_weights=None if weights is None else (put(weights[1][rows]), put(weights[0][rows])),
                 empty_inputs=empty,
                 guidance_rescale=float(guidance_rescale) or None,
-                tick=None if words is None else bar.update,
+                tick=tick or (None if words is None else bar.update),
             )
             drawn = sharding.whole(drawn, mesh)[: n - start]
             if finite and not np.isfinite(drawn).all():

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -98,9 +99,14 @@ def end_of(draw: ImageDraw.ImageDraw, text: str, width: int, font) -> str:
 
 def save(image: Image.Image, path: Path) -> None:
     """Writes a PNG with the texts of `image.info`, whole or not at all: the old one may be open in a viewer."""
+    with files.whole(path) as scratch:
+        write(image, scratch)
+
+
+def write(image: Image.Image, file: Path | BinaryIO) -> None:
+    """The same into an open file, or as it comes."""
     texts = PngInfo()
     for name, value in image.info.items():
         if isinstance(value, str):
             texts.add_text(name, printable(value))
-    with files.whole(path) as scratch:
-        image.save(scratch, "PNG", pnginfo=texts)
+    image.save(file, "PNG", pnginfo=texts)

@@ -168,8 +168,8 @@ class Pipeline:
             settings = {"strength": strength}
             named = {"image": image, "mask_image": mask_image}
             settings |= {name: path for name, path in named.items() if isinstance(path, str | os.PathLike)}
-            image = several([_read(x, width, height) for x in starts])
-            masks = several([_read(x, width, height, "L") >= 0.5 for x in masks])
+            image = several([pixels(x, width, height) for x in starts])
+            masks = several([pixels(x, width, height, "L") >= 0.5 for x in masks])
         sampler = sampler or samplers.own(self.scheduler_config)
         if num_inference_steps is None:
             num_inference_steps = samplers.usual_steps(sampler, self.scheduler_config)
@@ -270,7 +270,7 @@ def _each(name: str, value, kind: type, n: int) -> list:
     return values
 
 
-def _read(picture: Picture, width: int, height: int, mode: str = "RGB") -> np.ndarray:
+def pixels(picture: Picture, width: int, height: int, mode: str = "RGB") -> np.ndarray:
     """float32[height, width, 3] in [0, 1], scaled and cropped around the center, on white where transparent.
 
     mode: of Pillow; "L" is grey, without the last axis."""
