@@ -20,7 +20,7 @@ from flaxkd.machine import files, hosts, progress, sharding
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.pretrained import Folder
 from flaxkd.students import Student
-from flaxkd.tasks import distill
+from flaxkd.tasks import finetune
 
 GRAINS = 10**7  # of the teacher's FLOPs, to which a budget of FLOPs is exact
 
@@ -111,7 +111,7 @@ def choose(config, folder: Folder, pictures: sources.Source, dtype, keep: float,
     config = config.copy_and_resolve_references()
     config.student, config.keep, config.init = None, None, "teacher"
     mesh = sharding.local_mesh()
-    task = distill.task(config, folder, dtype, mesh)
+    task = finetune.task(config, folder, dtype, mesh)
     reader = encoding.open_data(task.batch, config, pictures, "train", folder, dtype)
     if not hosts.is_first():
         return None
