@@ -132,7 +132,7 @@ async def models(http: HttpRequest) -> Response:
     found = [
         {
             "name": served.name,
-            "parameters": served.pipeline.folder.count("unet"),
+            "parameters": served.parameters,
             "sizes": served.sizes,
             "sampler": served.sampler,
             "steps": min(samplers.usual_steps(None, served.pipeline.scheduler_config), server.limits.steps),

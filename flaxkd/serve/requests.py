@@ -42,11 +42,14 @@ class Limits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A model under the name that requests call it by. sizes: (width, height) that may be drawn, its own first."""
+    """A model under the name that requests call it by. sizes: (width, height) that may be drawn, its own first.
+
+    parameters: of the UNet."""
 
     name: str
     pipeline: Pipeline
     sizes: tuple[tuple[int, int], ...]
+    parameters: int
 
     @classmethod
     def of(cls, name: str, pipeline: Pipeline, sizes: tuple[tuple[int, int], ...] = ()) -> "Served":
@@ -56,7 +59,8 @@ class Served:
             for side, value in zip(("width", "height"), pair, strict=True):
                 pipeline.folder.check_resolution(value, side)
         samplers.own(pipeline.scheduler_config)
-        return cls(name, pipeline, tuple(dict.fromkeys([(width, height), *sizes])))
+        sizes = tuple(dict.fromkeys([(width, height), *sizes]))
+        return cls(name, pipeline, sizes, pipeline.folder.count("unet"))
 
     @property
     def sampler(self) -> str:
