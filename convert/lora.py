@@ -6,9 +6,10 @@
     python -m convert.lora --lora FILE[:SCALE] [--lora ...] --fuse --model DIR --out DIR
     python -m convert.lora --extract BASE TUNED --rank 8 --out FILE
 
-Read is every dialect (docs/lora.md). Written are PEFT names for diffusers, or kohya's for ComfyUI, A1111 and diffusers,
-with all scales folded into the matrices: alpha is the rank. A teacher's file put on a student as it is lands on other
-layers; --to-student renames it by the table of students. Without --model, the published model of the file's family."""
+It reads every dialect (docs/lora_files.md). It writes PEFT names for diffusers, or kohya's for ComfyUI, A1111 and
+diffusers, with all scales folded into the matrices: alpha is the rank. A teacher's file put on a student as it is lands
+on other layers; --to-student renames it by the table of students. Without --model, the published model of the file's
+family."""
 
 import argparse
 from pathlib import Path

@@ -147,7 +147,7 @@ def two_text_states(modules: Mapping, params: Mapping, inputs: Mapping) -> dict:
 
 def _beside(inputs: Mapping) -> dict:
     """What the UNet sees beside the noisy latents, if it sees anything there."""
-    return {name: inputs[name] for name in ("beside",) if name in inputs}
+    return {"beside": inputs["beside"]} if "beside" in inputs else {}
 
 
 class Architecture(NamedTuple):
@@ -190,6 +190,10 @@ class Family:
     def pipeline(self) -> str:
         """diffusers' class for its folders that draw from text alone."""
         return self.pipelines[0]
+
+    def pipeline_of(self, unet: dict, vae: dict) -> str:
+        """diffusers' class for a folder with these config.json."""
+        return self.pipelines[beside(unet, vae)]
 
     @property
     def encoders(self) -> tuple[str, ...]:

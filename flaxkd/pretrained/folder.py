@@ -133,7 +133,7 @@ class Folder:
     @property
     def pipeline(self) -> str:
         """diffusers' class for it."""
-        return self.family.pipelines[families.beside(self.config("unet"), self.config("vae"))]
+        return self.family.pipeline_of(self.config("unet"), self.config("vae"))
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def write(out: Path, architecture: dict, captions: list[str], seed: int, base: F
         family = next(row for row in families.FAMILIES.values() if row.encoders == encoders)
         made = [part for part in family.parts if part not in kept]
         configs = {part: dict(architecture[part]) if part in made else base.config(part) for part in family.parts}
-        kind = family.pipelines[families.beside(configs["unet"], configs["vae"])]
+        kind = family.pipeline_of(configs["unet"], configs["vae"])
         index = {"_class_name": kind, "scheduler": ["diffusers", scheduler["_class_name"]]}
         files.write_json(path / "model_index.json", index)
         source = Folder(path, configs)

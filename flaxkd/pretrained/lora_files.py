@@ -271,7 +271,8 @@ def write(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
-    two = metadata.get("ss_base_model_version") == families.FAMILIES["sdxl"].kohya or "text_encoder_2" in parts
+    made_for = [row for row in families.FAMILIES.values() if row.kohya == metadata.get("ss_base_model_version")]
+    two = any(len(row.encoders) > 1 for row in made_for) or "text_encoder_2" in parts
     written = {}
     for part, adapter in parts.items():
         for module, pair in lora.layers(adapter).items():
@@ -279,7 +280,7 @@ def write(
             for role, x in zip("AB", pair, strict=True):
                 _, array = keys.to_diffusers((*module, f"lora_{role}", "kernel"), np.asarray(x))
                 written[name(role)] = np.ascontiguousarray(array)
-            if dialect == "kohya":
+            if "alpha" in lora_names.WRITTEN[dialect].ends:
                 written[name("alpha")] = np.array(pair[0].shape[-1], np.float32)
     written = cast(written, dtype, str(path))
     content = save(written, {"format": "pt", **metadata})

@@ -11,6 +11,8 @@ Each key is read on its own, since files mix them. Names do not tell a student f
 """
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from flaxkd.pretrained import ldm
@@ -98,20 +100,30 @@ _OLD = re.compile(r"\.(processor\.)?to_(q|k|v|out)_lora\.")
 # {beginning of LDM's names: of diffusers'} of whole UNets. Three stages count as the first three of four do.
 _LDM = {theirs: ours for blocks in ldm.WHOLE_UNETS for ours, theirs in ldm.unet_pairs(blocks).items()}
 
-# {dialect: ({part: beginning}, what is between names, {role: end})} of the two that are written.
+
+class Written(NamedTuple):
+    """How a dialect writes its keys. of_two: beginnings that differ where the pipeline has two text encoders."""
+
+    beginnings: Mapping[str, str]  # of parts
+    between: str  # names
+    ends: Mapping[str, str]  # of roles
+    of_two: Mapping[str, str] = MappingProxyType({})
+
+
+# {dialect: how it is written}, of the two that are.
 WRITTEN = {
-    "peft": (
+    "peft": Written(
         {part: f"{part}." for part in ("unet", "text_encoder", "text_encoder_2")},
         ".",
         {"A": "lora_A.weight", "B": "lora_B.weight"},
     ),
-    "kohya": (
+    "kohya": Written(
         {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"},
         "_",
         {"A": "lora_down.weight", "B": "lora_up.weight", "alpha": "alpha"},
+        {"text_encoder": "lora_te1_"},
     ),
 }
-FIRST_OF_TWO = "lora_te1_"  # kohya's text_encoder where there is a second one
 
 
 def parse(key: str) -> Name | None:
@@ -137,11 +149,9 @@ def parse(key: str) -> Name | None:
 
 def key(dialect: str, part: str, module: Path, role: str, two_encoders: bool = False) -> str:
     """The key of a tensor in a dialect of WRITTEN. two_encoders: of the pipeline, which kohya's names tell."""
-    beginnings, between, ends = WRITTEN[dialect]
-    beginning = beginnings[part]
-    if dialect == "kohya" and part == "text_encoder" and two_encoders:
-        beginning = FIRST_OF_TWO
-    return f"{beginning}{'.'.join(module).replace('.', between)}.{ends[role]}"
+    row = WRITTEN[dialect]
+    beginning = {**row.beginnings, **(row.of_two if two_encoders else {})}[part]
+    return f"{beginning}{'.'.join(module).replace('.', row.between)}.{row.ends[role]}"
 
 
 def _modern(match: re.Match) -> str:

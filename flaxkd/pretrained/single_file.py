@@ -75,7 +75,7 @@ def read(path: Path, own_vae: bool = True) -> tuple[dict[str, dict], dict[str, C
             usual = clip_tokenizer.options(ldm.is_open_clip(family.single_file[part]))
             readers[name] = functools.partial(clip_tokenizer.make, **options.get(name, usual))
     index = {  # a tokenizer without a reader must lie beside the file
-        "_class_name": family.pipelines[families.beside(configs["unet"], configs.get("vae", {}))],
+        "_class_name": family.pipeline_of(configs["unet"], configs.get("vae", {})),
         "scheduler": ["diffusers", configs["scheduler"].get("_class_name", "PNDMScheduler")],
     }
     return configs | {"model_index": index}, readers

@@ -32,7 +32,9 @@ class Abandoned(Exception):
 
 
 class Device(threading.Thread):
-    """batch_size: pictures drawn together, rounded up to a multiple of the devices. programs: to warm up, in order."""
+    """batch_size: pictures drawn together, rounded up to a multiple of the devices.
+
+    Its attributes: programs, all that may be asked for, in the order to warm them up; warm, those that are."""
 
     def __init__(self, models: Mapping[str, Served], queue: Queue, metrics: Metrics, batch_size: int):
         super().__init__(name="device", daemon=True)

@@ -23,7 +23,7 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
     teacher_config = folder.config("unet")
     pairs = students.feature_pairs(students.get(config.student), config.pairing, teacher_config)
     teacher = folder.params("unet")
-    learner = networks.learner(config, folder, teacher, dtype, mesh)
+    learner = networks.learner(config, folder, networks.begun(config, folder, teacher), dtype, mesh)
     teacher_unet = folder.module("unet", dtype, attend=DotProductAttention(mesh, config.attention))
     frozen = learner.frozen | {"teacher": jax.tree.map(lambda x: x.astype(dtype), teacher)}
     settings = options(config, folder)

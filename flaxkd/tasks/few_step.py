@@ -39,19 +39,12 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
 
     Raises ValueError for a configuration that cannot be trained."""
     _check(config, folder)
-    family, few_step = folder.family, config.few_step
-    teacher_config, teacher_params = folder.config("unet"), folder.params("unet")
-    unet_config, start = networks.begun(config, folder, teacher_params)
-    if few_step.embedded:
-        unet_config, start = with_guidance(unet_config, start)
-    channels = unet_config.get("time_cond_proj_dim")
-
-    attend = DotProductAttention(mesh, config.attention)
-    teacher_unet = folder.module("unet", dtype, attend=attend)
-    unet = pretrained.build("unet", unet_config, dtype, remat=config.remat, attend=attend)
-    encoders = {part: folder.module(part, dtype) for part in family.encoders}
-    frozen = {"teacher": teacher_params, **{part: folder.params(part) for part in encoders}}
-    frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
+    few_step, teacher = config.few_step, folder.params("unet")
+    begin = networks.begun(config, folder, teacher)
+    learner = networks.learner(config, folder, with_guidance(*begin) if few_step.embedded else begin, dtype, mesh)
+    channels = learner.config.get("time_cond_proj_dim")
+    teacher_unet = folder.module("unet", dtype, attend=DotProductAttention(mesh, config.attention))
+    frozen = learner.frozen | {"teacher": jax.tree.map(lambda x: x.astype(dtype), teacher)}
 
     options = inputs.options(config, folder)
     schedule, missing = options["schedule"], options["missing"]
@@ -68,13 +61,13 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         (noisy_latents, timesteps, captions, *_), guidance = inputs
         nothing = {name: jnp.broadcast_to(ids, captions[name].shape) for name, ids in missing.items()}
         both = jax.tree.map(sampling.pairs, captions | nothing, captions)
-        condition = family.condition(encoders, frozen, both)
+        condition = learner.condition(trained, frozen, both)
         seen = {name: x[1::2] for name, x in condition.items()}
         if channels is not None:
             seen["timestep_cond"] = guidance_embedding(guidance, channels)
 
         def f(params, noisy_latents, timesteps):
-            noise_pred = predict(unet, params["unet"], noisy_latents, timesteps, seen).noise_pred
+            noise_pred = predict(learner.unet, params["unet"], noisy_latents, timesteps, seen).noise_pred
             data, _ = diffusion.separate(schedule, noisy_latents, noise_pred, timesteps)
             c_skip, c_out = consistency.boundary(timesteps[:, None, None, None])
             return c_skip * noisy_latents + c_out * data
@@ -89,28 +82,25 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         found = pseudo_huber(f(trained, noisy_latents, timesteps), jax.lax.stop_gradient(target), few_step.huber)
         return found, {"loss": found}
 
-    def assemble(trained, frozen) -> dict:
-        return {"unet": trained["unet"], **{part: frozen[part] for part in encoders}}
-
     usual = min(max(folder.guidance, low), high)
     few = drawn_as(folder, schedule.prediction_type, few_step.ode_steps, usual if channels else 1.0)
-    network = lambda trained, frozen: Network({"unet": unet_config}, assemble(trained, frozen))
+    network = lambda trained, frozen: Network({"unet": learner.config}, learner.assemble(trained, frozen))
 
     def before(trained, frozen) -> dict:
-        teacher = Network({}, assemble(trained, frozen) | {"unet": frozen["teacher"]}, folder)
+        teacher = Network({}, learner.assemble(trained, frozen) | {"unet": frozen["teacher"]}, folder)
         return {"teacher": teacher, "as begun": network(trained, frozen)}
 
     return Task(
         batch=inputs.batch(config, folder),
-        trained={"unet": start},
+        trained=learner.trained,
         frozen=frozen,
         prepare=prepare,
         loss=loss,
-        configs={"unet": unet_config},
-        assemble=assemble,
+        configs=learner.configs,
+        assemble=learner.assemble,
         columns=lambda trained, frozen: {"few steps": network(trained, frozen)},
         before=before,
-        passes=((teacher_config, 2), (unet_config, 4 + bool(config.remat))),
+        passes=((folder.config("unet"), 2), (learner.config, 4 + bool(config.remat))),
         drawn_as=few,
     )
 

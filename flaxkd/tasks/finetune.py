@@ -24,7 +24,8 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
             f"task = 'finetune' and student = {config.student!r}: a student that was distilled is trained as a model "
             "of its own, --config.student=None --config.teacher=ITS_FOLDER"
         )
-    learner = networks.learner(config, folder, folder.params("unet"), dtype, mesh)
+    begin = networks.begun(config, folder, folder.params("unet"))
+    learner = networks.learner(config, folder, begin, dtype, mesh)
     settings = options(config, folder)
 
     def sampled(key, batch) -> Inputs:

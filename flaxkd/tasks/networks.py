@@ -32,15 +32,13 @@ class Learner(NamedTuple):
         return self.family.condition(self.encoders, self.assemble(trained, frozen), conditions)
 
 
-def learner(config, folder: Folder, teacher: dict, dtype, mesh=None) -> Learner:
-    """The UNet and the text encoders by `config.train`, `config.student` and `config.init`.
+def learner(config, folder: Folder, begin: tuple[dict, dict], dtype, mesh=None) -> Learner:
+    """The UNet that `begun` has made, and the text encoders, as `config.train` says.
 
-    folder: the teacher's; teacher: its UNet's parameters. dtype: of the compute. mesh: the devices it will run on, for
-    their kernels; None: any devices, without kernels. Raises ValueError for settings that do not fit together, and like
-    `begun`."""
-    check(config, folder)
+    folder: the teacher's. dtype: of the compute. mesh: the devices it will run on, for their kernels; None: any
+    devices, without kernels."""
+    unet_config, start = begin
     params = {part: folder.params(part) for part in folder.family.encoders}
-    unet_config, start = begun(config, folder, teacher)
     frozen = {part: tree for part, tree in params.items() if part not in config.train}
     attend = DotProductAttention(mesh, config.attention)
     return Learner(
@@ -58,8 +56,10 @@ def learner(config, folder: Folder, teacher: dict, dtype, mesh=None) -> Learner:
 def begun(config, folder: Folder, teacher: dict) -> tuple[dict, dict]:
     """(config.json, float32 parameters) of the UNet to train, by `config.student` and `config.init`.
 
-    folder: the teacher's; teacher: its UNet's parameters. Raises ValueError and FileNotFoundError for a folder in
-    `config.init` that has another UNet than the student, or that the teacher cannot teach."""
+    folder: the teacher's; teacher: its UNet's parameters. Raises ValueError for settings that do not fit together, and
+    ValueError and FileNotFoundError for a folder in `config.init` that has another UNet than the student, or that the
+    teacher cannot teach."""
+    _check(config, folder)
     own = folder.config("unet")
     student = students.get(config.student) if config.student else None
     unet_config = students.config(student, own) if student else own
@@ -70,13 +70,13 @@ def begun(config, folder: Folder, teacher: dict) -> tuple[dict, dict]:
         return unet_config, students.take(student, teacher, shapes) if student else teacher
     other = export.open_model(config.init)
     found = other.config("unet")
-    _check(config.init, folder, other)
+    _check_init(config.init, folder, other)
     if student and UNetConfig.from_dict(found) != UNetConfig.from_dict(unet_config):
         raise ValueError(f"init = {config.init!r} holds another UNet than the student {config.student}")
     return found, other.params("unet")
 
 
-def _check(init: str, folder: Folder, other: Folder) -> None:
+def _check_init(init: str, folder: Folder, other: Folder) -> None:
     seen, fields = lambda x: UNetConfig.from_dict(x.config("unet")), ("in_channels", "cross_attention_dim")
     if any(getattr(seen(folder), field) != getattr(seen(other), field) for field in fields):
         raise ValueError(f"init = {init!r} takes other latents or texts than the teacher {folder.path}")
@@ -85,7 +85,8 @@ def _check(init: str, folder: Folder, other: Folder) -> None:
     if kind != other_kind or not np.array_equal(betas, other_betas):
         raise ValueError(f"init = {init!r} has another noise schedule or prediction_type than {folder.path}")
 
-def check(config, folder: Folder) -> None:
+
+def _check(config, folder: Folder) -> None:
     """Raises ValueError for settings that do not fit together, or not the teacher."""
     if config.keep and not config.student:
         raise ValueError(f"keep = {config.keep}: flaxkd.train chooses the student. Here, name it: --config.student")
