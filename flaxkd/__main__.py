@@ -30,6 +30,7 @@ COMMANDS = {
     "blocks": ("flaxkd.blocks", "draws the table of students"),
     "to-diffusers": ("convert.to_diffusers", "exports a checkpoint as a pipeline folder of diffusers"),
     "to-inpainting": ("convert.to_inpainting", "widens the UNet of a model, to be trained for inpainting"),
+    "to-stablehlo": ("convert.to_stablehlo", "exports a pipeline as programs for JAX without flaxkd"),
     "lora": ("convert.lora", "converts LoRA files, also to a student, and merges or extracts them"),
     "from-diffusers": ("convert.from_diffusers", "turns a pipeline folder into an Orbax checkpoint"),
 }

@@ -88,6 +88,7 @@ def text_to_image(
     token_weights: tuple[jax.Array, jax.Array] | None = None,
     empty_inputs: Mapping[str, jax.Array] | None = None,
     guidance_rescale: jax.Array | float | None = None,
+    scan: bool = False,
 ) -> jax.Array:
     """Images float32[b, H, W, 3] in [0, 1] of b prompts, by classifier-free guidance.
 
@@ -95,7 +96,7 @@ def text_to_image(
 
     Three programs: the states of the prompts, a step, the decoder. Each is compiled once per modules and shapes, and
     the step's also for whether the sampler adds noise; `schedule` and `guidance` are traced. Traceable as a whole
-    without `tick`.
+    without `tick`, also with an unknown b.
 
     modules: the networks of a pipeline, static. condition: that of its family, static (see pretrained/families.py).
     params: {part: tree}, preferably on the device. inputs: what `condition` reads of the prompts, token ids int32[b,
@@ -109,27 +110,28 @@ def text_to_image(
     done; what it raises ends the drawing. token_weights: float32[b, k, l] of the negative prompts and of the prompts,
     whose ids are then int32[b, k, l], k chunks that the UNet sees together; a state is moved away from that of
     `empty_inputs`, those of one empty prompt. guidance_rescale: how much of the standard deviation that guidance adds
-    to a noise_pred is taken back, 0 to 1 (Lin et al. 2023, arXiv:2305.08891, equation 16); None: nothing.
+    to a noise_pred is taken back, 0 to 1 (Lin et al. 2023, arXiv:2305.08891, equation 16); None: nothing. scan: take
+    all steps by one `lax.scan`, without `tick`: where all is compiled as one program, the UNet is in it once.
     """
     channels = modules["unet"].config.time_cond_proj_dim
     alone = channels is not None or guidance is None
     states = _states(modules, condition, params, inputs, negative_inputs, token_weights, empty_inputs, alone=alone)
     if channels is not None:
-        scales = jnp.broadcast_to(1.0 if guidance is None else guidance, len(latents))
+        scales = jnp.broadcast_to(1.0 if guidance is None else guidance, latents.shape[:1])
         states, guidance = states | {"timestep_cond": guidance_embedding(scales, channels)}, None
     kept = None if mask is None else Kept(image_latents, latents, mask)
     of_data, of_noise = schedule.start
     latents = of_noise * latents if image_latents is None else of_data * image_latents + of_noise * latents
     carry = begin(latents)
     by_step = schedule._replace(start=None)
-    for i in range(len(schedule.timesteps)):
-        before, now = carry, jax.tree.map(lambda x, i=i: x[i : i + 1], by_step)
-        added = None if noise is None else noise[i : i + 1]
+    steps = len(schedule.timesteps)
+    for i, end in [(0, steps)] if scan else ((i, i + 1) for i in range(steps)):
+        before, (now, added) = carry, jax.tree.map(lambda x, i=i, end=end: x[i:end], (by_step, noise))
         carry = _step(modules["unet"], params["unet"], states, guidance, guidance_rescale, carry, now, added, kept)
         if tick and i:  # one step late: the devices have the next one already
             jax.block_until_ready(before)
             tick()
-    images = _decode(modules["vae"], params["vae"], carry[0])
+    images = decode(modules["vae"], params["vae"], carry[0])
     if tick:
         jax.block_until_ready(images)
         tick()
@@ -161,13 +163,13 @@ def _states(modules, condition, params, inputs, negative_inputs, token_weights, 
 
 @sharding.jit(static_argnames=("unet",))
 def _step(unet, params, states, guidance, guidance_rescale, carry, schedule, noise, kept) -> tuple:
-    """A step of the guided sampler, for `schedule` and `noise` of one step."""
+    """The steps of the guided sampler in `schedule` and `noise`: one, or all of them."""
 
     def guided(latents, timestep):
         if guidance is None:
-            return unet.apply({"params": params}, latents, jnp.full(len(latents), timestep), **states)
+            return unet.apply({"params": params}, latents, jnp.full(latents.shape[0], timestep), **states)
         both = pairs(latents, latents)
-        noise_pred = unet.apply({"params": params}, both, jnp.full(len(both), timestep), **states)
+        noise_pred = unet.apply({"params": params}, both, jnp.full(both.shape[0], timestep), **states)
         noise_pred = noise_pred.astype(jnp.float32).reshape(-1, 2, *latents.shape[1:])
         negative, positive = noise_pred[:, 0], noise_pred[:, 1]
         guided = negative + jnp.reshape(guidance, (-1, 1, 1, 1)) * (positive - negative)
@@ -180,7 +182,8 @@ def _step(unet, params, states, guidance, guidance_rescale, carry, schedule, noi
 
 
 @sharding.jit(static_argnames=("vae",))
-def _decode(vae, params, latents) -> jax.Array:
+def decode(vae: nn.Module, params: dict, latents: jax.Array) -> jax.Array:
+    """Images float32[b, H, W, 3] in [0, 1] of latents float32[b, h, w, 4]. params: of the autoencoder alone."""
     images = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 

@@ -158,7 +158,7 @@ class CLIPTextModelWithProjection(nn.Module):
     @nn.compact
     def __call__(self, input_ids):
         states = CLIPTextTransformer(self.config, self.dtype, name="text_model")(input_ids)
-        pooled = states[jnp.arange(len(states)), end_of_text(input_ids, self.config.eos_token_id)]
+        pooled = states[jnp.arange(states.shape[0]), end_of_text(input_ids, self.config.eos_token_id)]
         project = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
         return emit(self, project(pooled))
 

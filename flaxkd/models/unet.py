@@ -243,7 +243,7 @@ class TimestepEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x, condition=None):
         if self.cond_proj_dim is not None:  # without a condition, its zeros add nothing
-            condition = jnp.zeros((len(x), self.cond_proj_dim)) if condition is None else condition
+            condition = jnp.zeros((x.shape[0], self.cond_proj_dim)) if condition is None else condition
             project = nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
             x = x + project(condition.astype(self.dtype))
         x = nn.silu(nn.Dense(self.channels, dtype=self.dtype, name="linear_1")(x))
@@ -447,7 +447,7 @@ class UNet2DCondition(nn.Module):
         temb = time_embedding(temb, timestep_cond)
         if c.addition_embed_type == "text_time":
             sizes = timestep_embedding(time_ids.reshape(-1), c.addition_time_embed_dim, **sinusoids)
-            added = jnp.concatenate([text_embeds, sizes.reshape(len(sample), -1)], axis=-1).astype(self.dtype)
+            added = jnp.concatenate([text_embeds, sizes.reshape(sample.shape[0], -1)], axis=-1).astype(self.dtype)
             temb = temb + TimestepEmbedding(4 * width, self.dtype, name="add_embedding")(added)
         encoder_hidden_states = encoder_hidden_states.astype(self.dtype)
 
