@@ -69,6 +69,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.few_step.embedded = False
     config.few_step.huber = 1e-3  # where the Huber loss turns from squares to distances; None: squares alone
 
+    # LoRA: with a rank, small adapters learn beside the kernels of `train`, which stay. Any task may.
+    config.lora = ConfigDict()
+    config.lora.rank = placeholder(int)  # 4 is usual for a style or a subject, 64 for few steps; None: no adapters
+    config.lora.alpha = placeholder(float)  # an adapter counts alpha / rank; None: 1, as in diffusers' scripts
+    # rows of flaxkd/weights/lora.py: "attention", "feed_forward" (kohya's), "convolutions", "all"; or ends of names
+    config.lora.targets = ("attention",)
+    # a LoRA file to go on from, FILE or FILE:SCALE. For a student it is its teacher's: the teacher wears it, and the
+    # student's own, which begins with what fits, learns to do the same
+    config.lora.init = placeholder(str)
+    config.lora.text_encoder = ConfigDict()  # of the text encoders in `train`; None: as above
+    config.lora.text_encoder.rank = placeholder(int)
+    config.lora.text_encoder.alpha = placeholder(float)
+    config.lora.text_encoder.targets = None
+
     # Prior preservation (DreamBooth): every other example of a batch is a picture of the subject's class, so that the
     # model keeps it. loss = loss_instance + prior.weight * loss_prior
     config.prior = ConfigDict()
@@ -86,6 +100,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # group whole, --config.learning_rate="{'schedule': 'linear_schedule', 'init_value': 1e-4, ...}"
     config.optimizer = ConfigDict(dict(name="adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2))
     config.learning_rate = ConfigDict(dict(schedule="constant_schedule", value=5e-5))
+    config.text_encoder_rate = 1.0  # their learning rate, in shares of the UNet's
     config.max_grad_norm = 1.0  # global norm, as in both originals; None: no clipping
     # A step is skipped and counted if its loss or gradient is not finite, or if its loss is `spike` times the usual one
     # (None: no limit). After `in_a_row` skipped steps in a row the run stops. Both may change when it resumes.

@@ -77,6 +77,46 @@ def embedded_dreambooth(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def embedded_lora(config: ConfigDict) -> ConfigDict:
+    """The five pictures of a green cat, for the embedded miniature or a student of it, in minutes on two CPU cores."""
+    config.lora.rank = 4
+    config.train = ("unet", "text_encoder")
+    config.data.source = "subject"
+    config.data.caption = "sks cat face"
+    config.steps = 200
+    config.batch_size = 4
+    config.optimizer.weight_decay = 0.0
+    config.learning_rate = dict(schedule="constant_schedule", value=2e-3)
+    config.validation.every = 50
+    config.sample.every = 50
+    config.sample.prompts = ("sks cat face", "cat face", "dog face", "red apple", "blue heart", "grinning face")
+    config.checkpoint.every = 100
+    return config
+
+
+def embedded_repair(config: ConfigDict) -> ConfigDict:
+    """A LoRA of the embedded miniature, for a student of it: outputs and features are compared, in minutes."""
+    embedded(config)
+    config.weight.noise = 0.0  # the pictures are any, and not of the concept
+    config.learning_rate = cosine(config, peak_value=1e-3, warmup_steps=20, end_value=1e-5)
+    config.optimizer.weight_decay = 0.0
+    return config
+
+
+def segmind_lora(config: ConfigDict) -> ConfigDict:
+    """Segmind's LoRA on its students: rank 4, alpha 32, queries and values of both networks, batches of 1 at 1e-4."""
+    photographs(config)
+    config.teacher = "segmind/small-sd"
+    config.train = ("unet", "text_encoder")
+    config.lora.rank = 4
+    config.lora.alpha = 32.0
+    config.lora.targets = ("to_q", "to_v")
+    config.lora.text_encoder.targets = ("q_proj", "v_proj")
+    config.batch_size = 1
+    config.learning_rate = dict(schedule="constant_schedule", value=1e-4)
+    return config
+
+
 def lcm(config: ConfigDict) -> ConfigDict:
     """diffusers' train_lcm_distill_sd_wds.py as its README runs it: 1,000 steps of 12 images at 1e-6.
 

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from flaxkd import export, students
 from flaxkd.machine import command
-from flaxkd.pretrained import ARCHITECTURES, Folder, families, lora_files, save
+from flaxkd.pretrained import ARCHITECTURES, Folder, families, lora_files, lora_writing, save
 from flaxkd.weights import lora
 
 
@@ -43,7 +43,7 @@ def rename(file: lora_files.LoraFile, args: argparse.Namespace) -> tuple[dict, d
         folder = export.open_model(args.model)
         parts = lora_files.fit(file, folder)
         named = {name: file.metadata.get(f"{lora_files.OWN}{name}") for name in ("student", "teacher")}
-        return parts, lora_files.header(folder, args.out.stem, parts, **named)
+        return parts, lora_writing.header(folder, args.out.stem, parts, **named)
     if special := {"DoRA", "LoHa", "LoKr"} & {*file.dialects}:
         raise ValueError(f"{file.path} is a {' and '.join(special)}, which depends on the model: give --model")
     ranks = [a.shape[-1] for adapter in file.parts.values() for a, _ in lora.layers(adapter).values()]
@@ -65,7 +65,7 @@ def to_student(file: lora_files.LoraFile, args: argparse.Namespace) -> tuple[dic
         print(f"{count - len(left_out)} of {count} modules of the UNet; {args.to_student} lacks the others")
         print("".join(f"  left out: {'.'.join(module)}\n" for module in left_out), end="")
     named = {"student": args.to_student, "teacher": str(folder.path)}
-    return parts, lora_files.header(cut, args.out.stem, parts, **named)
+    return parts, lora_writing.header(cut, args.out.stem, parts, **named)
 
 
 def to_teacher(file: lora_files.LoraFile, args: argparse.Namespace) -> tuple[dict, dict]:
@@ -74,7 +74,7 @@ def to_teacher(file: lora_files.LoraFile, args: argparse.Namespace) -> tuple[dic
     parts = lora_files.fit(file, folder.replace({"unet": students.config(student, folder.config("unet"))}, {}))
     if "unet" in parts:
         parts["unet"] = students.give_adapter(student, parts["unet"])
-    return parts, lora_files.header(folder, args.out.stem, parts)
+    return parts, lora_writing.header(folder, args.out.stem, parts)
 
 
 def extract(base: Folder, tuned: Folder, targets: list[str], rank: int) -> dict[str, dict]:
@@ -148,7 +148,7 @@ def write(args: argparse.Namespace) -> None:
     if args.extract:
         base, tuned = map(export.open_model, args.extract)
         parts = extract(base, tuned, list(args.targets), args.rank)
-        header = lora_files.header(base, args.out.stem, parts)
+        header = lora_writing.header(base, args.out.stem, parts)
     else:
         if len(args.lora) != 1:
             raise ValueError(f"give one --lora, not {len(args.lora)}: only --fuse takes several")
@@ -157,9 +157,8 @@ def write(args: argparse.Namespace) -> None:
         print(file.describe())
         make = to_student if args.to_student else to_teacher if args.to_teacher else rename
         parts, header = make(file, args)
-        parts = {part: lora.tree({module: (a, b * np.float32(scale)) for module, (a, b) in lora.layers(each).items()})
-                 for part, each in parts.items()}  # fmt: skip
-    lora_files.write(args.out, parts, args.to, header, np.dtype(args.dtype or "float32"))
+        parts = {part: lora.scaled(adapter, scale) for part, adapter in parts.items()}
+    lora_writing.write(args.out, parts, args.to, header, np.dtype(args.dtype or "float32"))
 
 
 if __name__ == "__main__":

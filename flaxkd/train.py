@@ -105,7 +105,7 @@ def set_up(
     held.enter_context(checkpoint.claimed(workdir, config.to_dict()))
     machine = describe_machine(mesh, dtype)
     if hosts.is_first():
-        export.write_record(workdir, folder, task.configs)
+        export.write_record(workdir, folder, task.configs, adapted=task.adapted)
         metrics.note_start(workdir, command=typed, machine=machine)
         introduce(config, folder, task, machine, before)
 
@@ -361,15 +361,18 @@ def end(s: Setup, state: State, figures: dict[str, float], started: float) -> No
     params = sharding.whole({part: assembled[part] for part in s.task.configs}, s.mesh)
     held_out = s.held_out[0] if s.held_out else sharding.put_rows(next(s.batches), s.mesh, s.config.batch_size)
     configs = {**s.task.configs, **s.task.finish(params, held_out)}
+    adapters = sharding.whole(shown(state), s.mesh) if s.task.adapted else {}
     s.manager.close()
     if not hosts.is_first():
         return
-    export.write_record(s.workdir, s.folder, configs)
+    export.write_record(s.workdir, s.folder, configs, adapted=s.task.adapted)
     out, step = s.workdir / export.EXPORT, s.config.steps
     export.write(
         s.workdir, out, s.folder, configs, params, step=step, averaged=bool(state.ema), dtype=np.dtype("float16")
     )
-    export.write_record(s.workdir, s.folder, configs, step)
+    if adapters:
+        export.write_adapters(s.workdir, s.folder.replace(configs, {}), adapters, s.task.adapted, step)
+    export.write_record(s.workdir, s.folder, configs, step, s.task.adapted)
     conclude(s.config, s.workdir, figures, f"done in {(time.monotonic() - started) / 60:.1f} minutes")
 
 
@@ -410,6 +413,7 @@ def conclude(config, workdir: Path, figures: dict[str, float], said: str) -> Non
         print(f"  {name.removeprefix('validation/'):14} {start.get(name, float('nan')):10.5f} {figures[name]:10.5f}")
     made = {"samples.png": "drawings of the validation prompts", "curves.png": "all figures over time"}
     made |= {metrics.FILE: "the figures", export.EXPORT: "a complete pipeline folder for diffusers"}
+    made |= {export.ADAPTERS: "the LoRA alone, for diffusers and for other programs"}
     for name, what in made.items():
         if (workdir / name).exists():
             print(f"  {workdir / name}  {what}")

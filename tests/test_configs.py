@@ -18,7 +18,7 @@ from tests.running import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text())
 OF_SDXL = ("ssd_1b", "vega", "koala_1b", "koala_700m")
-ARGUMENTS = {"small": "sd15", "tiny": "sd15", "finetune": "portrait", "dreambooth": "bksdm"}
+ARGUMENTS = {"small": "sd15", "tiny": "sd15", "finetune": "portrait", "dreambooth": "bksdm", "lora": "segmind"}
 ARGUMENTS |= dict.fromkeys(OF_SDXL, "sdxl")
 CASES = [(name, None) for name in NAMES] + [*ARGUMENTS.items()]
 PUBLISHED = {"small": "sd_small", "tiny": "sd_tiny"}
@@ -179,6 +179,12 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "data.image_column": "file",
         "data.buckets": ((64, 64), (96, 48)),
         "data.caption": "a sks dog",
+        "lora.rank": 8,
+        "lora.alpha": 4.0,
+        "lora.init": "toy.safetensors:0.5",
+        "lora.text_encoder.rank": 2,
+        "lora.text_encoder.alpha": 1.0,
+        "lora.text_encoder.targets": ("q_proj", "v_proj"),
         "prior.prompt": "a dog",
         "prior.folder": "DIR",
         "sample.sampler": "unipc",

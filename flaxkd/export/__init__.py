@@ -1,8 +1,11 @@
-"""What a run leaves behind: its export record and newest weights (workdir), the model card of a pipeline (card)."""
+"""What a run leaves behind: its export record and newest weights (workdir), the model card of a pipeline (card), and
+the LoRA files of its adapters (adapters)."""
 
+from flaxkd.export.adapters import ADAPTERS, write_adapters
 from flaxkd.export.workdir import (
     EXPORT,
     RECORD,
+    Adapted,
     checkpoint,
     export,
     exported_step,
@@ -15,8 +18,10 @@ from flaxkd.export.workdir import (
 )
 
 __all__ = [
+    "ADAPTERS",
     "EXPORT",
     "RECORD",
+    "Adapted",
     "checkpoint",
     "export",
     "exported_step",
@@ -25,5 +30,6 @@ __all__ = [
     "read_record",
     "restore",
     "write",
+    "write_adapters",
     "write_record",
 ]

@@ -31,24 +31,11 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
 
     workdir: its config.json, metrics.jsonl and samples.png are shown if they exist. source: the pipeline folder
     of the teacher. step: of the checkpoint. averaged: whether the weights are the moving average."""
-    run = _read_json(workdir / "config.json")  # empty for a workdir of convert.from_diffusers
-    teacher = run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source.path))
-    miniature = teacher is None or teacher in hub.MINIATURES
-    openmoji = (miniature and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
+    run, teacher = origin(workdir, source)
     name, plain = names(teacher)
     title, text = headline(run, name, plain, list(parts))
-    inherited = _licence(source.path)
-    licences = {"cc-by-sa-4.0"} if openmoji else set()
-    licences |= {inherited} if inherited else set() if miniature else {"other"}
-    [licence] = licences if len(licences) == 1 else ["other"]  # two licences together have no name
-    front = ModelCardData(
-        license=licence,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        base_model=teacher if name != plain else None,
-        tags=["text-to-image", "diffusers", source.family.tag] + ["knowledge-distillation"] * bool(run.get("student")),
-    )
-    blocks = [f"---\n{front.to_yaml()}\n---", f"# {title}", text]
+    front, licence = front_and_licence(run, teacher, source, ["knowledge-distillation"] * bool(run.get("student")))
+    blocks = [front, f"# {title}", text]
     if (workdir / PREVIEW).is_file():
         columns = "The columns are the teacher, the student as cut, and the student after distillation. "
         columns = columns if run.get("student") else ""
@@ -64,10 +51,35 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
         measured(workdir, "bench"),
     ]
     blocks.append(_making(run | {"teacher": teacher and plain}, step, averaged) if run else "")
+    return "\n\n".join(block for block in [*blocks, licence] if block) + "\n"
+
+
+def origin(workdir: Path, source: Folder) -> tuple[dict, str | None]:
+    """(config.json of the run, {} for a workdir of convert.from_diffusers; the name of its teacher in a config)."""
+    run = _read_json(workdir / "config.json")
+    return run, run["teacher"] if run else _read_json(workdir / "converted.json").get("model", str(source.path))
+
+
+def front_and_licence(run: dict, teacher: str | None, source: Folder, tags: list[str]) -> tuple[str, str]:
+    """The front matter of a card, and its last section. run, teacher: from `origin`. tags: besides the usual ones."""
+    name, plain = names(teacher)
+    miniature = teacher is None or teacher in hub.MINIATURES
+    openmoji = (miniature and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
+    inherited = _licence(source.path)
+    licences = {"cc-by-sa-4.0"} if openmoji else set()
+    licences |= {inherited} if inherited else set() if miniature else {"other"}
+    [licence] = licences if len(licences) == 1 else ["other"]  # two licences together have no name
+    front = ModelCardData(
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=teacher if name != plain else None,
+        tags=["text-to-image", "diffusers", source.family.tag, *tags],
+    )
     foreign = FOREIGN.format(teacher=name, licence=f" ({inherited})" if inherited else "")
     notes = [foreign] if not miniature else [] if openmoji else [OWN]
-    blocks.append("\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])]))
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    notes = "\n\n".join(["## Licence", *notes, *([OPENMOJI] if openmoji else [])])
+    return f"---\n{front.to_yaml()}\n---", notes
 
 
 def names(teacher: str | None) -> tuple[str, str]:

@@ -5,8 +5,11 @@ A workdir, of a run or of `convert.from_diffusers`, holds
                     "guidance": of its pictures,
                     "configs": those of text encoders and scheduler that differ from the source's, as for clip_skip,
                     "vae": where their autoencoder comes from, if it is not the source's own,
+                    "adapted": of a run that trains adapters, {"base": the model whose UNet is adapted, null for the
+                    source, "scales": {part: what its A @ B is multiplied with}},
                     "step": of the finished export, null before}
-    checkpoints/    Orbax steps with the tree {"params": {"unet": ...}, "ema": {"unet": ...} or nothing, ...}
+    checkpoints/    Orbax steps with the tree {"params": {"unet": ...}, "ema": {"unet": ...} or nothing, ...}: of whole
+                    parts, or of adapters as in weights/lora.py
 The workdir of a run also holds config.json, metrics.jsonl and samples.png, for the model card.
 """
 
@@ -15,19 +18,30 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from flaxkd.export.card import PREVIEW, model_card
 from flaxkd.machine import checkpoints, files
 from flaxkd.pretrained import Folder, hub, save
+from flaxkd.weights import lora
 
 RECORD = "export.json"
 EXPORT = "diffusers"  # the folder a run exports to
 
 
-def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict], step: int | None = None) -> None:
+class Adapted(NamedTuple):
+    """The base of a run's adapters, see flaxkd.tasks.adapters."""
+
+    base: str | None  # the model whose UNet is adapted; None: the run's
+    scales: Mapping[str, float]  # {part: what its A @ B is multiplied with}
+
+
+def write_record(
+    workdir: Path, source: Folder, parts: Mapping[str, dict], step: int | None = None, adapted: Adapted | None = None
+) -> None:
     """Writes the export record. parts: {part: its config.json} of the checkpoints; the other parts are `source`'s.
 
-    step: that of the finished export in the workdir.
+    step: that of the finished export in the workdir. adapted: of a task that trains adapters.
 
     An embedded teacher and a folder in the workdir are not written as absolute paths: the workdir can be moved to
     another machine."""
@@ -41,9 +55,11 @@ def write_record(workdir: Path, source: Folder, parts: Mapping[str, dict], step:
     own = (*source.family.encoders, "scheduler")
     if configs := {x: source.configs[x] for x in own if x in source.configs and x not in parts}:
         content["configs"] = configs
+    lasting = lambda model: str(path.absolute()) if (path := Path(os.path.expanduser(model))).exists() else model
     if source.vae is not None:
-        local = Path(os.path.expanduser(source.vae))
-        content["vae"] = str(local.absolute()) if local.exists() else source.vae
+        content["vae"] = lasting(source.vae)
+    if adapted is not None:
+        content["adapted"] = {"base": adapted.base and lasting(adapted.base), "scales": dict(adapted.scales)}
     files.write_json(Path(workdir) / RECORD, content)
 
 
@@ -89,7 +105,7 @@ def open_model(model: str | os.PathLike | None, vae: str | os.PathLike | None = 
     if (workdir / EXPORT / "model_index.json").is_file():
         return Folder.open(workdir / EXPORT, vae)
     configs, folder = read_record(workdir, vae=vae)
-    newest = functools.cache(lambda: restore(workdir / "checkpoints"))
+    newest = functools.cache(lambda: restore_whole(workdir, folder))
     weights = {part: lambda part=part: newest()[1][part] for part in configs}
     return folder.replace(configs, weights, step=lambda: newest()[0])
 
@@ -97,7 +113,7 @@ def open_model(model: str | os.PathLike | None, vae: str | os.PathLike | None = 
 def checkpoint(workdir: Path, ema: bool | None = None, source=None, vae=None) -> Folder:
     """The pipeline of a workdir with its newest readable checkpoint; arguments and errors are those of `export`."""
     parts, folder = read_record(Path(workdir), source, vae)
-    step, params, _ = restore(Path(workdir) / "checkpoints", ema)
+    step, params, _ = restore_whole(Path(workdir), folder, ema)
     return folder.replace(parts, {part: lambda part=part: params[part] for part in parts}, step=lambda: step)
 
 
@@ -112,7 +128,7 @@ def export(
     the checkpoint lacks the requested weights (or as `pretrained.save` does)."""
     workdir = Path(workdir)
     parts, folder = read_record(workdir, source, vae)
-    step, params, averaged = restore(workdir / "checkpoints", ema)
+    step, params, averaged = restore_whole(workdir, folder, ema)
     return write(workdir, out, folder, parts, params, step=step, averaged=averaged, dtype=dtype)
 
 
@@ -164,6 +180,19 @@ def restore(folder: Path, ema: bool | None = None) -> tuple[int, dict, bool]:
             f"{folder / str(step)} holds no moving average (ema): export the parameters themselves, --no-ema"
         )
     return step, tree, name == "ema"
+
+
+def restore_whole(workdir: Path, source: Folder, ema: bool | None = None) -> tuple[int, dict, bool]:
+    """Like `restore`, with the whole parts of a workdir that holds adapters: they are merged into their base.
+
+    source: that of the record."""
+    step, params, averaged = restore(workdir / "checkpoints", ema)
+    if (adapted := files.read_json(workdir / RECORD).get("adapted")) is None:
+        return step, params, averaged
+    base = {"unet": open_model(adapted["base"])} if adapted["base"] else {}
+    for part, scale in adapted["scales"].items():
+        params[part] = lora.merge(base.get(part, source).params(part), params[part], scale)
+    return step, params, averaged
 
 
 def _restore_tree(step: Path, ema: bool | None) -> tuple[str, dict | None]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from flaxkd.pretrained import PARTS, Folder
-from flaxkd.tasks import autoencoder, distill, few_step, finetune
+from flaxkd.tasks import adapters, autoencoder, distill, few_step, finetune
 from flaxkd.training.task import Task
 
 
@@ -28,22 +28,29 @@ def make(config, folder: Folder, dtype, mesh=None) -> Task:
     """The task of a configuration. `config.task` is a row of TASKS, or "module:function" outside this package.
 
     None is the row that trains the parts of `config.train`, with a student or without. folder: the teacher's. dtype: of
-    the compute. mesh: the devices it will run on. Raises ValueError if the task is not found or refuses the
-    configuration."""
+    the compute. mesh: the devices it will run on. With `config.lora`, adapters are trained in place of whole parts.
+    Raises ValueError if the task is not found or refuses the configuration."""
+    if adapters.wanted(config):
+        task = _find(config)(config, adapters.teacher(config, folder), dtype, mesh)
+        return adapters.adapted(task, config, folder, dtype)
+    return _find(config)(config, folder, dtype, mesh)
+
+
+def _find(config) -> Callable[..., Task]:
+    """The maker of the task. Raises ValueError."""
     parts = frozenset(config.train)
     fits = lambda row: parts and parts <= row.trains and bool(config.student) in row.students
     name = config.task or next((name for name, row in TASKS.items() if fits(row)), None)
     if name in TASKS:
-        return TASKS[name].make(config, folder, dtype, mesh)
+        return TASKS[name].make
     if name is None:
         known = "; ".join(f"{', '.join(x for x in PARTS if x in row.trains)} ({n})" for n, row in TASKS.items())
         raise ValueError(f"train = {tuple(config.train)}: parts that are trained together are {known}")
     module, _, function = name.partition(":")
     try:
-        own = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"task = {name!r} is not in the table ({', '.join(TASKS)}), and cannot be imported ({error}): give "
             "module:function, with a module that Python can import from here"
         ) from error
-    return own(config, folder, dtype, mesh)

@@ -23,6 +23,7 @@ from flaxkd.machine import configuration, diffusers_flags, dtypes
 from flaxkd.models.attention import FORMS
 from flaxkd.pretrained import families, fresh
 from flaxkd.training import step
+from flaxkd.weights import lora
 
 
 class Rule(NamedTuple):
@@ -109,6 +110,7 @@ BUCKETS = Rule(
     tuple(buckets.PRESETS),
 )
 DICT = Rule(lambda x: isinstance(x, dict | ConfigDict) and bool(x), "must be a dict")
+TARGETS = texts(PATTERN, f"{', '.join(lora.TARGETS)}, or ends of module names", least=1)
 EVERY = or_none(whole(0), "never, as is 0")
 AXIS = Rule(
     lambda x: type(x) is int and (x == -1 or x >= 1), "must be a whole number of at least 1, or -1 for the rest"
@@ -158,6 +160,13 @@ RULES = {
     ),
     "few_step.embedded": FLAG,
     "few_step.huber": or_none(number(0, above=True), "squares alone"),
+    "lora.rank": or_none(whole(1), "whole parts"),
+    "lora.alpha": or_none(number(0, above=True), "the rank"),
+    "lora.targets": TARGETS,
+    "lora.init": or_none(TEXT, "new adapters", ""),
+    "lora.text_encoder.rank": or_none(whole(1), "that of the UNet"),
+    "lora.text_encoder.alpha": or_none(number(0, above=True), "that of the UNet"),
+    "lora.text_encoder.targets": or_none(TARGETS, "those of the UNet"),
     "prior.prompt": or_none(TEXT, "no prior preservation", ""),
     "prior.weight": number(0),
     "prior.pictures": whole(0),
@@ -167,6 +176,7 @@ RULES = {
     "accumulate": whole(1),
     "optimizer": DICT,
     "learning_rate": DICT,
+    "text_encoder_rate": number(0),
     "max_grad_norm": or_none(number(0, above=True), "no clipping"),
     "bad_steps.spike": or_none(number(1, above=True), "no limit"),
     "bad_steps.in_a_row": whole(1),
@@ -280,6 +290,8 @@ def _together(config: ConfigDict) -> Iterator[str]:
         )
     if config.prior.prompt and not config.prior.pictures and not config.prior.folder:
         yield "prior.pictures = 0: then prior.folder must name your own pictures of the class"
+    if (config.lora.rank or config.lora.init) and "vae" in config.train:
+        yield "lora is for UNets and text encoders: with train = ('vae',), give --config.lora.rank=None"
     if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
         yield "timestep_sampling = 'min_snr' samples by the weights of snr_gamma: give it, 5.0 is usual"
     if config.dtype and dtypes.spelt(config.dtype) == "float16":

@@ -82,7 +82,15 @@ def optimizer(config) -> optax.GradientTransformation:
     if name not in (known := _optimizers()):
         raise ValueError(f"optimizer.name = {name!r} is not in optax ({', '.join(known)})")
     clip = optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
-    return optax.chain(clip, _made(getattr(optax, name), "optimizer", name, learning_rate(config), **arguments))
+    chosen = _made(getattr(optax, name), "optimizer", name, learning_rate(config), **arguments)
+    encoders = [optax.stateless(slower(config.text_encoder_rate))] * (config.text_encoder_rate != 1)
+    return optax.chain(clip, chosen, *encoders)
+
+
+def slower(rate: float) -> Callable:
+    """Another learning rate of the text encoders, `rate` times that of the UNet: their updates times `rate`."""
+    times = lambda part, tree: jax.tree.map(lambda x: rate * x, tree) if part.startswith("text_encoder") else tree
+    return lambda updates, params: {part: times(part, tree) for part, tree in updates.items()}
 
 
 def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> State:

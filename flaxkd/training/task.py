@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flaxkd.export import Adapted
 from flaxkd.pretrained import Folder
 
 
@@ -39,6 +40,7 @@ class Task:
     drawn_as: the folder whose sampler and guidance its weights are drawn and exported with; None: the teacher's.
     passes: (a UNet's config.json, forward passes of an example through it, a backward pass counted as two), for
         estimates; () for a task without a UNet.
+    adapted: what `trained` is beside, if that is adapters; None: whole parts.
     """
 
     batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -53,6 +55,7 @@ class Task:
     finish: Callable[[dict, dict], dict[str, dict]] = lambda trained, held_out: {}
     drawn_as: Folder | None = None
     passes: tuple[tuple[dict, int], ...] = ()
+    adapted: Adapted | None = None
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of n examples, as shapes."""

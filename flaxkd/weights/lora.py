@@ -73,6 +73,11 @@ def layers(adapter: dict) -> dict[Path, tuple]:
     return {path: (pair["lora_A"]["kernel"], pair["lora_B"]["kernel"]) for path, pair in found.items()}
 
 
+def scaled(adapter: dict, scale: float) -> dict:
+    """The adapter whose A @ B is `scale` times as large: the scale goes into B."""
+    return tree({path: (a, b * np.float32(scale)) for path, (a, b) in layers(adapter).items()})
+
+
 def tree(pairs: Mapping[Path, tuple]) -> dict:
     """The inverse of `layers`: the adapter of {path of a module: (A, B)}."""
     named = lambda pair: {f"lora_{name}": {"kernel": x} for name, x in zip("AB", pair, strict=True)}

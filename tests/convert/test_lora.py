@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict
 
 from convert import lora as convert
 from flaxkd import students
-from flaxkd.pretrained import Folder, families, lora_files, save
+from flaxkd.pretrained import Folder, families, lora_files, lora_writing, save
 from flaxkd.weights import lora
 from tests import tiny
 
@@ -58,7 +58,7 @@ def test_as_many_modules_are_kept_as_the_table_of_students_says(name, kept):
 def test_files_go_to_a_student_and_back_and_tell_whose_they_are(tiny_pipeline, tmp_path, capsys):
     teacher = Folder.open(tiny_pipeline)
     parts = {part: adapter(teacher.shapes(part), "feed_forward") for part in ("unet", "text_encoder")}
-    path = lora_files.write(tmp_path / "a.safetensors", parts, "peft", lora_files.header(teacher, "a", parts))
+    path = lora_writing.write(tmp_path / "a.safetensors", parts, "peft", lora_writing.header(teacher, "a", parts))
     made = tmp_path / "small.safetensors"
     model = ["--model", str(tiny_pipeline)]
     convert.main(["--lora", f"{path}:0.5", "--to-student", "sd_small", *model, "--out", str(made)])
@@ -87,7 +87,7 @@ def test_files_go_to_a_student_and_back_and_tell_whose_they_are(tiny_pipeline, t
 def test_a_merged_folder_and_what_is_extracted_from_it(tiny_pipeline, tmp_path, capsys):
     base = Folder.open(tiny_pipeline)
     parts = {part: adapter(base.shapes(part), "attention") for part in ("unet", "text_encoder")}
-    path = lora_files.write(tmp_path / "a.safetensors", parts, "kohya", {})
+    path = lora_writing.write(tmp_path / "a.safetensors", parts, "kohya", {})
     fused = tmp_path / "fused"
     convert.main(["--lora", f"{path}:0.7", "--fuse", "--model", str(tiny_pipeline), "--out", str(fused)])
     expected = lora_files.applied(base, [f"{path}:0.7"])

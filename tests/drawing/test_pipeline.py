@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from flaxkd import Pipeline
-from flaxkd.pretrained import Folder, lora_files
+from flaxkd.pretrained import Folder, lora_writing
 from flaxkd.weights import lora
 
 
@@ -28,7 +28,7 @@ def test_lora_files_are_merged_replaced_and_unloaded(tiny_pipeline, tmp_path):
     folder = Folder.open(tiny_pipeline)
     new = {part: lora.layers(lora.init(folder.shapes(part), "attention", 2, 0)) for part in ("unet", "text_encoder")}
     parts = {part: lora.tree({m: (a, b + 1) for m, (a, b) in pairs.items()}) for part, pairs in new.items()}
-    file = lora_files.write(tmp_path / "toy.safetensors", parts, "kohya", {})
+    file = lora_writing.write(tmp_path / "toy.safetensors", parts, "kohya", {})
     module = ("text_model", "encoder", "layers.0", "self_attn", "q_proj")
     kernel = lambda p: np.asarray(flatten_dict(p.params["text_encoder"])[*module, "kernel"])
     change = lora.delta(*lora.layers(parts["text_encoder"])[module])

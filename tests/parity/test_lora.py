@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flaxkd import students
-from flaxkd.pretrained import Folder, keys, lora_files, save
+from flaxkd.pretrained import Folder, keys, lora_files, lora_writing, save
 from flaxkd.weights import lora
 
 torch = pytest.importorskip("torch")
@@ -58,7 +58,7 @@ def merged(pipeline, folder: Folder) -> np.ndarray:
 @pytest.mark.parametrize("dialect", ["peft", "kohya"])
 def test_what_is_written_changes_the_prediction_as_when_merged(model, pipeline, tmp_path, dialect, targets):
     parts = {"unet": adapter(model.shapes("unet"), targets)}
-    path = lora_files.write(tmp_path / "x.safetensors", parts, dialect, lora_files.header(model, "x", parts))
+    path = lora_writing.write(tmp_path / "x.safetensors", parts, dialect, lora_writing.header(model, "x", parts))
     base, expected = predict(pipeline.unet), merged(pipeline, lora_files.applied(model, [path]))
     pipeline.load_lora_weights(path)
     try:
@@ -76,7 +76,7 @@ def test_what_is_written_changes_the_prediction_as_when_merged(model, pipeline, 
 def test_weights_of_several_files_are_those_of_set_adapters(model, pipeline, tmp_path):
     """As set_adapters: W + sum of weight * alpha / rank * B A. One alpha in all, which diffusers reads right."""
     parts = {"unet": adapter(model.shapes("unet"), "attention")}
-    one = lora_files.write(tmp_path / "one.safetensors", parts, "peft", {})
+    one = lora_writing.write(tmp_path / "one.safetensors", parts, "peft", {})
     two = tmp_path / "two.safetensors"
     tensors = {}
     for module, (a, b) in lora.layers(parts["unet"]).items():

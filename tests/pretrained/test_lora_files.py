@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flaxkd import students
-from flaxkd.pretrained import Folder, families, lora_files, lora_names
+from flaxkd.pretrained import Folder, families, lora_files, lora_names, lora_writing
 from flaxkd.pretrained import keys as keys_of
 from flaxkd.weights import lora
 from tests import tiny
@@ -187,8 +187,8 @@ def test_what_is_written_is_read_back_and_says_what_it_is_for(tmp_path, model, d
     parts = {part: lora.init(model.shapes(part), "all", 2, seed=1) for part in ("unet", "text_encoder")}
     parts = {part: lora.tree({m: (a, b + noise(*b.shape)) for m, (a, b) in lora.layers(tree).items()})
              for part, tree in parts.items()}  # fmt: skip
-    header = lora_files.header(model, "toy", parts, trained={"steps": 7, "tag_frequency": {"toys": {"sks": 3}}})
-    path = lora_files.write(tmp_path / "toy.safetensors", parts, dialect, header)
+    header = lora_writing.header(model, "toy", parts, trained={"steps": 7, "tag_frequency": {"toys": {"sks": 3}}})
+    path = lora_writing.write(tmp_path / "toy.safetensors", parts, dialect, header)
     file = lora_files.read(path)
     fitted = lora_files.fit(file, model)
     for part, adapter in parts.items():
@@ -235,14 +235,14 @@ def adapter(unet: dict, targets="feed_forward") -> dict:
 def test_a_teachers_file_on_a_student_is_told_with_the_remedy(tmp_path, model):
     config = students.config(students.get("sd_small"), UNET)
     student = model.replace({"unet": config}, {})
-    path = lora_files.write(tmp_path / "x.safetensors", adapter(UNET), "kohya", {})
+    path = lora_writing.write(tmp_path / "x.safetensors", adapter(UNET), "kohya", {})
     with pytest.raises(ValueError, match=r"whole UNet.*--to-student.*Misfits \(\d+\):\n  unet: down_blocks.\d.atten"):
         lora_files.fit(lora_files.read(path), student)
-    lora_files.write(path, adapter(UNET, "conv_in"), "kohya", lora_files.header(model, "x", adapter(UNET)))
+    lora_writing.write(path, adapter(UNET, "conv_in"), "kohya", lora_writing.header(model, "x", adapter(UNET)))
     with pytest.raises(ValueError, match=r"is for a whole UNet: .*--to-student"):  # which its names do not tell
         lora_files.fit(lora_files.read(path), student)
-    header = lora_files.header(student, "x", adapter(config), student="sd_small")
-    lora_files.write(path, adapter(config), "peft", header)
+    header = lora_writing.header(student, "x", adapter(config), student="sd_small")
+    lora_writing.write(path, adapter(config), "peft", header)
     with pytest.raises(ValueError, match="is for the student sd_small: --to-teacher"):
         lora_files.fit(lora_files.read(path), model)
 
@@ -281,7 +281,7 @@ def test_files_are_named_with_scales(tmp_path):
 def test_merging_adds_up_and_leaves_the_base_alone(tmp_path, model):
     parts = adapter(UNET, "attention")
     parts["unet"] = lora.tree({m: (a, b + 1) for m, (a, b) in lora.layers(parts["unet"]).items()})
-    path = lora_files.write(tmp_path / "x.safetensors", parts, "kohya", {})
+    path = lora_writing.write(tmp_path / "x.safetensors", parts, "kohya", {})
     base, other = model.params("unet"), written(tmp_path / "y.safetensors", DIALECTS["PEFT"])
     merged = lora_files.applied(model, [f"{path}:0.7", f"{other}:0.3"]).params("unet")
     kernel = lambda tree: tree["mid_block"]["attentions.0"]["transformer_blocks.0"]["attn1"]["to_out.0"]["kernel"]
