@@ -58,6 +58,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # share of captions replaced by "", or zeros for SDXL; 0.1 to train from scratch for guidance
     config.caption_dropout = 0.0
     config.kl_weight = 2e-3  # for train = ("vae",) alone
+    # the UNet that is trained computes with rounded numbers, as it will where it runs: "w8" (weights of 8 bits), "w8a8"
+    # (activations too), "w4" or "fp8"; None: full precision, as the teacher always has. docs/quantization.md
+    config.quantize = placeholder(str)
+    # ends of the names of its layers that stay in full precision: few weights, and much of the error
+    config.full_precision = ("conv_in", "conv_out", r"time_embedding\.linear_\d", "time_emb_proj")
 
     # For task = "few_step" alone: a consistency model (LCM). The values are those of diffusers' scripts.
     config.few_step = ConfigDict()

@@ -165,6 +165,7 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "teacher": "owner/name",
         "student": "bk_tiny",
         "keep": 0.65,
+        "quantize": "w4",
         "prediction_type": "v_prediction",
         "snr_gamma": 5.0,
         "max_grad_norm": 2.0,

@@ -25,6 +25,7 @@ from flaxkd.drawing.emphasis import parse
 from flaxkd.machine import sharding
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.pretrained import Folder, lora_files
+from flaxkd.weights import quantize
 
 Picture = Image.Image | str | os.PathLike
 WITH = " + "  # before a LoRA in the name of a pipeline
@@ -71,6 +72,8 @@ class Pipeline:
         modules = {part: folder.module(part, dtype, **attend.get(part, {})) for part in folder.parts}
         read = {part: folder.params(part, dtype) for part in (folder.parts if parts is None else parts)}
         on_devices = sharding.put(read, sharding.replicated(mesh)) | (params or {})
+        if "unet" in on_devices:
+            modules["unet"] = quantize.wrapped(modules["unet"], on_devices["unet"], folder.quantization)
         return cls(name, folder, FrozenDict(modules), on_devices, folder.config("scheduler"), mesh)
 
     def with_lora(self, *lora: str | os.PathLike) -> "Pipeline":

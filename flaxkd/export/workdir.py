@@ -3,6 +3,7 @@
 A workdir, of a run or of `convert.from_diffusers`, holds
     export.json     its record: {"source": pipeline folder of the untrained parts, "parts": {"unet": its config.json},
                     "guidance": of its pictures,
+                    "quantization": how its UNet is quantized, if it is,
                     "configs": those of text encoders and scheduler that differ from the source's, as for clip_skip,
                     "vae": where their autoencoder comes from, if it is not the source's own,
                     "adapted": of a run that trains adapters, {"base": the model whose UNet is adapted, null for the
@@ -52,6 +53,7 @@ def write_record(
         written = path.relative_to(here)
     content = {"source": None if written is None else str(written), "parts": dict(parts), "step": step}
     content["guidance"] = source.guidance
+    content |= {"quantization": source.quantization._asdict()} if source.quantization else {}
     own = (*source.family.encoders, "scheduler")
     if configs := {x: source.configs[x] for x in own if x in source.configs and x not in parts}:
         content["configs"] = configs
@@ -87,7 +89,8 @@ def read_record(workdir: Path, source: str | os.PathLike | None = None, vae=None
     try:
         folder = Folder.open(source, vae or content.get("vae"))
         folder = folder.replace(content.get("configs", {}), {})
-        return content["parts"], dataclasses.replace(folder, drawn_with=content.get("guidance"))
+        own = dict(drawn_with=content.get("guidance"), quantized=content.get("quantization", {}))
+        return content["parts"], dataclasses.replace(folder, **own)
     except FileNotFoundError as error:
         hint = f"{path} names it as the source of the untrained parts; --source DIR gives another place."
         raise FileNotFoundError(f"{error}\n{hint}") from None

@@ -23,11 +23,13 @@ from flax import linen as nn
 
 from flaxkd.machine import files
 from flaxkd.pretrained import families, hub, keys, single_file, tensors
+from flaxkd.weights.quantize import Quantization
 
 CONFIGS = dict.fromkeys(families.PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
 NO_LIMIT = 10**9  # of tokens; a tokenizer of transformers without a configuration has 10**30
 # In model_index.json, where diffusers ignores names that begin with an underscore.
 DRAWN_WITH = "_guidance_scale"
+QUANTIZED = "_quantization"
 SCALING = ("scaling_factor", "force_upcast")  # of an autoencoder, what its tensors do not tell
 SHARED = "_shared"  # {part, tokenizer or scheduler: the folder that has it, from this one}, for the embedded teachers
 
@@ -41,7 +43,8 @@ class Folder:
     place of numbers. step: () -> the step of that checkpoint; None if `weights` come from none.
     readers: {part: () -> its tensors {diffusers' key: array}} and {"tokenizer" or "tokenizer_2": () -> the
     CLIPTokenizer} of what is not a folder of diffusers. vae: where another autoencoder than the model's own comes from;
-    None: its own. drawn_with: the guidance of its pictures by default, in place of its own; see `guidance`."""
+    None: its own. drawn_with: the guidance of its pictures by default, in place of its own; see `guidance`.
+    quantized: how its UNet is, in place of its own, {} for not; see `quantization`."""
 
     path: Path
     configs: Mapping[str, dict] = dataclasses.field(default_factory=dict)
@@ -50,6 +53,7 @@ class Folder:
     readers: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     vae: str | None = None
     drawn_with: float | None = None
+    quantized: Mapping | None = None
 
     @classmethod
     def open(
@@ -150,6 +154,16 @@ class Folder:
         if isinstance(own, bool) or not isinstance(own, int | float) or not math.isfinite(own):
             raise ValueError(f"{self.path}/model_index.json: {DRAWN_WITH} = {own!r} is no number")
         return float(own)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its UNet is quantized where flaxkd draws with it, from its model_index.json; None: not."""
+        own = self.index.get(QUANTIZED) if self.quantized is None else self.quantized
+        return Quantization.read(own, f"{self.path}/model_index.json")
+
+    def as_quantized(self, how: Quantization | None) -> "Folder":
+        """The same folder with this quantization in place of its own; None for none."""
+        return dataclasses.replace(self, quantized={} if how is None else how._asdict())
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from flaxkd.machine import files
 from flaxkd.pretrained import families, keys
-from flaxkd.pretrained.folder import CONFIGS, DRAWN_WITH, NO_LIMIT, Folder
+from flaxkd.pretrained.folder import CONFIGS, DRAWN_WITH, NO_LIMIT, QUANTIZED, Folder
 
 VERSION = "0.22.0"  # of diffusers, the oldest for all folders; its pipelines for inpainting do not load without one
 
@@ -117,6 +117,7 @@ def _model_index(source: Folder) -> dict:
     kept = ("_diffusers_version", families.ZEROS)
     index = {"_class_name": source.pipeline, "_diffusers_version": VERSION}
     index |= {DRAWN_WITH: source.guidance, **family.index}
+    index |= {QUANTIZED: source.quantization._asdict()} if source.quantization else {}
     index |= {key: value for key, value in source.index.items() if key in kept}
     rows = {part: families.PARTS[part] for part in source.parts}
     index |= {part: [row.library, row.class_name] for part, row in rows.items()}

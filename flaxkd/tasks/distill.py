@@ -42,12 +42,12 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         )
 
     def columns(trained, frozen) -> dict:
-        return {"student, distilled": Network({"unet": learner.config}, learner.assemble(trained, frozen))}
+        return {"student, distilled": learner.network(trained, frozen)}
 
     def before(trained, frozen) -> dict:
-        as_cut = learner.assemble(trained, frozen)
-        teacher = Network({}, as_cut | {"unet": frozen["teacher"]})
-        return {"teacher": teacher, "student as cut": Network({"unet": learner.config}, as_cut)}
+        teacher = Network({}, learner.assemble(trained, frozen) | {"unet": frozen["teacher"]})
+        begun = "student as cut" if config.init == "teacher" else "student as begun"
+        return {"teacher": teacher, begun: learner.network(trained, frozen)}
 
     return Task(
         batch=batch(config, folder),
@@ -59,6 +59,6 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         assemble=learner.assemble,
         columns=columns,
         before=before,
-        drawn_as=networks.predicting(folder, config.prediction_type),
+        drawn_as=networks.drawn_as(config, folder),
         passes=((teacher_config, 1), learner.passes),
     )

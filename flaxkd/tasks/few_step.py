@@ -84,11 +84,10 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
 
     usual = min(max(folder.guidance, low), high)
     few = drawn_as(folder, schedule.prediction_type, few_step.ode_steps, usual if channels else 1.0)
-    network = lambda trained, frozen: Network({"unet": learner.config}, learner.assemble(trained, frozen))
 
     def before(trained, frozen) -> dict:
         teacher = Network({}, learner.assemble(trained, frozen) | {"unet": frozen["teacher"]}, folder)
-        return {"teacher": teacher, "as begun": network(trained, frozen)}
+        return {"teacher": teacher, "as begun": learner.network(trained, frozen)}
 
     return Task(
         batch=inputs.batch(config, folder),
@@ -98,10 +97,10 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         loss=loss,
         configs=learner.configs,
         assemble=learner.assemble,
-        columns=lambda trained, frozen: {"few steps": network(trained, frozen)},
+        columns=lambda trained, frozen: {"few steps": learner.network(trained, frozen)},
         before=before,
         passes=((folder.config("unet"), 2), (learner.config, 4 + bool(config.remat))),
-        drawn_as=few,
+        drawn_as=few.as_quantized(learner.quantization),
     )
 
 

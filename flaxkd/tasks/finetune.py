@@ -11,7 +11,7 @@ from flaxkd.pretrained import Folder
 from flaxkd.tasks import networks
 from flaxkd.tasks.inputs import Inputs, batch, options, prepare
 from flaxkd.tasks.losses import predict, squares
-from flaxkd.training.task import Network, Task
+from flaxkd.training.task import Task
 
 
 def task(config, folder: Folder, dtype, mesh=None) -> Task:
@@ -40,7 +40,7 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         return noise_loss(each, inputs.of_class, config.prior.weight)
 
     def columns(trained, frozen) -> dict:
-        return {"model": Network({"unet": learner.config}, learner.assemble(trained, frozen))}
+        return {"model": learner.network(trained, frozen)}
 
     def before(trained, frozen) -> dict:
         new = config.blank or config.init == "random"
@@ -56,7 +56,7 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         assemble=learner.assemble,
         columns=columns,
         before=before,
-        drawn_as=networks.predicting(folder, config.prediction_type),
+        drawn_as=networks.drawn_as(config, folder),
         passes=(learner.passes,),
     )
 

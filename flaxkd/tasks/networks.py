@@ -9,6 +9,10 @@ from flaxkd import diffusion, export, pretrained, students
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import Folder, fresh
+from flaxkd.training import settings
+from flaxkd.training.task import Network
+from flaxkd.weights import quantize
+from flaxkd.weights.quantize import Quantization
 
 
 class Learner(NamedTuple):
@@ -22,10 +26,16 @@ class Learner(NamedTuple):
     config: dict  # config.json of the UNet
     configs: dict[str, dict]  # {part: its config.json} of all trained parts
     passes: tuple[dict, int]  # as in `Task.passes`
+    quantization: Quantization | None  # of the UNet
 
     def assemble(self, trained, frozen) -> dict:
         """{part: whole parameters} of the UNet and the text encoders."""
         return {part: trained.get(part, frozen.get(part)) for part in ("unet", *self.encoders)}
+
+    def network(self, trained, frozen) -> Network:
+        """How it is drawn: as it was trained to compute."""
+        whole = self.assemble(trained, frozen)
+        return Network({"unet": self.config}, whole, quantization=self.quantization)
 
     def condition(self, trained, frozen, conditions) -> dict:
         """The keyword arguments of the UNet, from the captions of a batch."""
@@ -40,16 +50,18 @@ def learner(config, folder: Folder, begin: tuple[dict, dict], dtype, mesh=None) 
     unet_config, start = begin
     params = {part: folder.params(part) for part in folder.family.encoders}
     frozen = {part: tree for part, tree in params.items() if part not in config.train}
-    attend = DotProductAttention(mesh, config.attention)
+    attend, how = DotProductAttention(mesh, config.attention), quantization(config)
+    unet = pretrained.build("unet", unet_config, dtype, remat=config.remat, attend=attend)
     return Learner(
         folder.family,
-        pretrained.build("unet", unet_config, dtype, remat=config.remat, attend=attend),
+        quantize.wrapped(unet, start, how),
         {part: folder.module(part, dtype) for part in folder.family.encoders},
         {part: tree for part, tree in params.items() if part in config.train} | {"unet": start},
         jax.tree.map(lambda x: x.astype(dtype), frozen),
         unet_config,
         {part: folder.config(part) for part in config.train} | {"unet": unet_config},
         (unet_config, 3 + bool(config.remat)),  # one pass forward, two back; remat adds one forward
+        how,
     )
 
 
@@ -101,7 +113,15 @@ def _check(config, folder: Folder) -> None:
         )
 
 
-def predicting(folder: Folder, prediction_type: str | None) -> Folder | None:
-    """The folder with another prediction_type in its scheduler's configuration; None for its own."""
-    scheduler = folder.config("scheduler") | {"prediction_type": prediction_type}
-    return prediction_type and folder.replace({"scheduler": scheduler}, {}, folder.step)
+def quantization(config) -> Quantization | None:
+    """How the trained UNet is quantized."""
+    return Quantization(config.quantize, tuple(settings.listed(config.full_precision))) if config.quantize else None
+
+
+def drawn_as(config, folder: Folder) -> Folder | None:
+    """The teacher's folder as what the run trains is drawn: its prediction_type and quantization; None for its own."""
+    how, kind = quantization(config), config.prediction_type
+    if not kind and folder.quantization == how:
+        return None
+    scheduler = {"scheduler": folder.config("scheduler") | {"prediction_type": kind}} if kind else {}
+    return folder.replace(scheduler, {}, folder.step).as_quantized(how)

@@ -16,6 +16,7 @@ from flaxkd.models.attention import DotProductAttention
 from flaxkd.pretrained import Folder, build
 from flaxkd.training import settings
 from flaxkd.training.task import Network, Task
+from flaxkd.weights import quantize
 
 # Pixels per device at a time. On a TPU v5e: 0.8 GiB of temporaries at 512 pixels, 1.5 for an SD 2.1 picture at 768.
 PIXELS = 512**2
@@ -81,6 +82,7 @@ class Sheet:
             part: build(part, unet, self.dtype, **({"attend": attend} if part == "unet" else {}))
             for part, unet in own.items()
         }
+        modules["unet"] = quantize.wrapped(modules["unet"], network.params["unet"], network.quantization)
         pipeline = self.pipeline.with_parts(modules, network.params)
         folder, steps = pipeline.folder, self.schedule
         if network.drawn_as is not None:

@@ -23,7 +23,7 @@ from flaxkd.machine import configuration, diffusers_flags, dtypes
 from flaxkd.models.attention import FORMS
 from flaxkd.pretrained import families, fresh
 from flaxkd.training import step
-from flaxkd.weights import lora
+from flaxkd.weights import lora, quantize
 
 
 class Rule(NamedTuple):
@@ -152,6 +152,8 @@ RULES = {
     "input_perturbation": number(0),
     "caption_dropout": number(0, 1),
     "kl_weight": number(0),
+    "quantize": or_none(word(*quantize.SCHEMES), "full precision", ""),
+    "full_precision": texts(PATTERN, "ends of names of layers, as regular expressions"),
     "few_step.target": word("online", "average"),
     "few_step.ode_steps": whole(1),
     "few_step.guidance": Rule(
@@ -292,6 +294,10 @@ def _together(config: ConfigDict) -> Iterator[str]:
         yield "prior.pictures = 0: then prior.folder must name your own pictures of the class"
     if (config.lora.rank or config.lora.init) and "vae" in config.train:
         yield "lora is for UNets and text encoders: with train = ('vae',), give --config.lora.rank=None"
+    if config.quantize and "vae" in config.train:
+        yield f"quantize = {config.quantize!r} is for UNets: not for train = {tuple(listed(config.train))}"
+    if config.quantize and (config.lora.rank or config.lora.init):
+        yield f"quantize = {config.quantize!r} and lora are both given: a LoRA file cannot say how its model is rounded"
     if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
         yield "timestep_sampling = 'min_snr' samples by the weights of snr_gamma: give it, 5.0 is usual"
     if config.dtype and dtypes.spelt(config.dtype) == "float16":

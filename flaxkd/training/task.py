@@ -9,6 +9,7 @@ import numpy as np
 
 from flaxkd.export import Adapted
 from flaxkd.pretrained import Folder
+from flaxkd.weights.quantize import Quantization
 
 
 class Network(NamedTuple):
@@ -17,6 +18,7 @@ class Network(NamedTuple):
     configs: Mapping[str, dict]  # {part: its config.json} of parts unlike the teacher's
     params: Mapping[str, dict]  # {part: tree}
     drawn_as: Folder | None = None  # with its own sampler, steps and guidance; None: with those of the run
+    quantization: Quantization | None = None  # of its UNet
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
