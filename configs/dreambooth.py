@@ -1,7 +1,9 @@
 """DreamBooth with prior preservation (Ruiz et al. 2023, arXiv:2208.12242): a few pictures of one subject.
 
     python -m flaxkd.train --config configs/dreambooth.py                                   a green cat, on a laptop
+    python -m flaxkd.train --config configs/dreambooth.py --config.lora.rank=4 --config.learning_rate.value=1e-3
     python -m flaxkd.train --config configs/dreambooth.py:bksdm --config.data.source=DIR    BK-SDM's settings
+    python -m flaxkd.train --config configs/dreambooth.py:bksdm_lora --config.data.source=DIR    ... as a LoRA
 
 Your own subject: data.source, data.caption ("a sks dog") and prior.prompt ("a dog"; None: no prior preservation).
 `--config.teacher` is any pipeline, student or finished run. docs/finetuning.md has results.
@@ -11,8 +13,9 @@ from configs import default, recipes
 
 
 def get_config(arg=None):
-    recipes.check(arg, __file__, "bksdm")
+    made = {"bksdm": recipes.bksdm_dreambooth, "bksdm_lora": recipes.bksdm_lora}
+    recipes.check(arg, __file__, *made)
     config = default.get_config()
     config.task = "finetune"
     config.student = None
-    return recipes.bksdm_dreambooth(config) if arg else recipes.embedded_dreambooth(config)
+    return made.get(arg, recipes.embedded_dreambooth)(config)

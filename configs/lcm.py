@@ -3,17 +3,19 @@
     python -m flaxkd.train --config configs/lcm.py                                    the miniature, on a laptop
     python -m flaxkd.train --config configs/lcm.py --config.init=runs/small           its distilled student
     python -m flaxkd.train --config configs/lcm.py:sd15 --config.data.source=DIR      Stable Diffusion 1.5
+    python -m flaxkd.train --config configs/lcm.py:sd15_lora --config.data.source=DIR      ... as a LoRA
 
-The teacher of the ODE is the whole model in all three; `init` is the UNet that learns.
+The teacher of the ODE is the whole model in all of them; `init` is the UNet that learns.
 """
 
 from configs import default, recipes
 
 
 def get_config(arg=None):
-    recipes.check(arg, __file__, "sd15")
+    made = {"sd15": recipes.lcm, "sd15_lora": recipes.lcm_lora}
+    recipes.check(arg, __file__, *made)
     config = default.get_config()
     config.task = "few_step"
     config.student = None
     config.optimizer.weight_decay = 0.0
-    return recipes.lcm(config) if arg else recipes.embedded_lcm(config)
+    return made.get(arg, recipes.embedded_lcm)(config)

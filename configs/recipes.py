@@ -131,6 +131,18 @@ def lcm(config: ConfigDict) -> ConfigDict:
     return photographs(config)
 
 
+def lcm_lora(config: ConfigDict) -> ConfigDict:
+    """diffusers' train_lcm_distill_lora_sd_wds.py as its README runs it: rank 64 (LCM-LoRA, arXiv:2311.05556), 1e-4."""
+    lcm(config)
+    config.learning_rate.peak_value = 1e-4
+    config.few_step.target = "online"
+    config.few_step.embedded = False
+    config.ema_decay = None
+    config.lora.rank = 64
+    config.lora.targets = ("lcm",)
+    return config
+
+
 def segmind(config: ConfigDict, steps: int) -> ConfigDict:
     """Segmind's distill-sd with Stable Diffusion 1.5: Realistic Vision 4.0 as the teacher, 512 px, weights 1/0.5/0.5.
 
@@ -229,6 +241,16 @@ def bksdm_dreambooth(config: ConfigDict) -> ConfigDict:
     config.sample.every = 100
     config.sample.prompts = ("a sks11df dog in the jungle", "a dog in the jungle")
     config.checkpoint.every = 200
+    return config
+
+
+def bksdm_lora(config: ConfigDict) -> ConfigDict:
+    """BK-SDM's DreamBooth as a LoRA (scripts/finetune_lora.sh): 1e-4, rank 16, alpha 27 and of the text encoder 17."""
+    bksdm_dreambooth(config)
+    config.learning_rate.value = 1e-4
+    config.lora.rank = 16
+    config.lora.alpha = 27.0
+    config.lora.text_encoder.alpha = 17.0
     return config
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from flaxkd.diffusion import samplers
 from flaxkd.export.card import front_and_licence, names, origin
 from flaxkd.export.workdir import Adapted
 from flaxkd.machine import files
@@ -47,26 +48,26 @@ def _card(workdir: Path, folder: Folder, parts: Mapping[str, dict], adapted: Ada
         ranks = ", ".join(map(str, sorted({a.shape[-1] for a, _ in pairs})))
         rows.append(f"| {part} | {len(pairs)} | {ranks} | {sum(a.size + b.size for a, b in pairs):,} |")
     prompt = run["data"]["caption"] or (run["sample"]["prompts"] or ["a photograph of a red bicycle"])[0]
-    return (
-        "\n\n".join(
-            [
-                front,
-                f"# {name}, a LoRA",
-                f"For {of}. Trained by flaxkd, in JAX, {step:,} optimizer steps. All scales are in the matrices: "
-                "alpha is the rank.",
-                "\n".join(["| part | modules | rank | parameters |", "|---|---:|---:|---:|", *rows]),
-                f"""\
-## Use
-```python
-from diffusers import {folder.pipeline}
-
-pipeline = {folder.pipeline}.from_pretrained({base!r})
-pipeline.load_lora_weights("PATH OR HUB ID OF THIS FOLDER", weight_name={lora_files.NAME!r})
-pipeline({prompt!r}, guidance_scale={folder.guidance:g}).images[0].save("picture.png")
-```
-ComfyUI and other programs take `{name}.safetensors`, which has the names of kohya's scripts.""",
-                licence,
-            ]
-        )
-        + "\n"
-    )
+    pipeline, sampler = folder.pipeline, folder.config("scheduler").get("_class_name")
+    steps = samplers.usual_steps(None, folder.config("scheduler"))
+    other = steps != samplers.STEPS  # few: it draws with another sampler than its model
+    lines = [
+        f"from diffusers import {', '.join(sorted({pipeline, *([sampler] * other)}))}",
+        "",
+        f"pipeline = {pipeline}.from_pretrained({base!r})",
+        *[f"pipeline.scheduler = {sampler}.from_config(pipeline.scheduler.config)"] * other,
+        f'pipeline.load_lora_weights("PATH OR HUB ID OF THIS FOLDER", weight_name={lora_files.NAME!r})',
+        f"settings = dict(num_inference_steps={steps}, guidance_scale={folder.guidance:g})",
+        f'pipeline({prompt!r}, **settings).images[0].save("picture.png")',
+    ]
+    blocks = [
+        front,
+        f"# {name}, a LoRA",
+        f"For {of}. Trained by flaxkd, in JAX, {step:,} optimizer steps. All scales are in the matrices: "
+        "alpha is the rank.",
+        "\n".join(["| part | modules | rank | parameters |", "|---|---:|---:|---:|", *rows]),
+        "\n".join(["## Use", "```python", *lines, "```"]),
+        f"ComfyUI and other programs take `{name}.safetensors`, which has the names of kohya's scripts.",
+        licence,
+    ]
+    return "\n\n".join(blocks) + "\n"

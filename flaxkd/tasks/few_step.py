@@ -132,6 +132,11 @@ def _check(config, folder: Folder) -> None:
             "few_step.target = 'average' is the moving average of the weights, and ema_decay is "
             f"{config.ema_decay}: give it, 0.95 is diffusers', or take the target 'online'"
         )
+    if few_step.embedded and (config.lora.rank or config.lora.init):
+        raise ValueError(
+            "few_step.embedded = True: the guidance would be an input that no adapter holds. As a LoRA, it is learnt: "
+            "--config.few_step.embedded=False"
+        )
     if few_step.ode_steps > count:
         raise ValueError(f"few_step.ode_steps = {few_step.ode_steps}: the teacher has {count} timesteps")
     if folder.config("unet").get("time_cond_proj_dim") is not None:
