@@ -137,6 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "dtype", choices=["float32", "float16"], help="default: float32, and with --fuse as it is")
     command.add(parser, "out", required=True, help="FILE.safetensors, and with --fuse a folder")
     args = parser.parse_args(arguments)
+    if not args.lora and not args.extract:
+        raise ValueError("there is nothing to read: give --lora FILE, or --extract BASE TUNED")
     if args.fuse:
         fuse(args)
     else:

@@ -1,5 +1,7 @@
 """What starts a run elsewhere: it parses, and ends in the one command."""
 
+import functools
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +33,19 @@ def test_every_way_ends_in_the_same_command():
     for file in (*SHELL, LAUNCH / "README.md"):
         assert COMMAND in file.read_text(), file
     assert '["' + COMMAND.replace(" ", '", "') + '"]' in (LAUNCH / "Dockerfile").read_text()
+
+
+def test_the_image_has_what_trains_and_serves():
+    """The packages, by the line of the Dockerfile itself, and flags of flaxkd.serve that exist."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    line = re.search(r"RUN (python -c .*?) > packages.txt", text, re.DOTALL)[1]
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    done = run(["sh", "-c", line], env=os.environ | {"EXTRA": "tpu"})
+    assert {"jax[tpu]", "flax>=0.12", "starlette", "uvicorn"} <= {*done.stdout.splitlines()}, done.stderr
+    served = run([sys.executable, "-m", "flaxkd.serve", "--help"])
+    for said in (text, (LAUNCH / "README.md").read_text()):
+        flags = re.search(r"flaxkd.serve (--.*)", said)[1]
+        assert {*re.findall(r"--[a-z]+", flags)} == {"--host", "--model"} <= {*re.findall(r"--[a-z]+", served.stdout)}
 
 
 def test_the_pods_get_flags_that_exist():

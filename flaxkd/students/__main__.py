@@ -109,7 +109,7 @@ def choose(args: argparse.Namespace) -> None:
     choice.write(args.out)
     picture, table = (args.out.with_suffix(ending) for ending in (".png", ".txt"))
     typed += [f"--config.student={args.out}", f"--config.pairing={next(iter(choice.student.published))}"]
-    typed = shlex.join(["python", "-m", "flaxkd.train", "--config", "configs/small.py", *typed])
+    typed = shlex.join(["python", "-m", "flaxkd.train", "--config", "configs/keep.py", "--config.keep=None", *typed])
     print(f"{choice}\n\nwrote {args.out}, {picture} and {table}")
     print(f"\nnext: look at {picture}, then train this student, e.g.\n  {typed}")
 

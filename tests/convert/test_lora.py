@@ -120,3 +120,10 @@ def test_the_nearest_product_is_that_of_singular_values():
         a, b, kept = lora.nearest(matrix, 2)
         assert kept == pytest.approx(s[:2].sum() / s.sum(), rel=1e-5)
         assert np.square(matrix - lora.delta(a, b)).sum() == pytest.approx(s[2:].sum(), rel=1e-4)
+
+
+def test_without_a_file_there_is_nothing_to_write(tiny_pipeline, tmp_path):
+    for flags in ([], ["--fuse", "--model", str(tiny_pipeline)]):
+        with pytest.raises(SystemExit, match="there is nothing to read: give --lora FILE"):
+            convert.main([*flags, "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
