@@ -24,8 +24,8 @@ ORDER = (
     ("bench", "ablation", "convert", "serve"),
 )
 
-# What may use torch, within functions: the scores of the extra `eval`, and the benchmark's other side.
-SCORES, RIVAL = "flaxkd.evaluate.scores", "flaxkd.bench.torch_works"
+# What may use torch, within functions: the scores of the extra `eval`, the benchmark's other side, PyTorch's exporter.
+SCORES, RIVAL, ONNX = "flaxkd.evaluate.scores", "flaxkd.bench.torch_works", "flaxkd.export.onnx"
 
 
 def module_name(path: Path) -> str:
@@ -88,10 +88,10 @@ def test_nothing_imports_the_trainer():
 def test_only_tests_import(foreign):
     users = {name for name in OURS if any(other.split(".")[0] == foreign for other in imports(name))}
     allowed = {
-        "torch": {SCORES, RIVAL},
+        "torch": {SCORES, RIVAL, ONNX},
         "torchmetrics": {SCORES},
         "torch_fidelity": {SCORES},
-        "diffusers": {RIVAL},
+        "diffusers": {RIVAL, ONNX},
     }
     assert users <= allowed.get(foreign, set())
 
@@ -109,7 +109,7 @@ def test_only_tests_of_parity_import_torch():
     assert not {name for name in users if not name.startswith("tests.parity.")}
 
 
-@pytest.mark.parametrize("module", [SCORES, RIVAL])
+@pytest.mark.parametrize("module", [SCORES, RIVAL, ONNX])
 def test_torch_is_needed_only_when_it_is_asked_for(module):
     body = ast.parse(FILES[module].read_text()).body
     outside = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -22,7 +22,7 @@ from flaxkd.diffusion import samplers, sampling
 from flaxkd.machine import cpu, files
 from flaxkd.models import attention
 from flaxkd.pretrained import Folder
-from flaxkd.pretrained.families import TOKENIZERS
+from flaxkd.pretrained.writing import write_padding_tokenizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SPEC = "programs.json"
@@ -104,7 +104,7 @@ def write(out: Path, folder: Folder, settings: Settings = AS_IT_IS, dtype=jnp.fl
             "programs": rows,
             "params": {part: f"{part}.safetensors" for part in folder.parts},
             "defaults": defaults,
-            "tokenizers": {field: _write_tokenizer(new, folder, field) for field in folder.tokenizers},
+            "tokenizers": {field: write_padding_tokenizer(folder, field, new) for field in folder.tokenizers},
             "dtype": jnp.dtype(dtype).name,
             "platforms": [*PLATFORMS],
             "compiler_options": {"cpu": options},
@@ -121,7 +121,7 @@ def programs(folder: Folder, settings: Settings, dtype) -> tuple[dict[str, Progr
     if folder.beside:
         raise ValueError(f"{folder.path} is an inpainting model: text-to-image models are exported alone")
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    scheduler, (height, width) = folder.config("scheduler"), _pixels(folder, settings)
+    scheduler, (height, width) = folder.config("scheduler"), folder.picture_size(settings.height, settings.width)
     sampler = settings.sampler or samplers.own(scheduler)
     steps = samplers.usual_steps(sampler, scheduler) if settings.steps is None else settings.steps
     schedule = samplers.schedule(sampler, scheduler, steps)
@@ -190,14 +190,6 @@ def _states(folder: Folder, modules: Mapping, prompt: Mapping) -> dict[str, jax.
     return {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in made.items()}
 
 
-def _pixels(folder: Folder, settings: Settings) -> tuple[int, int]:
-    asked = {"height": settings.height, "width": settings.width}
-    for name, value in asked.items():
-        if value is not None:
-            folder.check_resolution(value, name)
-    return tuple(value or folder.size[i] for i, value in enumerate(asked.values()))
-
-
 def _flat(tree: dict, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape}, as in the file of the parameters."""
     return {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in flatten_dict(tree, sep="/").items()}
@@ -208,12 +200,3 @@ def _of_flat(program: Program) -> Callable[[dict, dict], Any]:
     return lambda params, inputs: program.function(
         {part: unflatten_dict(tensors, sep="/") for part, tensors in params.items()}, inputs
     )
-
-
-def _write_tokenizer(out: Path, folder: Folder, field: str) -> str:
-    """Writes tokenizer.json such that its ids are those of `Folder.tokenize`, and returns its name."""
-    tokenizer, length = folder.tokenizers[field], folder.text_length
-    tokenizer([""], padding="max_length", max_length=length, truncation=True)  # sets both in what is saved
-    name = f"{TOKENIZERS[field]}.json"
-    tokenizer.backend_tokenizer.save(str(out / name))
-    return name

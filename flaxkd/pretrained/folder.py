@@ -366,6 +366,14 @@ class Folder:
             )
         return height
 
+    def picture_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels, those asked for or `size`. Raises as that and `check_resolution` do."""
+        asked = {"height": height, "width": width}
+        for name, value in asked.items():
+            if value is not None:
+                self.check_resolution(value, name)
+        return tuple(self.size[i] if value is None else value for i, value in enumerate(asked.values()))
+
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(h, w, c) of the latents of a square picture. resolution: in pixels; None: the model's own."""
         side = (resolution or self.resolution) // self.factor

@@ -80,6 +80,15 @@ def _write_tokenizer(source: Folder, field: str, folder: Path) -> None:
         files.write_json(file, config | tokens | {"model_max_length": source.text_length})
 
 
+def write_padding_tokenizer(source: Folder, field: str, out: Path) -> str:
+    """Writes the tokenizer of `field` to a file in `out` whose ids are those of `Folder.tokenize`; returns its name."""
+    tokenizer = source.tokenizers[field]
+    tokenizer([""], padding="max_length", max_length=source.text_length, truncation=True)  # sets both in what is saved
+    name = f"{families.TOKENIZERS[field]}.json"
+    tokenizer.backend_tokenizer.save(str(Path(out) / name))
+    return name
+
+
 def _check_replaceable(out: Path, source: Path) -> None:
     earlier = (out / "model_index.json").is_file() and not (out / "checkpoints").exists()
     if out.exists() and not earlier and not (out.is_dir() and not any(out.iterdir())):

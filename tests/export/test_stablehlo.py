@@ -21,7 +21,7 @@ PROMPTS = ["red apple", "green apple"]
 @pytest.fixture(scope="module")
 def draw():
     page = (ROOT / "docs" / "export.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     tree = ast.parse(code)
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
     names = (getattr(node, "module", None) or node.names[0].name for node in tree.body if node is not function)

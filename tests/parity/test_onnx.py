@@ -1,0 +1,116 @@
+"""ONNX files compute what flaxkd computes, and draw what it draws. Skipped without what the extra `onnx` has."""
+
+import importlib.util
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert import to_onnx
+from flaxkd import Pipeline
+from flaxkd.export import onnx
+from flaxkd.pretrained import Folder
+from tests import tiny
+from tests.running import ROOT
+
+
+def test_a_missing_package_is_named_before_any_work(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(SystemExit, match=r'needs onnxscript: pip install "flaxkd\[onnx\]"'):
+        to_onnx.main(["--model", str(tiny_pipeline), "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="height = 33 pixels is no multiple of 4"):
+        onnx.write(tmp_path / "out", Folder.open(tiny_pipeline), height=33)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(ValueError, match="is not an earlier export to ONNX"):
+        onnx.write(tmp_path / "used", Folder.open(tiny_pipeline))
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_have_the_names_that_runtimes_know(tiny_pipeline, tiny_xl):
+    found = onnx.networks(Folder.open(tiny_pipeline), height=64)
+    assert [*found] == ["unet", "vae_encoder", "vae_decoder", "text_encoder"]
+    assert found["unet"].inputs["sample"] == ("float32", (4, 16, 8))
+    assert found["vae_decoder"].inputs == {"latent_sample": ("float32", (4, 16, 8))}
+    assert found["text_encoder"].outputs == ["last_hidden_state", "pooler_output"]
+    xl = onnx.networks(Folder.open(tiny_xl))
+    assert xl["unet"].inputs["text_embeds"] == ("float32", (12,)) and xl["unet"].inputs["time_ids"] == ("float32", (6,))
+    assert xl["text_encoder_2"].outputs == [
+        "text_embeds",
+        "last_hidden_state",
+        *(f"hidden_states.{i}" for i in range(4)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    pytest.importorskip("onnxscript")
+    return pytest.importorskip("onnxruntime")
+
+
+def run(runtime, folder, name: str, **inputs) -> list[np.ndarray]:
+    session = runtime.InferenceSession(folder / name / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)
+
+
+def nchw(x) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1))
+
+
+def test_networks_equal_flaxkds_and_draw_its_pictures(tiny_pipeline, tmp_path, runtime):
+    out, folder = tmp_path / "out", Folder.open(tiny_pipeline)
+    to_onnx.main(["--model", str(tiny_pipeline), "--out", str(out), "--steps", "3", "--sampler", "euler_ancestral"])
+    rng = np.random.default_rng(0)
+    close = lambda found, expected: np.testing.assert_allclose(found, expected, atol=2e-5)
+
+    ids = tiny.ids(folder, ["red apple", "", "grinning face"])
+    encoder, params = folder.load("text_encoder")
+    states = np.asarray(encoder.apply({"params": params}, ids))
+    close(run(runtime, out, "text_encoder", input_ids=ids)[0], states)
+
+    latents = rng.standard_normal((3, 8, 8, 4), np.float32)
+    unet, params = folder.load("unet")
+    expected = unet.apply({"params": params}, latents, jnp.full(3, 500.5), states)
+    (found,) = run(
+        runtime, out, "unet", sample=nchw(latents), timestep=np.float32([500.5]), encoder_hidden_states=states
+    )
+    close(found, nchw(expected))
+
+    vae, params = folder.load("vae")
+    images = rng.uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
+    moments = vae.apply({"params": params}, images, method="encode")
+    close(run(runtime, out, "vae_encoder", sample=nchw(images))[0], nchw(moments[..., :4]))
+    decoded = vae.apply({"params": params}, latents, method="decode")
+    close(run(runtime, out, "vae_decoder", latent_sample=nchw(latents))[0], nchw(decoded))
+
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "OnnxStableDiffusionPipeline" and index["unet"] == ["diffusers", "OnnxRuntimeModel"]
+
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text("utf-8"), re.DOTALL)[1]
+    exec(compile(code, "docs/export.md", "exec"), names := {})
+    drawn = names["draw"](out, ["red apple", "green apple"], ["blue"] * 2, seed=3, guidance=2.0)
+    ours = Pipeline.from_pretrained(tiny_pipeline, np.float32)(
+        ["red apple", "green apple"], negative_prompt="blue", num_inference_steps=3, sampler="euler_ancestral", seed=3,
+        guidance_scale=2.0, progress=False,
+    )  # fmt: skip
+    ours = np.stack([np.asarray(x, np.int16) for x in ours])
+    assert np.abs(drawn - ours).max() <= 1 and ours.std() > 5
+
+
+def test_stable_diffusion_xl(tiny_xl, tmp_path, runtime):
+    out, folder = tmp_path / "out", Folder.open(tiny_xl)
+    onnx.write(out, folder)
+    prompt = folder.conditions(["red apple", "green apple"], (32, 32))
+    modules, params = zip(*(folder.load(part) for part in folder.parts), strict=True)
+    modules, params = (dict(zip(folder.parts, each, strict=True)) for each in (modules, params))
+    states = {name: np.asarray(x) for name, x in folder.family.condition(modules, params, prompt).items()}
+    pooled, _, *layers = run(runtime, out, "text_encoder_2", input_ids=prompt["input_ids_2"])
+    np.testing.assert_allclose(pooled, states["text_embeds"], atol=2e-5)
+    np.testing.assert_allclose(layers[-2], states["encoder_hidden_states"][..., 16:], atol=2e-5)
+    latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
+    expected = modules["unet"].apply({"params": params["unet"]}, latents, jnp.full(2, 7.0), **states)
+    states["time_ids"] = states["time_ids"].astype(np.float32)
+    (found,) = run(runtime, out, "unet", sample=nchw(latents), timestep=np.float32([7]), **states)
+    np.testing.assert_allclose(found, nchw(expected), atol=2e-5)
