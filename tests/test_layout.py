@@ -25,7 +25,8 @@ ORDER = (
 )
 
 # What may use torch, within functions: the scores of the extra `eval`, the benchmark's other side, PyTorch's exporter.
-SCORES, RIVAL, ONNX = "flaxkd.evaluate.scores", "flaxkd.bench.torch_works", "flaxkd.export.onnx"
+SCORES, SUBJECT = "flaxkd.evaluate.scores", "flaxkd.evaluate.subject"
+RIVAL, ONNX = "flaxkd.bench.torch_works", "flaxkd.export.onnx"
 
 
 def module_name(path: Path) -> str:
@@ -88,7 +89,7 @@ def test_nothing_imports_the_trainer():
 def test_only_tests_import(foreign):
     users = {name for name in OURS if any(other.split(".")[0] == foreign for other in imports(name))}
     allowed = {
-        "torch": {SCORES, RIVAL, ONNX},
+        "torch": {SCORES, SUBJECT, RIVAL, ONNX},
         "torchmetrics": {SCORES},
         "torch_fidelity": {SCORES},
         "diffusers": {RIVAL, ONNX},
@@ -109,7 +110,7 @@ def test_only_tests_of_parity_import_torch():
     assert not {name for name in users if not name.startswith("tests.parity.")}
 
 
-@pytest.mark.parametrize("module", [SCORES, RIVAL, ONNX])
+@pytest.mark.parametrize("module", [SCORES, SUBJECT, RIVAL, ONNX])
 def test_torch_is_needed_only_when_it_is_asked_for(module):
     body = ast.parse(FILES[module].read_text()).body
     outside = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]

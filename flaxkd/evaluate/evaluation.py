@@ -2,10 +2,11 @@
 
     python -m flaxkd.evaluate --model DIR|HUB_ID|WORKDIR ... [--teacher DIR|HUB_ID|WORKDIR] [--out DIR]
     python -m flaxkd.evaluate --model ... --prompts FILE --real DIR|FILE.npz [--inception FILE] [--clip DIR|HUB_ID]
+    python -m flaxkd.evaluate --model ... --prompts FILE --subject DIR [--dino DIR|HUB_ID] [--clip DIR|HUB_ID]
 
 Fidelity is measured on held-out captions, with equal noise for all models: see fidelity.py. With --prompts, a picture
-is drawn from every prompt as in BK-SDM, and scored with FID, inception score and CLIP score: see scores.py. Finished
-pictures are reused: the same command resumes.
+is drawn from every prompt as in BK-SDM, and scored with FID, inception score and CLIP score: see scores.py; with
+--subject, by how like a subject it is: see subject.py. Finished pictures are reused: the same command resumes.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from flaxkd.data import prompts as prompts_file
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches, grids, resumable
 from flaxkd.drawing.pipeline import Pipeline
-from flaxkd.evaluate import fidelity, scores, table
+from flaxkd.evaluate import fidelity, scores, subject, table
 from flaxkd.machine import command, files, hosts, progress, sharding
 from flaxkd.models.vae import sample_latents
 from flaxkd.pretrained import Folder, shapes
@@ -73,10 +74,13 @@ def run(args: argparse.Namespace) -> dict:
     if args.prompts is not None:
         prompts = prompts_file.read(args.prompts, args.limit)
         settings["prompts"] = f"{len(prompts)} of {args.prompts}"
-        scorer = None
+        scorer = likeness = None
         if jax.process_index() == 0:  # it alone scores: the others need no memory for the networks
-            scorer = scores.open_scorer(args.inception, args.clip, args.real)
+            scorer = scores.open_scorer(args.inception, args.clip, args.real, bool(args.subject) and args.real is None)
             settings |= scorer.settings
+            if args.subject is not None:
+                likeness = subject.open_subject(args.subject, args.dino, scorer.clip)
+                settings |= {"subject": str(args.subject), "DINO": args.dino}
         sampler, guidance = setup.drawn_with["protocol"]
         other = scores.departures(sampler, args.steps, guidance, setup.resolution, len(prompts))
         notes += [f"Not as published: {other}."] if other else []
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.fidelity and jax.process_index() == 0:
         written.append(measure_fidelity(setup, models, held, rows))
     if args.prompts is not None:
-        measure_protocol(setup, models, prompts, scorer, rows)
+        measure_protocol(setup, models, prompts, scorer, likeness, rows)
     if jax.process_index() > 0:  # the first process has everything
         return {}
     result = {"settings": settings, "notes": notes, "rows": rows}
@@ -246,7 +250,7 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
     return path
 
 
-def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, rows: list[dict]) -> None:
+def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, likeness, rows: list[dict]) -> None:
     """Draws this process's share of the pictures. The first process then waits for the others and adds the scores."""
     args, size = setup.args, scores.SIZE
     shared = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -262,6 +266,8 @@ def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, row
     scorer = scores.real_statistics(scorer, read, args.batch_size, args.out / "real.npz")
     for row, drawn in zip(rows, paths, strict=True):
         row |= scores.score(scorer, drawn, prompts, read, args.batch_size, row["model"])
+        if likeness is not None:
+            row |= subject.score(likeness, drawn, read, args.batch_size, row["model"])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -297,6 +303,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
     group.add_argument("--real", type=Path, help="folder of real pictures, or .npz with mu and sigma; needed for FID")
     group.add_argument("--inception", type=Path, help="InceptionV3 weights of torch-fidelity (default: downloaded)")
+    like = "folder of a subject's pictures: DINO and CLIP-I, and without --real no Inception is needed"
+    group.add_argument("--subject", type=Path, help=like)
+    group.add_argument("--dino", default=subject.DINO, help="ViT of transformers (default: %(default)s)")
     group.add_argument("--clip", default=scores.CLIP, help="CLIP of transformers (default: %(default)s)")
     return parser.parse_args(arguments)
 

@@ -3,7 +3,7 @@
 BK-SDM (Kim et al. 2023, arXiv:2305.15798) draws 30,000 captions of MS-COCO 2014 validation with PNDM, 25 steps and
 guidance 7.5 at 512 pixels, keeps JPEG files of 256, and compares with all 40,504 originals squashed to 256 x 256.
 
-Only this file and bench/torch_works.py use torch, and only within functions. Networks and arithmetic come from the
+Only this file, subject.py and bench/torch_works.py use torch, within functions. Networks and arithmetic come from the
 extra `eval`: torch-fidelity's Inception, torchmetrics' FID and inception score, transformers' CLIP. (BK-SDM took FID
 from pytorch-fid, which has the same network and enlarges pictures to its 299 pixels by another bilinear rule.) For
 drawing, see drawing/resumable.py and evaluation.py.
@@ -219,14 +219,16 @@ def clip_score(
 class Scorer(NamedTuple):
     """Networks and real pictures, opened before anything is drawn."""
 
-    inception: Any
+    inception: Any  # None: neither FID nor inception score
     clip: tuple[Any, Any]
     real: tuple[np.ndarray, np.ndarray] | list[Path] | None  # statistics, or the pictures for them
     settings: dict[str, str]
 
 
-def open_scorer(inception: Path | None, clip: str, real: Path | None) -> Scorer:
+def open_scorer(inception: Path | None, clip: str, real: Path | None, clip_alone: bool = False) -> Scorer:
     """Loads the networks and finds the real pictures: a folder of them, or a .npz of their statistics.
+
+    clip_alone: the CLIP score alone is wanted, and Inception is not loaded.
 
     Raises like `load_inception`, `load_clip`, `pictures_in` and `read_statistics`."""
     found = None
@@ -235,10 +237,10 @@ def open_scorer(inception: Path | None, clip: str, real: Path | None) -> Scorer:
     settings = {
         "kept pictures": f"{SIZE} x {SIZE}, bicubic, {SUFFIX}",
         "real pictures": "none: no FID" if real is None else str(real),
-        "Inception": str(inception or "torch-fidelity's download"),
+        "Inception": "not loaded" if clip_alone else str(inception or "torch-fidelity's download"),
         "CLIP": str(clip),
     }
-    return Scorer(load_inception(inception), load_clip(clip), found, settings)
+    return Scorer(None if clip_alone else load_inception(inception), load_clip(clip), found, settings)
 
 
 def departures(sampler: str, steps: int, guidance: float, resolution: int, prompts: int) -> str:
@@ -287,9 +289,11 @@ def score(
             f"{len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}: if the processes "
             "do not share a folder, copy their pictures into one and run again"
         )
-    features, logits = inception_features(paths, read, scorer.inception, batch_size, f"Inception, {name}")
-    row = {} if scorer.real is None or len(paths) < 2 else {"fid": fid(features, scorer.real)}
-    if len(paths) >= 2 * SPLITS:
-        row["inception_score"], row["inception_score_std"] = inception_score(logits)
+    row = {}
+    if scorer.inception is not None:
+        features, logits = inception_features(paths, read, scorer.inception, batch_size, f"Inception, {name}")
+        row = {} if scorer.real is None or len(paths) < 2 else {"fid": fid(features, scorer.real)}
+        if len(paths) >= 2 * SPLITS:
+            row["inception_score"], row["inception_score_std"] = inception_score(logits)
     cosine = clip_score(paths, prompts, read, scorer.clip, batch_size, f"CLIP, {name}")
     return row | {"clip_score": cosine}

@@ -22,6 +22,8 @@ COLUMNS = (
     ("fid", "FID", 2, "Fréchet distance in Inception's features to the real pictures"),
     ("inception_score", "IS", 2, "inception score"),
     ("clip_score", "CLIP", 4, "mean cosine of picture and prompt in CLIP's space"),
+    ("dino", "DINO", 4, "mean cosine of pictures and the subject's own, by DINO's ViT"),
+    ("clip_i", "CLIP-I", 4, "the same by CLIP"),
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import scipy.linalg
 from PIL import Image
 
 from flaxkd.drawing import resumable
-from flaxkd.evaluate import fidelity, scores
+from flaxkd.evaluate import fidelity, scores, subject
 from tests.tiny import CAPTIONS
 
 torch = pytest.importorskip("torch")
@@ -90,6 +90,44 @@ def test_scores_of_a_folder(clip_folder, inception, drawn, tmp_path):
     drawn[3].unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 24 pictures are missing, the first is .*000003.png"):
         scores.score(scorer, drawn, captions, read, 24, "tiny")
+
+
+def test_likeness_is_the_mean_cosine_of_all_pairs(clip_folder, drawn, tmp_path):
+    """With a small ViT and a small CLIP of transformers, picture by picture. No Inception is asked for."""
+    import transformers
+
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.ViTConfig(image_size=32, patch_size=8, **sizes)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    (tmp_path / "subject").mkdir()
+    for i in range(3):
+        picture = np.random.default_rng(50 + i).integers(0, 256, (40, 24, 3), np.uint8)
+        Image.fromarray(picture).save(tmp_path / "subject" / f"{i}.png")
+    scorer = scores.open_scorer(None, str(clip_folder), None, clip_alone=True)
+    likeness = subject.open_subject(tmp_path / "subject", str(tmp_path / "vit"), scorer.clip)
+    read = lambda path: resumable.read(path, 32)
+    row = subject.score(likeness, drawn, read, 7, "tiny")
+
+    def unit(network, processor, path):
+        with torch.inference_mode():
+            x = network(processor(images=read(path), return_tensors="pt")["pixel_values"])[0].double()
+        return (x / x.norm()).numpy()
+
+    (vit, images), (clip, processor) = subject.load_dino(str(tmp_path / "vit")), scorer.clip
+    networks = {
+        "dino": (lambda x: vit(x).last_hidden_state[:, 0], images),
+        "clip_i": (lambda x: clip.get_image_features(x).pooler_output, processor.image_processor),
+    }
+    for key, network in networks.items():
+        pairs = [unit(*network, a) @ unit(*network, b) for a in drawn for b in likeness.pictures]
+        assert row[key] == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert -1 < row["dino"] < 1 and row["dino"] != row["clip_i"]
+    only = scores.score(scorer, drawn, [CAPTIONS[0]] * 24, read, 7, "tiny")
+    assert only.keys() == {"clip_score"}
+    with pytest.raises(FileNotFoundError, match=r"DINO cannot be loaded from .*absent"):
+        subject.load_dino(str(tmp_path / "absent"))
 
 
 @pytest.fixture
