@@ -102,7 +102,7 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
     plan = {"source": str(tiny_pipeline), "parts": {"unet": config}}
     (workdir / "export.json").write_text(json.dumps(plan))
     _, params = Folder.open(home / "student").load("unet")
-    monkeypatch.setattr(export.workdir, "restore", lambda folder: (7, {"unet": params}, False))
+    monkeypatch.setattr(export.workdir, "restore", lambda folder, ema: (7, {"unet": params}, False))
     mesh = evaluation.sharding.local_mesh()
     loaded = evaluation.load(evaluation.find(str(workdir)), np.float32, mesh)
     folder = evaluation.load(evaluation.find(str(home / "student")), np.float32, mesh)
