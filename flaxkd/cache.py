@@ -3,14 +3,19 @@
     python -m flaxkd.cache --source laion/ --teacher OWNER/NAME --out cache/ [--min-aesthetic 6.5] [--flip]
     python -m flaxkd.train --config configs/small.py:sd15 --config.data.source=cache/
     python -m flaxkd.cache --bench cache/
+    python -m flaxkd.cache --draw 1000 [--prompts FILE] [--teacher OWNER/NAME] [--lora FILE] --out DIR
 
 The source is a folder of img2dataset's tars, Parquet or a Hugging Face data set with the pictures inside, a folder or
 zip of pictures, or the name of a TFDS data set. What is unreadable or has no caption is left out and listed. The same
 command resumes where it stopped, on any number of hosts: see docs/laion_art.md.
+
+--draw makes a synthetic set: the teacher draws N pictures, of the prompts of a file or of the captions of a source, and
+its folder is the data.source of a training.
 """
 
 import argparse
 import contextlib
+import hashlib
 import shlex
 import time
 from collections.abc import Iterator
@@ -20,10 +25,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from flaxkd.data import buckets, encoding, large, loader, openmoji, pictures, readers
+from flaxkd import export
+from flaxkd.data import buckets, encoding, large, loader, openmoji, pictures, prompts, readers, sources
 from flaxkd.data.filters import Recipe
+from flaxkd.diffusion import samplers
+from flaxkd.drawing import data_set
+from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import command, configuration, files, hosts, owners, sharding, streams
-from flaxkd.pretrained import Folder
+from flaxkd.pretrained import Folder, lora_files
 
 CONSUMED = 270  # images/s read from a cache by a v5e-8 in Segmind's recipe, an estimate
 
@@ -121,6 +130,34 @@ def conclude(made: dict, args: argparse.Namespace, recipe: Recipe) -> None:
     print(f"\nnext: train with this teacher, e.g.\n  {typed}")
 
 
+def draw(args: argparse.Namespace) -> list[Path]:
+    """A folder of pictures that the teacher draws, with captions. Returns their paths.
+
+    Raises as `prompts.read`, `sources.open_source`, `lora_files.applied` and `data_set.draw` do."""
+    if args.draw < 1:
+        raise ValueError(f"--draw is {args.draw}, must be at least 1")
+    folder = lora_files.applied(export.open_model(args.teacher, args.vae), args.lora)
+    resolution = args.resolution or folder.resolution
+    folder.check_resolution(resolution, "--resolution")
+    if args.prompts is not None:
+        found = prompts.read(args.prompts)
+    else:
+        source = sources.open_source(args.source or "openmoji", args.split, resolution=resolution)
+        captions = source.captions or [picture["caption"] for picture in source]
+        order = np.random.default_rng(args.seed).permutation(len(captions))
+        found = [captions[i] for i in order]
+    wanted = [found[i % len(found)] for i in range(args.draw)]
+    digest = hashlib.sha256("\0".join(wanted).encode()).hexdigest()[:16]
+    dtype, out = sharding.compute_dtype(args.dtype), Path(args.out)
+    pipeline = Pipeline.from_folder(folder, str(folder.path), dtype)
+    how = data_set.How(resolution, args.seed, args.sampler, args.steps, args.guidance)
+    remedy = "Remove that folder, or choose another --out."
+    made = data_set.draw(out, wanted, pipeline, how, {"prompts_sha256": digest}, remedy=remedy, words="pictures")
+    typed = shlex.join(["--config.data.source=" + args.out, f"--config.data.resolution={resolution}"])
+    print(f"\n{out}: {len(made):,} pictures of {len({*wanted}):,} prompts\n\nnext: train on them, {typed}")
+    return made
+
+
 def bench(folder: str, batch_size: int, seconds: float) -> float:
     """Reads batches of a cache's train split as training does. Prints and returns the rate in images/s."""
     batches = loader.Records(epath.Path(folder) / "train").batches(batch_size, seed=0)
@@ -162,12 +199,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--caption-column", help="default: the .txt, text, caption or prompt")
     group.add_argument("--aesthetic-column", help="default: aesthetic or aesthetic_score")
     group.add_argument("--image-column", help="default: image, jpg, file_name, ...; of tars an ending such as left.jpg")
+    group = parser.add_argument_group("a set that the teacher draws")
+    group.add_argument("--draw", type=int, metavar="N", help="draw N pictures in place of reading a source")
+    group.add_argument("--prompts", type=Path, help=".txt, a prompt a line, or .csv; default: captions of --source")
+    command.add(group, "lora", help="LoRA file that the teacher wears; repeat for several")
+    group.add_argument("--sampler", metavar="SAMPLER", help=f"{', '.join(samplers.KINDS)}; default: the model's own")
+    command.add(group, "steps", help="of the sampler; default: those usual for it")
+    command.add(group, "guidance")
+    command.add(group, "seed")
     group = parser.add_argument_group("reading speed")
     group.add_argument("--bench", metavar="DIR", help="only read a finished cache, in batches of 256, and time it")
     group.add_argument("--seconds", type=float, default=20, help="to measure (default: %(default)s)")
     args = parser.parse_args(arguments)
-    if not args.bench and not (args.source and args.out):
-        parser.error("give --source and --out, or --bench DIR")
+    if not args.bench and not (args.out and (args.source or args.draw is not None)):
+        parser.error("give --source and --out, --draw N and --out, or --bench DIR")
     return args
 
 
@@ -177,7 +222,12 @@ def main(arguments: list[str] | None = None) -> None:
     command.keep_compiled_programs()
     with hosts.together(args), command.reported(command.RESUMES), streams.lasting():
         try:
-            bench(args.bench, 256, args.seconds) if args.bench else run(args)
+            if args.bench:
+                bench(args.bench, 256, args.seconds)
+            elif args.draw is not None:
+                draw(args)
+            else:
+                run(args)
         except ImportError as error:
             if "gcsfs" not in str(error):
                 raise

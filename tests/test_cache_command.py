@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from flaxkd import cache
 from flaxkd.data import encoding, loader, sources
-from flaxkd.machine import sharding
+from flaxkd.machine import files, sharding
 from flaxkd.pretrained import Folder, hub
 from tests.data.image_sets import CAPTIONS, N, listed, picture, tars, write_tar
 
@@ -95,7 +95,7 @@ def test_what_it_says(made, tiny_pipeline, tmp_path, capsys):
             cache.main([*arguments, *other])
     with pytest.raises(SystemExit):
         cache.main(["--source", "x"])
-    assert "give --source and --out, or --bench DIR" in capsys.readouterr().err
+    assert "give --source and --out, --draw N and --out, or --bench DIR" in capsys.readouterr().err
     cache.main(["--bench", str(made), "--seconds", "0.1"])
     assert "images/s in batches of 256" in capsys.readouterr().out
 
@@ -122,3 +122,27 @@ def test_a_cache_for_stable_diffusion_xl(tiny_xl, tmp_path):
         np.testing.assert_array_equal(found[name], ids)
     with pytest.raises(ValueError, match=r"a task's batch names \('depths',\), but a reader has .*'input_ids_2'"):
         encoding.open_data({"depths": shape(6)}, config, pictures, "train", folder, jnp.bfloat16)
+
+
+def test_a_set_that_the_teacher_draws(tiny_pipeline, tmp_path, capsys):
+    """A stopped one goes on to the same pictures; it is a data set; other settings are refused before any compute."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\ngreen apple\nblue heart\n")
+    flags = ["--teacher", str(tiny_pipeline), "--draw", "4", "--steps", "2", "--prompts", str(prompts)]
+    flags += ["--out", str(tmp_path / "set")]
+    cache.main(flags)
+    assert "4 pictures of 3 prompts" in capsys.readouterr().out
+    lines = files.read_jsonl(tmp_path / "set" / "metadata.jsonl")
+    assert [line["text"] for line in lines] == ["red apple", "green apple", "blue heart", "red apple"]
+    content = {path.name: path.read_bytes() for path in (tmp_path / "set").glob("*.png")}
+    assert len({*content.values()}) == 4
+    (tmp_path / "set" / "000002.png").unlink()
+    (tmp_path / "set" / "metadata.jsonl").unlink()
+    cache.main(flags)
+    assert content == {path.name: path.read_bytes() for path in (tmp_path / "set").glob("*.png")}
+    source = sources.open_source(str(tmp_path / "set"), "train", resolution=32)
+    assert {*source.captions} <= {"red apple", "green apple", "blue heart"}
+    with pytest.raises(SystemExit, match=r"pictures drawn with other settings:\n  seed: 0 there, 1 here"):
+        cache.main([*flags, "--seed", "1"])
+    with pytest.raises(SystemExit, match="--draw is 0, must be at least 1"):
+        cache.main([*flags, "--draw", "0"])
