@@ -60,6 +60,16 @@ def embedded_finetune(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def embedded_quantized(config: ConfigDict) -> ConfigDict:
+    """The distilled student of configs/small.py, rounded, in minutes on two CPU cores."""
+    embedded(config)
+    config.init = "runs/small"
+    config.steps = 100
+    config.learning_rate = cosine(config, peak_value=3e-4, warmup_steps=10, end_value=1e-6)
+    config.sample.every = config.validation.every = config.checkpoint.every = 50
+    return config
+
+
 def embedded_dreambooth(config: ConfigDict) -> ConfigDict:
     """The five pictures of a green cat, and the miniature's own cats, in minutes on two CPU cores."""
     config.data.source = "subject"
@@ -140,6 +150,13 @@ def lcm_lora(config: ConfigDict) -> ConfigDict:
     config.ema_decay = None
     config.lora.rank = 64
     config.lora.targets = ("lcm",)
+    return config
+
+
+def quantized(config: ConfigDict) -> ConfigDict:
+    """Segmind's recipe for a twentieth of its steps. Nobody has published one: it has not been run at full size."""
+    segmind(config, steps=5_000)
+    config.init = "segmind/small-sd"
     return config
 
 

@@ -1,7 +1,7 @@
 """A workdir of a run, or of `convert.from_diffusers` -> a whole pipeline folder of diffusers, or a single file.
 
     python -m convert.to_diffusers --workdir DIR --out DIR [--dtype float16|float32] [--ema|--no-ema]
-    [--source DIR] [--push-to-hub OWNER/NAME [--private]]
+    [--quantize w4] [--source DIR] [--push-to-hub OWNER/NAME [--private]]
     python -m convert.to_diffusers --workdir DIR --single-file FILE.safetensors [--for comfyui|a1111|sd.cpp]
     python -m convert.to_diffusers --model DIR|FILE|HUB_ID [--vae DIR|FILE|HUB_ID] --out DIR or --single-file FILE
 
@@ -20,6 +20,7 @@ from flaxkd import export
 from flaxkd.export import single_file
 from flaxkd.machine import command
 from flaxkd.pretrained import Folder, save
+from flaxkd.weights import quantize
 
 
 @command.reported()
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     half = "of the trained parts, or of the whole single file; default: unchanged"
     command.add(parser, "dtype", choices=["float16", "float32"], help=half)
     add("--ema", action=argparse.BooleanOptionalAction, help="the moving average; default: if there is one")
+    rounding = "round the UNet's weights, as flaxkd.train --config.quantize does; docs/quantization.md"
+    add("--quantize", choices=[*quantize.SCHEMES], help=rounding)
     add("--source", help="pipeline folder or hub id of the other parts; default: as in export.json")
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
     add("--private", action="store_true", help="make the repository private if it is new")
@@ -52,9 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
 def write_folder(args: argparse.Namespace, dtype) -> None:
     upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
     if args.workdir is None:
-        save(args.out, source=export.open_model(args.model, args.vae), parts={})
+        save(args.out, source=rounded(export.open_model(args.model, args.vae), args.quantize), parts={})
     else:
-        export.export(args.workdir, args.out, dtype, args.ema, args.source, args.vae)
+        export.export(args.workdir, args.out, dtype, args.ema, args.source, args.vae, args.quantize)
     address = upload(args.out) if upload else None
     for path in sorted(args.out.glob("*/*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
@@ -68,9 +71,14 @@ def write_single_file(args: argparse.Namespace, dtype) -> None:
         folder = export.open_model(args.model, args.vae)
     else:
         folder = export.checkpoint(args.workdir, args.ema, args.source, args.vae)
+    folder = rounded(folder, args.quantize)
     able = single_file.write(args.single_file, folder, program=args.program, dtype=dtype)
     titles = ", ".join(single_file.PROGRAMS[name].title for name in able)
     print(f"wrote {args.single_file}, {args.single_file.stat().st_size / 1e6:,.1f} MB, read by: {titles or 'flaxkd'}")
+
+
+def rounded(folder: Folder, scheme: str | None) -> Folder:
+    return folder if scheme is None else export.rounded(folder, scheme)
 
 
 def uploader(name: str, private: bool) -> Callable[[Path], str]:

@@ -143,6 +143,7 @@ def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **option
     args, (sampler, guidance) = setup.args, setup.drawn_with[what]
     schedule = samplers.schedule(sampler, model.folder.config("scheduler"), args.steps)
     settings = {"weights": model.fingerprint, "sampler": sampler, "steps": args.steps}
+    settings |= {"quantization": str(model.folder.quantization)} if model.folder.quantization else {}
     settings |= {"guidance": guidance, "resolution": setup.resolution, "dtype": setup.dtype.name}
 
     def pictures_of(indices: list[int]) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from flaxkd.export.workdir import (
     open_model,
     read_record,
     restore,
+    rounded,
     write,
     write_record,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "open_model",
     "read_record",
     "restore",
+    "rounded",
     "write",
     "write_adapters",
     "write_record",

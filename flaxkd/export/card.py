@@ -10,6 +10,7 @@ from flaxkd.diffusion import samplers
 from flaxkd.machine import files
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import Folder, count, hub
+from flaxkd.weights.quantize import SCHEMES, Quantization
 
 PREVIEW = "samples.png"
 MINIATURES = {None: "the miniature teacher of flaxkd", "miniature_xl": "the miniature of Stable Diffusion XL in flaxkd"}
@@ -45,6 +46,7 @@ def model_card(workdir: Path, source: Folder, parts: dict[str, dict], step: int,
     blocks += [
         counts(parts, source),
         depths(parts.get("unet", source.config("unet"))),
+        quantized(source.quantization),
         _usage(parts, source, prompts[0]),
         figures(files.read_jsonl(workdir / "metrics.jsonl")),
         measured(workdir, "evaluation"),
@@ -144,6 +146,26 @@ def depths(unet: dict) -> str:
     new = c.reverse_transformer_layers_per_block or c.mid_block_type == "UNetMidBlock2D"
     needed = " It needs diffusers 0.22 or newer: older versions build other layers." if new else ""
     return f"Transformer blocks of each layer, `-` for a layer without attention: {found}.{needed}"
+
+
+def quantized(how: Quantization | None) -> str:
+    """What the weights of a quantized UNet are; "" for full precision."""
+    if how is None:
+        return ""
+    scheme, kept = SCHEMES[how.scheme], ", ".join(f"`{end}`" for end in how.full)
+    words = f"{scheme.weights} weights" + f" and {scheme.activations} activations" * bool(scheme.activations)
+    if how.on_grid:
+        text = (
+            f"The weights of the UNet are rounded for {words} (`{how.scheme}`): each is a number of {scheme.weights} "
+            "times the scale of its group, stored as a float, so that any program draws with them as they are."
+        )
+    else:
+        text = (
+            f"The UNet was trained to compute with {words} (`{how.scheme}`). Stored are the weights before rounding, "
+            "and flaxkd rounds them as it draws. For other programs, "
+            f"`python -m convert.to_diffusers --workdir DIR --quantize {how.scheme} --out NEW` writes them rounded."
+        )
+    return f"## Quantization\n{text} In full precision are {kept or 'no layers'}."
 
 
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:

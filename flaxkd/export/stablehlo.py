@@ -23,6 +23,7 @@ from flaxkd.machine import cpu, files
 from flaxkd.models import attention
 from flaxkd.pretrained import Folder
 from flaxkd.pretrained.writing import write_padding_tokenizer
+from flaxkd.weights import quantize
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SPEC = "programs.json"
@@ -128,7 +129,9 @@ def programs(folder: Folder, settings: Settings, dtype) -> tuple[dict[str, Progr
     guidance = folder.guidance if settings.guidance is None else settings.guidance
 
     attend = {"unet": {"attend": AttentionAnywhere()}}
-    modules = FrozenDict({part: folder.module(part, dtype, **attend.get(part, {})) for part in folder.parts})
+    modules = {part: folder.module(part, dtype, **attend.get(part, {})) for part in folder.parts}
+    modules["unet"] = quantize.wrapped(modules["unet"], folder.shapes("unet"), folder.quantization)
+    modules = FrozenDict(modules)
     condition, vae, channels = folder.family.condition, modules["vae"], modules["unet"].config.time_cond_proj_dim
     ids = folder.conditions([None], (height, width))
     prompt = {name: of(*x.shape[1:], dtype=x.dtype) for name, x in ids.items()}

@@ -25,6 +25,7 @@ from flaxkd.export.card import PREVIEW, model_card
 from flaxkd.machine import checkpoints, files
 from flaxkd.pretrained import Folder, hub, save
 from flaxkd.weights import lora
+from flaxkd.weights.quantize import Quantization, on_grid
 
 RECORD = "export.json"
 EXPORT = "diffusers"  # the folder a run exports to
@@ -121,18 +122,47 @@ def checkpoint(workdir: Path, ema: bool | None = None, source=None, vae=None) ->
 
 
 def export(
-    workdir: Path, out: Path, dtype=None, ema: bool | None = None, source: str | os.PathLike | None = None, vae=None
+    workdir: Path,
+    out: Path,
+    dtype=None,
+    ema: bool | None = None,
+    source: str | os.PathLike | None = None,
+    vae=None,
+    quantize: str | None = None,
 ) -> Path:
     """Writes the newest readable checkpoint of `workdir` as a whole pipeline folder `out`, and returns `out`.
 
     dtype: of the trained parts; None: unchanged. ema: True for the moving average, False for the parameters
     themselves; None: the average if there is one. source: of the other parts, vae: of the autoencoder; None: the
-    export record's. Raises FileNotFoundError if the record, the checkpoint or the source is missing, and ValueError if
-    the checkpoint lacks the requested weights (or as `pretrained.save` does)."""
+    export record's. quantize: see `rounded`. Raises FileNotFoundError if the record, the checkpoint or the source is
+    missing, and ValueError if the checkpoint lacks the requested weights (or as `pretrained.save` does)."""
     workdir = Path(workdir)
     parts, folder = read_record(workdir, source, vae)
+    how = quantize and rounding(folder, quantize)
     step, params, averaged = restore_whole(workdir, folder, ema)
+    if how and "unet" in params:
+        folder, params = folder.as_quantized(how), params | {"unet": on_grid(params["unet"], how)}
     return write(workdir, out, folder, parts, params, step=step, averaged=averaged, dtype=dtype)
+
+
+def rounding(folder: Folder, scheme: str) -> Quantization:
+    """How its UNet is to be rounded for good. Raises ValueError if it was trained for another scheme, or is rounded."""
+    own = folder.quantization or Quantization(scheme)
+    if own.on_grid:
+        raise ValueError(f"the weights of {folder.path} are rounded already, by {own.scheme}: give what they were")
+    if own.scheme != scheme:
+        raise ValueError(f"--quantize {scheme}: this UNet was trained to be rounded by {own.scheme}: give that one")
+    return own._replace(on_grid=True)
+
+
+def rounded(folder: Folder, scheme: str) -> Folder:
+    """The same pipeline with the weights of its UNet rounded for good: they need no qwix to be drawn with.
+
+    Layers in full precision are those it was trained with, else the usual ones. Raises ValueError, as `rounding` and
+    `quantize.layers` do."""
+    how, unet = rounding(folder, scheme), folder.config("unet")
+    weights = lambda: on_grid(folder.stored("unet"), how)
+    return folder.replace({"unet": unet}, {"unet": weights}, folder.step).as_quantized(how)
 
 
 def write(
