@@ -33,6 +33,7 @@ COMMANDS = {
     "to-inpainting": ("convert.to_inpainting", "widens the UNet of a model, to be trained for inpainting"),
     "to-stablehlo": ("convert.to_stablehlo", "exports a pipeline as programs for JAX without flaxkd"),
     "to-onnx": ("convert.to_onnx", "exports the networks of a pipeline as ONNX"),
+    "to-gguf": ("convert.to_gguf", "exports a pipeline as a GGUF file for stable-diffusion.cpp"),
     "lora": ("convert.lora", "converts LoRA files, also to a student, and merges or extracts them"),
     "from-diffusers": ("convert.from_diffusers", "turns a pipeline folder into an Orbax checkpoint"),
 }

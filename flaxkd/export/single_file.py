@@ -42,6 +42,15 @@ def _is_tiny(c: UNetConfig) -> bool:
     return [stage.depths for stage in c.down] == [(1,)] * 3 and c.mid_block_type is None
 
 
+# Transformer blocks of SSD-1B and of Vega, stage by stage on the way up; their mid block is a resnet.
+SDXL_UP = {((4, 4, 10), (2, 1, 1), (0, 0, 0)), ((2, 2, 2), (1, 1, 1), (0, 0, 0))}
+
+
+def _is_of_segmind(c: UNetConfig) -> bool:
+    up = tuple(tuple(depth or 0 for depth in stage.depths) for stage in c.up)
+    return c.addition_embed_type is not None and up in SDXL_UP and c.mid is not None and not c.mid.depths
+
+
 # comfy/supported_models.py: transformer blocks of the layers on the way down of SDXL, SSD-1B, Vega and both KOALAs.
 SDXL_DOWN = {(0, 0, 2, 2, 10, 10), (0, 0, 2, 2, 4, 4), (0, 0, 1, 1, 2, 2), (0, 2, 6), (0, 2, 5)}
 
@@ -56,8 +65,8 @@ PROGRAMS = {
     "comfyui": Program("ComfyUI", False, _is_known_to_comfyui),
     # modules/sd_models_config.py: one YAML for each family, which describes the whole UNet.
     "a1111": Program("A1111's web UI", False, _is_whole),
-    # src/model/diffusion/unet.hpp: the whole UNet, and one of three stages with one layer each and no mid block.
-    "sd.cpp": Program("stable-diffusion.cpp", True, lambda c: _is_whole(c) or _is_tiny(c)),
+    # src/unet.hpp: the whole UNet, one of three stages with one layer each and no mid block, SSD-1B and Vega.
+    "sd.cpp": Program("stable-diffusion.cpp", True, lambda c: _is_whole(c) or _is_tiny(c) or _is_of_segmind(c)),
 }
 WIDTH, TEXT_WIDTHS = 320, (768, 1024, 2048)  # of the UNets that all of them take for Stable Diffusion 1.x, 2.x and XL
 
@@ -66,7 +75,7 @@ def readers(unet_config: dict, gaps: bool = False) -> list[str]:
     """The rows of PROGRAMS that read a file with this UNet, its layers counted in this way."""
     c = UNetConfig.from_dict(unet_config)
     usual = c.block_out_channels[0] == WIDTH and c.cross_attention_dim in TEXT_WIDTHS
-    same = _is_whole(c)  # its layers have the same numbers either way
+    same = _is_whole(c) or _is_of_segmind(c)  # their layers have the same numbers either way
     return [name for name, p in PROGRAMS.items() if usual and p.builds(c) and (same or p.gaps == gaps)]
 
 
@@ -86,16 +95,23 @@ def write(file: Path, folder: Folder, *, program: str | None = None, dtype=None)
     if program is not None and program not in able:
         others = ", ".join(PROGRAMS[name].title for name in readers(unet))
         raise ValueError(f"{PROGRAMS[program].title} has no UNet like this one; it is read by: {others or 'none'}")
-    written = {}
-    for part in folder.parts:
-        tensors = cast(keys.to_tensors(folder.stored(part)), dtype, part)
-        written |= ldm.to_ldm(part, tensors, prefix=folder.family.single_file.get(part), gaps=gaps)
+    written = tensors(folder, gaps, dtype)
     with files.whole(file) as path:
-        save_file(written, path, metadata=_header(file, folder))
+        save_file(written, path, metadata=header(file, folder))
     return able
 
 
-def _header(file: Path, folder: Folder) -> dict[str, str]:
+def tensors(folder: Folder, gaps: bool, dtype=None) -> ldm.Tensors:
+    """All tensors of a pipeline by LDM's names, as `ldm.to_ldm` gives them. dtype: None: unchanged."""
+    written = {}
+    for part in folder.parts:
+        found = cast(keys.to_tensors(folder.stored(part)), dtype, part)
+        written |= ldm.to_ldm(part, found, prefix=folder.family.single_file.get(part), gaps=gaps)
+    return written
+
+
+def header(file: Path, folder: Folder) -> dict[str, str]:
+    """What the head of such a file says: the configurations, for flaxkd, and what user interfaces show."""
     scheduler = folder.config("scheduler")
     prediction = scheduler.get("prediction_type", "epsilon")
     content = {part: folder.config(part) for part in (*folder.parts, "scheduler")}

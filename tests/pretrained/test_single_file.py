@@ -350,7 +350,7 @@ def test_who_reads_which_student():
     sdxl = ARCHITECTURES["sdxl"].unet
     assert writer.readers(sdxl) == ["comfyui", "a1111", "sd.cpp"]
     for name in ("ssd_1b", "vega", "koala_1b", "koala_700m", "bk_sdxl_base", "bk_sdxl_small"):
-        able = [] if name.startswith("bk") else ["comfyui"]
+        able = [] if name.startswith("bk") else ["comfyui", *["sd.cpp"] * (name in ("ssd_1b", "vega"))]
         assert writer.readers(students.config(students.get(name), sdxl)) == able, name
 
 
