@@ -120,7 +120,8 @@ def set_up(
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     key = jax.random.wrap_key_data(sharding.put(key, sharding.replicated(mesh)))
     left = config.steps - int(state.step)  # 0: there is only an export to make
-    compiled = compile_steps(kinds if left else [], lambda batch: train_step.lower(like, frozen, batch, key))
+    lower = lambda batch: train_step.lower(like, frozen, batch, key)
+    compiled = compile_steps(kinds if left else [], lower, alone=bool(config.quantize))
     held.callback(lambda: [step.cancel() for step in compiled.values()])  # those that have not begun
     sheet = Sheet(config, folder, task, begun, frozen, dtype, mesh)
     first = workdir if hosts.is_first() else None
@@ -213,13 +214,16 @@ def shape(batch: dict) -> tuple:
     return tuple(x.shape for x in jax.tree.leaves(batch))
 
 
-def compile_steps(kinds: list, lower: Callable) -> dict[tuple, Future]:
+def compile_steps(kinds: list, lower: Callable, alone: bool = False) -> dict[tuple, Future]:
     """{shape: the step} for each kind of batch, one after another. lower: of the step, from a batch as shapes.
 
     They compile, or load stored programs, while the first pictures are drawn and while others train: training starts
-    sooner."""
+    sooner. alone: they are traced before that. While qwix traces a quantized network, functions of JAX are swapped, and
+    another thread that calls one as it is swapped back ends with a KeyError, once in 650 traces under stress."""
     pool = ThreadPoolExecutor(1)
-    compiled = {shape(batch): pool.submit(lambda batch=batch: lower(batch).compile()) for batch in kinds}
+    traced = [lower(batch) for batch in kinds] if alone else kinds
+    compiles = lambda step: (step if alone else lower(step)).compile()
+    compiled = {shape(batch): pool.submit(compiles, step) for batch, step in zip(kinds, traced, strict=True)}
     pool.shutdown(wait=False)
     if jax.process_count() > 1:  # processes must compile in the same order
         with progress.Bar(None, first=progress.COMPILING, leave=False, disable=not hosts.is_first()):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -72,6 +73,26 @@ def test_a_run_in_full_precision_on_top_of_a_quantized_one_is_no_longer_quantize
     assert few.drawn_as.quantization == W4
     [now], before = few.columns(few.trained, few.frozen).values(), few.before(few.trained, few.frozen)
     assert (now.quantization, before["as begun"].quantization, before["teacher"].quantization) == (W4, W4, None)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_quantized_step_is_traced_before_anything_else_in_this_thread(alone):
+    """qwix swaps functions of JAX for all threads."""
+    here, compiling = threading.get_ident(), threading.Event()
+
+    class Lowered:
+        def __init__(self, batch):
+            self.batch, self.thread = batch, threading.get_ident()
+
+        def compile(self):
+            compiling.wait(10)
+            return self.batch, self.thread == here, threading.get_ident() == here
+
+    steps = train.compile_steps([np.zeros(1), np.zeros(2)], Lowered, alone)
+    compiling.set()
+    found = [step.result() for step in steps.values()]
+    assert [len(batch) for batch, *_ in found] == [1, 2]
+    assert [rest for _, *rest in found] == [[alone, False]] * 2
 
 
 @pytest.mark.parametrize(
