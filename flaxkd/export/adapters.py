@@ -21,6 +21,10 @@ def write_adapters(workdir: Path, folder: Folder, adapters: Mapping[str, dict], 
     run, teacher = origin(workdir, folder)
     out, name = workdir / ADAPTERS, workdir.resolve().name
     parts = {part: lora.scaled(adapter, adapted.scales[part]) for part, adapter in adapters.items()}
+    if adapted.worn:
+        path, scale = lora_files.split(adapted.worn)
+        worn = lora_files.fit(lora_files.only(lora_files.read(path), folder.family.encoders), folder)
+        parts |= {part: lora.scaled(adapter, scale) for part, adapter in worn.items()}
     trained = {"steps": step, "learning_rate": str(run["learning_rate"])}
     if caption := run["data"]["caption"]:  # what user interfaces show as the words that call it
         trained["tag_frequency"] = {name: {caption: 1}}

@@ -7,7 +7,8 @@ A workdir, of a run or of `convert.from_diffusers`, holds
                     "configs": those of text encoders and scheduler that differ from the source's, as for clip_skip,
                     "vae": where their autoencoder comes from, if it is not the source's own,
                     "adapted": of a run that trains adapters, {"base": the model whose UNet is adapted, null for the
-                    source, "scales": {part: what its A @ B is multiplied with}},
+                    source, "scales": {part: what its A @ B is multiplied with}, "worn": a LoRA file of its text
+                    encoders, or null},
                     "step": of the finished export, null before}
     checkpoints/    Orbax steps with the tree {"params": {"unet": ...}, "ema": {"unet": ...} or nothing, ...}: of whole
                     parts, or of adapters as in weights/lora.py
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 from flaxkd.export.card import PREVIEW, model_card
 from flaxkd.machine import checkpoints, files
-from flaxkd.pretrained import Folder, hub, save
+from flaxkd.pretrained import Folder, hub, lora_files, save
 from flaxkd.weights import lora
 from flaxkd.weights.quantize import Quantization, on_grid
 
@@ -36,6 +37,7 @@ class Adapted(NamedTuple):
 
     base: str | None  # the model whose UNet is adapted; None: the run's
     scales: Mapping[str, float]  # {part: what its A @ B is multiplied with}
+    worn: str | None = None  # a LoRA file, FILE or FILE:SCALE, whose text encoders the model has, untrained
 
 
 def write_record(
@@ -63,6 +65,7 @@ def write_record(
         content["vae"] = lasting(source.vae)
     if adapted is not None:
         content["adapted"] = {"base": adapted.base and lasting(adapted.base), "scales": dict(adapted.scales)}
+        content["adapted"]["worn"] = adapted.worn
     files.write_json(Path(workdir) / RECORD, content)
 
 
@@ -90,6 +93,8 @@ def read_record(workdir: Path, source: str | os.PathLike | None = None, vae=None
     try:
         folder = Folder.open(source, vae or content.get("vae"))
         folder = folder.replace(content.get("configs", {}), {})
+        if worn := (content.get("adapted") or {}).get("worn"):
+            folder = lora_files.applied(folder, [worn], folder.family.encoders)
         own = dict(drawn_with=content.get("guidance"), quantized=content.get("quantization", {}))
         return content["parts"], dataclasses.replace(folder, **own)
     except FileNotFoundError as error:

@@ -197,16 +197,24 @@ def _check_layers(file: LoraFile, folder: Folder) -> None:
         )
 
 
-def applied(folder: Folder, loras: Iterable[str | os.PathLike]) -> Folder:
+def only(file: LoraFile, parts: Iterable[str]) -> LoraFile:
+    """The file without the adapters of other parts."""
+    kept = lambda of_parts: {part: of_parts[part] for part in parts if part in of_parts}
+    metadata = file.metadata if "unet" in parts else {}  # it tells the UNet that the file is for
+    return dataclasses.replace(file, parts=kept(file.parts), magnitudes=kept(file.magnitudes), metadata=metadata)
+
+
+def applied(folder: Folder, loras: Iterable[str | os.PathLike], parts: Iterable[str] | None = None) -> Folder:
     """The same model with LoRA files merged: kernel + sum of scale * A @ B, made in float32. Nothing else changes.
 
-    loras: FILE or FILE:SCALE. The base stays in its folder, so leaving a file out of the list unloads it. Raises what
-    `read` and `fit` do."""
-    parts: dict[str, list] = {}
-    for file, scale in map(split, loras):
-        for part, adapter in fit(read(file), folder).items():
-            parts.setdefault(part, []).append((adapter, scale))
-    weights = {part: lambda part=part: _merged(folder, part, parts[part]) for part in parts}
+    loras: FILE or FILE:SCALE. parts: the files' adapters of other parts are left out; None: all are merged. The base
+    stays in its folder, so leaving a file out of the list unloads it. Raises what `read` and `fit` do."""
+    found: dict[str, list] = {}
+    for path, scale in map(split, loras):
+        file = read(path) if parts is None else only(read(path), parts)
+        for part, adapter in fit(file, folder).items():
+            found.setdefault(part, []).append((adapter, scale))
+    weights = {part: lambda part=part: _merged(folder, part, found[part]) for part in found}
     return folder.replace({}, weights, folder.step)
 
 

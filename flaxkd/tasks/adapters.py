@@ -32,17 +32,8 @@ def wanted(config) -> bool:
 def teacher(config, folder: Folder) -> Folder:
     """The teacher of a student that learns an adapter: `folder` with `config.lora.init` merged, if there is one.
 
-    Without a student, the file is what the run goes on from. Raises what `lora_files.applied` does, and ValueError for
-    a file that adapts the text encoders: the student's adapter could not hold them."""
-    if not (config.lora.init and config.student):
-        return folder
-    path, _ = lora_files.split(config.lora.init)
-    if beside := [part for part in lora_files.read(path).parts if part != "unet"]:
-        raise ValueError(
-            f"lora.init = {config.lora.init!r} adapts the {' and '.join(beside)} too, and a student's adapter learns "
-            f"from the UNet's alone. Without repair: {lora_files.REMEDY.format(path)}"
-        )
-    return lora_files.applied(folder, [config.lora.init])
+    Without a student, the file is what the run goes on from. Raises what `lora_files.applied` does."""
+    return lora_files.applied(folder, [config.lora.init]) if config.lora.init and config.student else folder
 
 
 def adapted(task: Task, config, folder: Folder, dtype) -> Task:
@@ -66,6 +57,9 @@ def adapted(task: Task, config, folder: Folder, dtype) -> Task:
     def loss(trained, frozen, average, inputs):
         return task.loss(whole(trained, frozen), frozen, whole(average, frozen), inputs)
 
+    worn, drawn_as = _worn(config, task), task.drawn_as
+    if worn:
+        drawn_as = lora_files.applied(drawn_as or folder, [worn], folder.family.encoders)
     *others, (learner, passes) = task.passes
     return dataclasses.replace(
         task,
@@ -76,8 +70,18 @@ def adapted(task: Task, config, folder: Folder, dtype) -> Task:
         columns=lambda trained, frozen: task.columns(whole(trained, frozen), frozen),
         before=lambda trained, frozen: task.before(whole(trained, frozen), frozen),
         passes=(*others, (learner, passes - 1)),  # no gradients of most weights
-        adapted=export.Adapted(None if config.init == "teacher" else config.init, scales),
+        drawn_as=drawn_as,
+        adapted=export.Adapted(None if config.init == "teacher" else config.init, scales, worn),
     )
+
+
+def _worn(config, task: Task) -> str | None:
+    """`config.lora.init` of a student, if it adapts parts that are not trained: the student wears those as they are."""
+    if not (config.lora.init and config.student):
+        return None
+    path, scale = lora_files.split(config.lora.init)
+    beside = [part for part in lora_files.read(path).parts if part not in task.trained]
+    return f"{path.absolute()}:{scale}" if beside else None
 
 
 def _check(config) -> None:
@@ -115,7 +119,8 @@ def _begun(config, task: Task, folder: Folder) -> dict[str, dict]:
         return {}
     path, scale = lora_files.split(config.lora.init)
     own = folder if config.student or config.init == "teacher" else export.open_model(config.init)
-    parts = lora_files.fit(lora_files.read(path), own)
+    file = lora_files.read(path)
+    parts = lora_files.fit(file if _worn(config, task) is None else lora_files.only(file, task.trained), own)
     if unused := [part for part in parts if part not in task.trained]:
         raise ValueError(
             f"lora.init = {config.lora.init!r} adapts the {' and '.join(unused)} too: train them, "

@@ -190,17 +190,27 @@ def test_a_student_learns_its_teachers_adapter(tiny_pipeline, tmp_path):
     mapped, left_out = students.take_adapter(row, adapter, own)
     assert len(left_out) > 0 and {*lora.layers(task.trained["unet"])} == {*lora.layers(mapped)}
     assert_same_bits(task.assemble(task.trained, task.frozen)["unet"], lora.merge(own, lora.scaled(mapped, 0.5)))
-    assert task.adapted == (str(small), {"unet": 1.0})
+    assert task.adapted == (str(small), {"unet": 1.0}, None)
 
     settings.init = "teacher"
     with pytest.raises(ValueError, match=r"cannot mend a student as cut.*--config.init=runs/small"):
         tasks.make(settings, folder, jnp.float32)
     settings.init = str(small)
     both = {"unet": adapter, "text_encoder": lora.init(folder.shapes("text_encoder"), "attention", 2, 0)}
-    lora_writing.write(tmp_path / "both.safetensors", both, "kohya", {})
-    settings.lora.init = str(tmp_path / "both.safetensors")
-    with pytest.raises(ValueError, match=r"adapts the text_encoder too.*convert.lora --lora .*both.safetensors"):
-        tasks.make(settings, folder, jnp.float32)
+    both["text_encoder"] = jax.tree.map(lambda x: x + np.float32(0.1), both["text_encoder"])
+    file = lora_writing.write(tmp_path / "both.safetensors", both, "kohya", {})
+    settings.lora.init = f"{file}:0.5"
+    task = tasks.make(settings, folder, jnp.float32)
+    worn = lora_files.applied(folder, [f"{file}:0.5"]).params("text_encoder")
+    assert_same_bits(task.frozen["text_encoder"], worn)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(settings.to_json())
+    export.write_record(tmp_path / "run", task.drawn_as, task.configs, adapted=task.adapted)
+    assert_same_bits(export.read_record(tmp_path / "run")[1].params("text_encoder"), worn)
+    own = task.drawn_as.replace(task.configs, {})
+    out = export.write_adapters(tmp_path / "run", own, task.trained, task.adapted, 1)
+    parts = lora_files.read(out / "run.safetensors").parts
+    assert_same_bits(parts, {"text_encoder": lora.scaled(both["text_encoder"], 0.5), "unet": task.trained["unet"]})
 
 
 def test_a_step_at_rank_4_on_attention_costs_at_most_2_25_forward_passes():
