@@ -68,15 +68,28 @@ def test_without_guidance_there_is_no_negative_prompt(tiny_pipeline):
     assert defaults["guidance"] == 7.5 and fixed["steps"] == 25
 
 
+def test_a_unet_whose_input_the_guidance_is(tiny_pipeline):
+    folder = Folder.open(tiny_pipeline)
+    folder = folder.replace({"unet": folder.config("unet") | {"time_cond_proj_dim": 8}}, {})
+    programs, defaults, _ = stablehlo.programs(folder, stablehlo.Settings(sampler="lcm"), np.float32)
+    assert {*programs["text_to_image"].inputs} == {"input_ids", "latents", "guidance", "noise"}
+    assert programs["unet"].inputs["timestep_cond"].shape == (8,) and {*defaults} == {"input_ids", "guidance"}
+    assert traced(folder, programs["text_to_image"]).shape[1:] == (32, 32, 3)
+
+
+def traced(folder: Folder, program) -> jax.ShapeDtypeStruct:
+    (b,) = jax.export.symbolic_shape("b")
+    inputs = {name: jax.ShapeDtypeStruct((b, *x.shape), x.dtype) for name, x in program.inputs.items()}
+    made = jax.eval_shape(program.function, {part: folder.shapes(part) for part in program.parts}, inputs)
+    assert made.shape[0] == b
+    return made
+
+
 def test_stable_diffusion_xl_takes_two_texts_and_a_size(tiny_xl):
-    folder, (b,) = Folder.open(tiny_xl), jax.export.symbolic_shape("b")
+    folder = Folder.open(tiny_xl)
     programs, defaults, _ = stablehlo.programs(folder, stablehlo.Settings(), np.float32)
     assert defaults["negative_input_ids_2"] == [-1] * 16 and defaults["time_ids"] == [32, 32, 0, 0, 32, 32]
-    inputs = {
-        name: jax.ShapeDtypeStruct((b, *x.shape), x.dtype) for name, x in programs["text_to_image"].inputs.items()
-    }
-    params = {part: folder.shapes(part) for part in folder.parts}
-    assert jax.eval_shape(programs["text_to_image"].function, params, inputs).shape == (b, 32, 32, 3)
+    assert traced(folder, programs["text_to_image"]).shape[1:] == (32, 32, 3)
     assert {*programs["unet"].inputs} == {"latents", "timesteps", "encoder_hidden_states", "text_embeds", "time_ids"}
 
 
