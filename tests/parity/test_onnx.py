@@ -35,6 +35,12 @@ def test_inputs_have_the_names_that_runtimes_know(tiny_pipeline, tiny_xl):
     assert found["unet"].inputs["sample"] == ("float32", (4, 16, 8))
     assert found["vae_decoder"].inputs == {"latent_sample": ("float32", (4, 16, 8))}
     assert found["text_encoder"].outputs == ["last_hidden_state", "pooler_output"]
+    wide = Folder.open(tiny_pipeline).config("unet") | {"in_channels": 9}
+    assert onnx.networks(Folder.open(tiny_pipeline).replace({"unet": wide}, {}))["unet"].inputs["sample"][1] == (
+        9,
+        8,
+        8,
+    )
     xl = onnx.networks(Folder.open(tiny_xl))
     assert xl["unet"].inputs["text_embeds"] == ("float32", (12,)) and xl["unet"].inputs["time_ids"] == ("float32", (6,))
     assert xl["text_encoder_2"].outputs == [
