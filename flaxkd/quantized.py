@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     for model in args.models:
         found = evaluation.find(model, tuple(m.name for m in models))
         evaluation.check(found, teacher)
-        quantize.layers(found.folder.shapes("unet"), found.folder.quantization or Quantization("w8"))
+        schemes_of(found, args)
         models.append(found)
     latents, resolution = evaluation.sizes(teacher, args.resolution)
     source = sources.open_source(args.data, "validation", resolution=resolution)
@@ -61,19 +61,20 @@ def run(args: argparse.Namespace) -> list[dict]:
     seen = see(teacher, [source[i] for i in chosen], latents, args, mesh)
     wanted, rows, reference = predictions(teacher, seen, resolution, args.batch_size, mesh), [], None
     drawn = {"teacher": draw(teacher, seen, args)}
-    asked = sum(len(schemes_of(model, args.schemes)) for model in models)
+    asked = sum(len(schemes_of(model, args)) for model in models)
     with progress.Bar(asked, "quantized", " rows", first=progress.COMPILING) as bar:
         for model in models:
             own = None
-            for scheme, network in variants(model, args.schemes, dtype, mesh):
+            for scheme, network in variants(model, args, dtype, mesh):
                 said = predictions(network, seen, resolution, args.batch_size, mesh)
                 own = said if own is None else own
                 reference = said if reference is None else reference
                 row = {"model": model.name, "scheme": scheme, "to_itself": relative(said, own)}
                 row |= {"to_first": relative(said, reference), "loss_output": square(said, wanted)}
-                row |= {"loss_noise": square(said, seen.target), "bytes": size(model, scheme)}
+                row |= {"loss_noise": square(said, seen.target), "bytes": size(model, scheme, args)}
                 rows.append(row)
-                drawn |= {f"{model.name}, {scheme}": draw(network, seen, args)}
+                if scheme != FULL or not model.folder.quantization:  # nobody draws with what is meant to be rounded
+                    drawn[f"{model.name}, {scheme}"] = draw(network, seen, args)
                 bar.update()
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"examples": len(chosen), "data": args.data, "seed": args.seed, "dtype": dtype.name}
@@ -99,19 +100,24 @@ def see(teacher: Candidate, examples: list[dict], latents: tuple, args: argparse
     return Seen([example["caption"] for example in examples], noisy_latents, timesteps, target, noise)
 
 
-def schemes_of(model: Candidate, schemes: list[str]) -> dict[str, Quantization | None]:
-    """{name: how the UNet is quantized} of a model's rows, full precision first."""
+def schemes_of(model: Candidate, args: argparse.Namespace) -> dict[str, Quantization | None]:
+    """{name: how the UNet is quantized} of a model's rows, full precision first.
+
+    Raises ValueError for a layer in --full-precision that its UNet lacks."""
     own = model.folder.quantization
     if own and own.on_grid:
         return {f"{own.scheme}, rounded": None}
-    return {FULL: None} | ({own.scheme: own} if own else {scheme: Quantization(scheme) for scheme in schemes})
+    hows = [own] if own else [Quantization(scheme, tuple(args.full)) for scheme in args.schemes]
+    for how in hows:
+        quantize.layers(model.folder.shapes("unet"), how)
+    return {FULL: None} | {how.scheme: how for how in hows}
 
 
-def variants(model: Candidate, schemes: list[str], dtype, mesh) -> Iterator[tuple[str, Candidate]]:
+def variants(model: Candidate, args: argparse.Namespace, dtype, mesh) -> Iterator[tuple[str, Candidate]]:
     """(name, the model so quantized). Rounded weights alone need no other program than full precision."""
     plain = evaluation.load(model._replace(folder=model.folder.as_quantized(None)), dtype, mesh)
     unet, params = plain.pipeline.modules["unet"], plain.pipeline.params["unet"]
-    for name, how in schemes_of(model, schemes).items():
+    for name, how in schemes_of(model, args).items():
         parts = {}, {}
         if how and quantize.SCHEMES[how.scheme].activations:
             parts = {"unet": quantize.wrapped(unet, params, how)}, {}
@@ -163,8 +169,8 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(square(a, b) / np.square(b.astype(np.float64)).mean()))
 
 
-def size(model: Candidate, scheme: str) -> int:
-    how = model.folder.quantization or (None if scheme == FULL else Quantization(scheme))
+def size(model: Candidate, scheme: str, args: argparse.Namespace) -> int:
+    how = model.folder.quantization or schemes_of(model, args)[scheme]
     return quantize.size(model.folder.shapes("unet"), None if scheme == FULL else how)
 
 
@@ -188,6 +194,10 @@ def main(arguments: list[str] | None = None) -> None:
     known = [*quantize.SCHEMES]
     schemes = "of models that were trained in full precision; repeat for several; default: all"
     parser.add_argument("--scheme", dest="schemes", action=command.Several, choices=known, default=known, help=schemes)
+    full = "ends of names of layers in full precision there; repeat for several; default: those of configs/default.py"
+    parser.add_argument(
+        "--full-precision", dest="full", action=command.Several, metavar="NAME", default=quantize.FULL, help=full
+    )
     parser.add_argument("--data", default="openmoji", help="'openmoji' or a folder of pictures with metadata.jsonl")
     parser.add_argument("--examples", type=int, default=128, help="held-out captions (default: %(default)s)")
     parser.add_argument("--resolution", type=int, help="pixels; default: the teacher's")

@@ -68,5 +68,10 @@ def test_each_model_has_the_rows_of_its_training(home, monkeypatch, capsys):
 
 def test_a_rounded_folder_has_one_row(home):
     folder = Folder.open(home / "qat").as_quantized(Quantization("w4", on_grid=True))
-    model = argparse.Namespace(folder=folder)
-    assert quantized.schemes_of(model, ["w8"]) == {"w4, rounded": None}
+    model, args = argparse.Namespace(folder=folder), argparse.Namespace(schemes=["w8"], full=("conv_out", "conv_inn"))
+    assert quantized.schemes_of(model, args) == {"w4, rounded": None}
+    model.folder = Folder.open(home / "float")
+    with pytest.raises(ValueError, match="'conv_inn' names no layer of this UNet"):
+        quantized.schemes_of(model, args)
+    args.full = ["conv_out"]
+    assert quantized.schemes_of(model, args) == {"full": None, "w8": Quantization("w8", ("conv_out",))}

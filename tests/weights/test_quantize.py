@@ -100,6 +100,14 @@ def test_a_network_computes_with_weights_on_the_grid_and_gradients_pass_straight
     np.testing.assert_allclose(gradients[0]["conv_out"]["kernel"], gradients[1]["conv_out"]["kernel"], rtol=1e-3)
 
 
+@pytest.mark.parametrize(("scheme", "most"), [("w8a8", 0.02), ("fp8", 0.1)])
+def test_rounded_activations_and_their_gradients_are_near(params, scheme, most):
+    loss = lambda net: jax.value_and_grad(lambda p: jnp.square(net.apply({"params": p}, images())).sum())
+    network = quantize.wrapped(Small(), params, SMALL._replace(scheme=scheme))
+    for a, b in zip(*(jax.tree.leaves(loss(net)(params)) for net in (network, Small())), strict=True):
+        assert 1e-4 < np.linalg.norm(a - b) / np.linalg.norm(b) < most
+
+
 def test_where_the_weights_are_on_the_grid_nothing_is_rounded_again(params):
     """Twice would be wrong: the largest number of a scale is 7 of 7.5, and would make a new scale."""
     assert quantize.wrapped(Small(), params, SMALL._replace(on_grid=True)) == Small()
