@@ -68,29 +68,21 @@ def test_without_guidance_there_is_no_negative_prompt(tiny_pipeline):
     assert defaults["guidance"] == 7.5 and fixed["steps"] == 25
 
 
-def test_a_unet_whose_input_the_guidance_is(tiny_pipeline):
-    folder = Folder.open(tiny_pipeline)
-    folder = folder.replace({"unet": folder.config("unet") | {"time_cond_proj_dim": 8}}, {})
-    programs, defaults, _ = stablehlo.programs(folder, stablehlo.Settings(sampler="lcm"), np.float32)
-    assert {*programs["text_to_image"].inputs} == {"input_ids", "latents", "guidance", "noise"}
-    assert programs["unet"].inputs["timestep_cond"].shape == (8,) and {*defaults} == {"input_ids", "guidance"}
-    assert traced(folder, programs["text_to_image"]).shape[1:] == (32, 32, 3)
-
-
-def traced(folder: Folder, program) -> jax.ShapeDtypeStruct:
-    (b,) = jax.export.symbolic_shape("b")
-    inputs = {name: jax.ShapeDtypeStruct((b, *x.shape), x.dtype) for name, x in program.inputs.items()}
-    made = jax.eval_shape(program.function, {part: folder.shapes(part) for part in program.parts}, inputs)
-    assert made.shape[0] == b
-    return made
-
-
-def test_stable_diffusion_xl_takes_two_texts_and_a_size(tiny_xl):
-    folder = Folder.open(tiny_xl)
-    programs, defaults, _ = stablehlo.programs(folder, stablehlo.Settings(), np.float32)
+def test_stable_diffusion_xl_takes_two_texts_and_a_size_and_few_steps_their_guidance(tiny_xl):
+    folder, (b,) = Folder.open(tiny_xl), jax.export.symbolic_shape("b")
+    _, defaults, _ = stablehlo.programs(folder, stablehlo.Settings(), np.float32)
     assert defaults["negative_input_ids_2"] == [-1] * 16 and defaults["time_ids"] == [32, 32, 0, 0, 32, 32]
-    assert traced(folder, programs["text_to_image"]).shape[1:] == (32, 32, 3)
-    assert {*programs["unet"].inputs} == {"latents", "timesteps", "encoder_hidden_states", "text_embeds", "time_ids"}
+    few = {"unet": folder.config("unet") | {"time_cond_proj_dim": 8}}
+    folder = folder.replace(few, {})
+    programs, defaults, _ = stablehlo.programs(folder, stablehlo.Settings(sampler="lcm"), np.float32)
+    assert {*defaults} == {"input_ids", "input_ids_2", "time_ids", "guidance"}
+    states = {"encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"}
+    assert {*programs["unet"].inputs} == {"latents", "timesteps"} | states
+    loop = programs["text_to_image"]
+    assert {*loop.inputs} == {*defaults, "latents", "noise"}
+    inputs = {name: jax.ShapeDtypeStruct((b, *x.shape), x.dtype) for name, x in loop.inputs.items()}
+    made = jax.eval_shape(loop.function, {part: folder.shapes(part) for part in loop.parts}, inputs)
+    assert made.shape == (b, 32, 32, 3)
 
 
 def test_attention_has_the_form_of_its_platform(monkeypatch):
