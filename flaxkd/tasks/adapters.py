@@ -93,6 +93,11 @@ def _check(config) -> None:
             f"lora with student = {config.student!r}: an adapter cannot mend a student as cut, and needs a folder to "
             "be loaded into. Give the distilled one, --config.init=runs/small"
         )
+    if config.student and config.lora.init and tuple(config.train) != ("unet",):
+        raise ValueError(
+            f"lora.init with student = {config.student!r} and train = {tuple(config.train)}: student and teacher share "
+            "text encoders, which wear the file as they are. Train the UNet alone, --config.train=unet"
+        )
 
 
 def _kind(config, part: str) -> Kind:

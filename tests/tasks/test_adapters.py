@@ -196,6 +196,10 @@ def test_a_student_learns_its_teachers_adapter(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"cannot mend a student as cut.*--config.init=runs/small"):
         tasks.make(settings, folder, jnp.float32)
     settings.init = str(small)
+    settings.train = ("unet", "text_encoder")
+    with pytest.raises(ValueError, match=r"share text encoders.*--config.train=unet"):
+        tasks.make(settings, folder, jnp.float32)
+    settings.train = ("unet",)
     both = {"unet": adapter, "text_encoder": lora.init(folder.shapes("text_encoder"), "attention", 2, 0)}
     both["text_encoder"] = jax.tree.map(lambda x: x + np.float32(0.1), both["text_encoder"])
     file = lora_writing.write(tmp_path / "both.safetensors", both, "kohya", {})
