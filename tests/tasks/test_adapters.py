@@ -83,10 +83,14 @@ def test_before_the_first_step_the_loss_is_that_of_the_base(plain, home):
     folder = Folder.open(plain["teacher"])
     whole = tasks.make(config_of(plain, home, **{"lora.rank": None}), folder, jnp.float32)
     task = tasks.make(config_of(plain, home), folder, jnp.float32)
-    inputs = task.prepare(jax.random.key(0), task.random_batch(4, 0))
-    expected, _ = whole.loss(whole.trained, whole.frozen, {}, inputs)
-    gradients = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
-    (loss, _), grads = gradients(task.trained, task.frozen, {}, inputs)
+
+    @jax.jit
+    def measured(trained, exact):
+        inputs = task.prepare(jax.random.key(0), task.random_batch(4, 0))
+        (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(trained, task.frozen, {}, inputs)
+        return loss, grads, whole.loss(exact, whole.frozen, {}, inputs)[0]
+
+    loss, grads, expected = measured(task.trained, whole.trained)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     moved = {path[-2] for path, x in flatten_dict(grads["unet"]).items() if np.abs(x).max() > 0}
     assert moved == {"lora_B"}  # of A the gradient is B's, which is 0
