@@ -265,6 +265,7 @@ def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, lik
         return
     read = lambda path: resumable.read(path, size)
     scorer = scores.real_statistics(scorer, read, args.batch_size, args.out / "real.npz")
+    likeness = likeness and subject.prepared(likeness, read, args.batch_size)
     for row, drawn in zip(rows, paths, strict=True):
         row |= scores.score(scorer, drawn, prompts, read, args.batch_size, row["model"])
         if likeness is not None:

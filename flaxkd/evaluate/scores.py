@@ -32,10 +32,7 @@ def need() -> None:
     try:
         from torch_fidelity import feature_extractor_inceptionv3  # noqa: F401
         from torchmetrics.image import fid, inception  # noqa: F401
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a torchvision built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise ModuleNotFoundError(
             f"the published protocol needs packages that cannot be imported ({error}): {INSTALL}"
         ) from error
@@ -75,15 +72,21 @@ def load_inception(weights: Path | None):
 
 def load_clip(model: str) -> tuple[Any, Any]:
     """(CLIPModel, CLIPProcessor) of transformers, from a folder or a hub id. Raises like `load_inception`."""
+    return pretrained("CLIP", model, "CLIPModel", "CLIPProcessor")
+
+
+def pretrained(title: str, model: str, network: str, processor: str) -> tuple[Any, Any]:
+    """(network, processor) of these classes of transformers. Raises FileNotFoundError with the flag --TITLE."""
     import transformers
 
     try:
-        clip = transformers.CLIPModel.from_pretrained(model).eval()
-        return clip, transformers.CLIPProcessor.from_pretrained(model)
+        found = getattr(transformers, network).from_pretrained(model).eval()
+        return found, getattr(transformers, processor).from_pretrained(model)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"CLIP cannot be loaded from {model}: {str(error).strip().partition(chr(10))[0]}\nWithout a network: run "
-            f"`hf download {model} --local-dir DIR` on another machine, copy DIR here, and pass --clip DIR"
+            f"{title} cannot be loaded from {model}: {str(error).strip().partition(chr(10))[0]}\nWithout a network: "
+            f"run `hf download {model} --local-dir DIR` on another machine, copy DIR here, and pass "
+            f"--{title.lower()} DIR"
         ) from error
 
 
@@ -245,13 +248,7 @@ def open_scorer(inception: Path | None, clip: str, real: Path | None, clip_alone
 
 def departures(sampler: str, steps: int, guidance: float, resolution: int, prompts: int) -> str:
     """The settings that differ from the published ones, in words; empty if none do."""
-    published = {
-        "sampler": SAMPLER,
-        "steps": STEPS,
-        "guidance": GUIDANCE,
-        "pixels": PIXELS,
-        "prompts": PROMPTS,
-    }
+    published = {"sampler": SAMPLER, "steps": STEPS, "guidance": GUIDANCE, "pixels": PIXELS, "prompts": PROMPTS}
     chosen = (sampler, steps, guidance, resolution, prompts)
     return ", ".join(
         f"{name} {now} instead of {then}"

@@ -19,29 +19,24 @@ DINO = "facebook/dino-vits16"
 
 def load_dino(model: str) -> tuple[Any, Any]:
     """(ViT, image processor) of transformers, from a folder or a hub id. Raises like `scores.load_clip`."""
-    import transformers
-
-    try:
-        vit = transformers.AutoModel.from_pretrained(model).eval()
-        return vit, transformers.AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"DINO cannot be loaded from {model}: {str(error).strip().partition(chr(10))[0]}\nWithout a network: run "
-            f"`hf download {model} --local-dir DIR` on another machine, copy DIR here, and pass --dino DIR"
-        ) from error
+    return scores.pretrained("DINO", model, "AutoModel", "AutoImageProcessor")
 
 
 class Subject(NamedTuple):
     """Its pictures and the networks, opened before anything is drawn."""
 
     pictures: list[Path]
-    dino: tuple[Any, Any]
-    clip: tuple[Any, Any]
+    networks: dict[str, tuple]  # {"dino", "clip_i": (network and processor, (network, pixel values) -> [b, d])}
+    means: dict[str, np.ndarray] | None = None  # {the same: mean embedding of the pictures, float64[d]}: `prepared`
 
 
 def open_subject(folder: Path, dino: str, clip: tuple[Any, Any]) -> Subject:
     """clip: from `scores.load_clip`. Raises like `load_dino` and `scores.pictures_in`."""
-    return Subject(scores.pictures_in(folder), load_dino(dino), clip)
+    of_dino = lambda vit, pixels: vit(pixels).last_hidden_state[:, 0]
+    of_clip = lambda clip, pixels: clip.visual_projection(clip.vision_model(pixels).pooler_output)
+    pictures, (model, processor) = scores.pictures_in(folder), clip
+    networks = {"dino": (load_dino(dino), of_dino), "clip_i": ((model, processor.image_processor), of_clip)}
+    return Subject(pictures, networks)
 
 
 def embeddings(
@@ -62,14 +57,17 @@ def embeddings(
     return np.concatenate(found)
 
 
+def prepared(subject: Subject, read: Callable, batch_size: int) -> Subject:
+    """The subject with the mean embeddings of its own pictures, once for all models."""
+    return subject._replace(means=_means(subject, subject.pictures, read, batch_size, "subject"))
+
+
 def score(subject: Subject, paths: Sequence[Path], read: Callable, batch_size: int, name: str) -> dict[str, float]:
-    """{"dino", "clip_i"} of drawn pictures."""
-    of_dino = lambda vit, pixels: vit(pixels).last_hidden_state[:, 0]
-    of_clip = lambda clip, pixels: clip.visual_projection(clip.vision_model(pixels).pooler_output)
-    clip = subject.clip[0], subject.clip[1].image_processor
-    row = {}
-    for key, network, embed in (("dino", subject.dino, of_dino), ("clip_i", clip, of_clip)):
-        drawn = embeddings(paths, read, network, embed, batch_size, f"{key}, {name}")
-        real = embeddings(subject.pictures, read, network, embed, batch_size, f"{key}, subject")
-        row[key] = float(drawn.mean(0) @ real.mean(0))  # the mean over all pairs
-    return row
+    """{"dino", "clip_i"} of drawn pictures. subject: from `prepared`."""
+    drawn = _means(subject, paths, read, batch_size, name)
+    return {key: float(mean @ subject.means[key]) for key, mean in drawn.items()}  # the mean over all pairs
+
+
+def _means(subject: Subject, paths: Sequence[Path], read: Callable, batch_size: int, name: str) -> dict:
+    mean = lambda key, how: embeddings(paths, read, *how, batch_size, f"{key}, {name}").mean(0)
+    return {key: mean(key, how) for key, how in subject.networks.items()}

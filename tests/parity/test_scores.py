@@ -108,7 +108,7 @@ def test_likeness_is_the_mean_cosine_of_all_pairs(clip_folder, drawn, tmp_path):
     scorer = scores.open_scorer(None, str(clip_folder), None, clip_alone=True)
     likeness = subject.open_subject(tmp_path / "subject", str(tmp_path / "vit"), scorer.clip)
     read = lambda path: resumable.read(path, 32)
-    row = subject.score(likeness, drawn, read, 7, "tiny")
+    row = subject.score(subject.prepared(likeness, read, 7), drawn, read, 7, "tiny")
 
     def unit(network, processor, path):
         with torch.inference_mode():
