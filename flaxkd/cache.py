@@ -15,7 +15,6 @@ its folder is the data.source of a training.
 
 import argparse
 import contextlib
-import hashlib
 import shlex
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from flaxkd import export
 from flaxkd.data import buckets, encoding, large, loader, openmoji, pictures, prompts, readers, sources
 from flaxkd.data.filters import Recipe
 from flaxkd.diffusion import samplers
-from flaxkd.drawing import data_set
+from flaxkd.drawing import data_set, resumable
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.machine import command, configuration, files, hosts, owners, sharding, streams
 from flaxkd.pretrained import Folder, lora_files
@@ -147,12 +146,13 @@ def draw(args: argparse.Namespace) -> list[Path]:
         order = np.random.default_rng(args.seed).permutation(len(captions))
         found = [captions[i] for i in order]
     wanted = [found[i % len(found)] for i in range(args.draw)]
-    digest = hashlib.sha256("\0".join(wanted).encode()).hexdigest()[:16]
     dtype, out = sharding.compute_dtype(args.dtype), Path(args.out)
+    data_set.check(out, "choose another --out")
     pipeline = Pipeline.from_folder(folder, str(folder.path), dtype)
     how = data_set.How(resolution, args.seed, args.sampler, args.steps, args.guidance)
     remedy = "Remove that folder, or choose another --out."
-    made = data_set.draw(out, wanted, pipeline, how, {"prompts_sha256": digest}, remedy=remedy, words="pictures")
+    about = {"prompts_sha256": resumable.digest(wanted)}
+    made = data_set.draw(out, wanted, pipeline, how, about, remedy=remedy, words="pictures")
     typed = shlex.join(["--config.data.source=" + args.out, f"--config.data.resolution={resolution}"])
     print(f"\n{out}: {len(made):,} pictures of {len({*wanted}):,} prompts\n\nnext: train on them, {typed}")
     return made

@@ -144,5 +144,11 @@ def test_a_set_that_the_teacher_draws(tiny_pipeline, tmp_path, capsys):
     assert {*source.captions} <= {"red apple", "green apple", "blue heart"}
     with pytest.raises(SystemExit, match=r"pictures drawn with other settings:\n  seed: 0 there, 1 here"):
         cache.main([*flags, "--seed", "1"])
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "metadata.jsonl").write_text("mine")
+    with pytest.raises(SystemExit, match=r"foreign has metadata.jsonl that flaxkd did not draw: choose another --out"):
+        cache.main([*flags, "--out", str(foreign)])
+    assert (foreign / "metadata.jsonl").read_text() == "mine"
     with pytest.raises(SystemExit, match="--draw is 0, must be at least 1"):
         cache.main([*flags, "--draw", "0"])

@@ -6,8 +6,8 @@ prompt or model is refused.
 
 from pathlib import Path
 
-from flaxkd.data import pictures, sources
-from flaxkd.drawing import data_set, resumable
+from flaxkd.data import sources
+from flaxkd.drawing import data_set
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.pretrained import Folder
 
@@ -30,12 +30,8 @@ def ensure(config, folder: Folder, workdir: Path, dtype) -> sources.Source:
 
 
 def _draw(config, folder: Folder, place: Path, dtype) -> None:
-    if place.is_dir() and not (place / resumable.SETTINGS).is_file():
-        if own := sum(pictures.is_picture(file.name) for file in place.iterdir()):
-            raise ValueError(
-                f"{place} has {own} pictures that flaxkd did not draw: --config.prior.pictures=0 trains with them as "
-                "they are; or give another --config.prior.folder"
-            )
+    instead = "--config.prior.pictures=0 trains with them as they are; or give another --config.prior.folder"
+    data_set.check(place, instead)
     how = data_set.How(config.data.resolution, config.seed, config.sample.sampler, config.sample.steps)
     data_set.draw(
         place,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxkd.data import encoding, sources
+from flaxkd.data import encoding, pictures, sources
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches, resumable
 from flaxkd.drawing.pipeline import Pipeline
@@ -31,6 +31,16 @@ class How(NamedTuple):
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+
+
+def check(place: Path, instead: str) -> None:
+    """Raises ValueError, with what to do instead, for a folder with pictures or captions that flaxkd did not draw."""
+    if not place.is_dir() or (place / resumable.SETTINGS).is_file():
+        return
+    own = sum(pictures.is_picture(file.name) for file in place.iterdir())
+    if own or (place / sources.METADATA).exists():
+        found = f"{own} pictures" if own else sources.METADATA
+        raise ValueError(f"{place} has {found} that flaxkd did not draw: {instead}")
 
 
 def draw(

@@ -39,15 +39,19 @@ def draw(
     `folder`. Raises ValueError if the folder holds pictures drawn with other settings.
     """
     folder = Path(folder)
-    digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
     files.claim(
         folder / SETTINGS,
-        settings | {"prompts": len(prompts), "prompts_sha256": digest, "size": size},
+        settings | {"prompts": len(prompts), "prompts_sha256": digest(prompts), "size": size},
         differ="holds pictures drawn with other settings",
         remedy="Remove that folder, or choose another --out.",
     )
     shared = {"process_index": process_index, "process_count": process_count}
     return fill(folder, len(prompts), pictures_of, size=size, suffix=suffix, **shared)
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """A hash of prompts in their order."""
+    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
 
 
 def fill(
