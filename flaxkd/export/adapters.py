@@ -35,13 +35,14 @@ def write_adapters(workdir: Path, folder: Folder, adapters: Mapping[str, dict], 
     )
     lora_writing.write(out / lora_files.NAME, parts, "peft", header)
     lora_writing.write(out / f"{name}.safetensors", parts, "kohya", header)
-    files.write_text(out / "README.md", _card(workdir, folder, parts, adapted, name, step))
+    files.write_text(out / "README.md", _card(run, teacher, folder, parts, adapted, name, step))
     return out
 
 
-def _card(workdir: Path, folder: Folder, parts: Mapping[str, dict], adapted: Adapted, name: str, step: int) -> str:
-    """The text of README.md."""
-    run, teacher = origin(workdir, folder)
+def _card(
+    run: dict, teacher: str | None, folder: Folder, parts: Mapping[str, dict], adapted: Adapted, name: str, step: int
+) -> str:
+    """The text of README.md. run, teacher: from `origin`."""
     front, licence = front_and_licence(run, teacher, folder, ["lora"])
     called, student = names(teacher)[0], run["student"]
     of = f"the student `{Path(student).stem}` of {called}" if student else called

@@ -44,7 +44,7 @@ def adapted(task: Task, config, folder: Folder, dtype) -> Task:
     Raises ValueError for a configuration without a base that others can load, and as `lora.modules`, `lora_files.read`
     and `lora_files.fit` do."""
     _check(config)
-    begun = _begun(config, task, folder)
+    begun, worn = _begun(config, task, folder)
     kinds = {part: _kind(config, part) for part in task.trained if part not in begun}
     scales = {part: kinds[part].scale if part in kinds else 1.0 for part in task.trained}
     new = lambda part, tree: begun.get(part) or _new(part, tree, kinds[part], config.seed)
@@ -57,7 +57,7 @@ def adapted(task: Task, config, folder: Folder, dtype) -> Task:
     def loss(trained, frozen, average, inputs):
         return task.loss(whole(trained, frozen), frozen, whole(average, frozen), inputs)
 
-    worn, drawn_as = _worn(config, task), task.drawn_as
+    drawn_as = task.drawn_as
     if worn:
         drawn_as = lora_files.applied(drawn_as or folder, [worn], folder.family.encoders)
     *others, (learner, passes) = task.passes
@@ -73,15 +73,6 @@ def adapted(task: Task, config, folder: Folder, dtype) -> Task:
         drawn_as=drawn_as,
         adapted=export.Adapted(None if config.init == "teacher" else config.init, scales, worn),
     )
-
-
-def _worn(config, task: Task) -> str | None:
-    """`config.lora.init` of a student, if it adapts parts that are not trained: the student wears those as they are."""
-    if not (config.lora.init and config.student):
-        return None
-    path, scale = lora_files.split(config.lora.init)
-    beside = [part for part in lora_files.read(path).parts if part not in task.trained]
-    return f"{path.absolute()}:{scale}" if beside else None
 
 
 def _check(config) -> None:
@@ -118,22 +109,26 @@ def _new(part: str, tree: dict, kind: Kind, seed: int) -> dict:
         raise ValueError(f"lora of the {part}: {error}") from error
 
 
-def _begun(config, task: Task, folder: Folder) -> dict[str, dict]:
-    """{part: adapter} of `config.lora.init`, with its scale. For a student it is the teacher's, under other names."""
+def _begun(config, task: Task, folder: Folder) -> tuple[dict[str, dict], str | None]:
+    """({part: adapter} of `config.lora.init`, with its scale; the file itself, if a student wears more of it as it is).
+
+    For a student, the file is the teacher's: its UNet's is put under other names, and text encoders are shared."""
     if not config.lora.init:
-        return {}
+        return {}, None
     path, scale = lora_files.split(config.lora.init)
-    own = folder if config.student or config.init == "teacher" else export.open_model(config.init)
     file = lora_files.read(path)
-    parts = lora_files.fit(file if _worn(config, task) is None else lora_files.only(file, task.trained), own)
-    if unused := [part for part in parts if part not in task.trained]:
+    beside = [part for part in file.parts if part not in task.trained]
+    if beside and not config.student:
         raise ValueError(
-            f"lora.init = {config.lora.init!r} adapts the {' and '.join(unused)} too: train them, "
-            f"--config.train={tuple(task.trained) + tuple(unused)}"
+            f"lora.init = {config.lora.init!r} adapts the {' and '.join(beside)} too: train them, "
+            f"--config.train={tuple(task.trained) + tuple(beside)}"
         )
-    if config.student:
+    own = folder if config.student or config.init == "teacher" else export.open_model(config.init)
+    parts = lora_files.fit(lora_files.only(file, task.trained), own)
+    if config.student and "unet" in parts:
         parts["unet"], _ = students.take_adapter(students.get(config.student), parts["unet"], task.trained["unet"])
-    return {part: lora.scaled(tree, scale) for part, tree in parts.items()}
+    worn = f"{path.absolute()}:{scale}" if beside else None
+    return {part: lora.scaled(tree, scale) for part, tree in parts.items()}, worn
 
 
 def _base(tree: dict, adapter: dict, dtype) -> dict:
