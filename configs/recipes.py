@@ -70,16 +70,12 @@ def embedded_quantized(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def embedded_dreambooth(config: ConfigDict) -> ConfigDict:
-    """The five pictures of a green cat, and the miniature's own cats, in minutes on two CPU cores."""
+def green_cat(config: ConfigDict) -> ConfigDict:
+    """The five pictures of a green cat that come with the package, for the embedded miniature or a student of it."""
     config.data.source = "subject"
     config.data.caption = "sks cat face"
-    config.prior.prompt = "cat face"
-    config.prior.pictures = 40
     config.train = ("unet", "text_encoder")
     config.steps = 200
-    config.batch_size = 8  # 4 of the subject, 4 of the class
-    config.learning_rate = dict(schedule="constant_schedule", value=1e-4)
     config.validation.every = 50
     config.sample.every = 50
     config.sample.prompts = ("sks cat face", "cat face", "dog face", "red apple", "blue heart", "grinning face")
@@ -87,20 +83,23 @@ def embedded_dreambooth(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def embedded_dreambooth(config: ConfigDict) -> ConfigDict:
+    """The green cat and the miniature's own cats, in minutes on two CPU cores."""
+    green_cat(config)
+    config.prior.prompt = "cat face"
+    config.prior.pictures = 40
+    config.batch_size = 8  # 4 of the subject, 4 of the class
+    config.learning_rate = dict(schedule="constant_schedule", value=1e-4)
+    return config
+
+
 def embedded_lora(config: ConfigDict) -> ConfigDict:
-    """The five pictures of a green cat, for the embedded miniature or a student of it, in minutes on two CPU cores."""
+    """The green cat as a LoRA, in minutes on two CPU cores."""
+    green_cat(config)
     config.lora.rank = 4
-    config.train = ("unet", "text_encoder")
-    config.data.source = "subject"
-    config.data.caption = "sks cat face"
-    config.steps = 200
     config.batch_size = 4
     config.optimizer.weight_decay = 0.0
     config.learning_rate = dict(schedule="constant_schedule", value=2e-3)
-    config.validation.every = 50
-    config.sample.every = 50
-    config.sample.prompts = ("sks cat face", "cat face", "dog face", "red apple", "blue heart", "grinning face")
-    config.checkpoint.every = 100
     return config
 
 
