@@ -97,8 +97,7 @@ def write(
     Raises ValueError as `networks` and `samplers.schedule` do and if `out` is in use, ImportError without a package of
     NEEDED."""
     out, found, arrays = Path(out).absolute(), networks(folder, height, width), _sampler(folder, sampler, steps)
-    if out.exists() and not (out / "unet" / "model.onnx").is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an earlier export to ONNX: choose a new folder")
+    files.check_replaceable(out, (out / "unet" / "model.onnx").is_file(), "to ONNX")
     _check_packages()
     with files.whole_folder(out) as new, tempfile.TemporaryDirectory() as scratch:
         source = save(Path(scratch) / "pipeline", source=folder, parts={}, dtype="float32")

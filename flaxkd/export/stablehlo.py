@@ -78,8 +78,7 @@ def write(out: Path, folder: Folder, settings: Settings = AS_IT_IS, dtype=jnp.fl
     except ImportError:
         raise ImportError('jax.export needs the package flatbuffers: pip install "flaxkd[stablehlo]"') from None
     out = Path(out).absolute()
-    if out.exists() and not (out / SPEC).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an earlier export to {SPEC}: choose a new folder")
+    files.check_replaceable(out, (out / SPEC).is_file(), f"to {SPEC}")
     found, defaults, about = programs(folder, settings, dtype)
     shapes = {part: folder.shapes(part) for part in folder.parts}
     (b,) = export.symbolic_shape("b")

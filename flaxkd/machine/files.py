@@ -163,6 +163,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_replaceable(out: Path, earlier: bool, what: str = "") -> None:
+    """Raises ValueError if `out` holds anything but an earlier export, which the caller knows by its own marks.
+
+    what: completes "an earlier export", as "to ONNX"."""
+    if out.exists() and not earlier and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not {f'an earlier export {what}'.rstrip()}: choose a new folder")
+
+
 def clear(folder: Path) -> None:
     """Removes unfinished files and folders of dead processes from `folder`. Those in its folders stay."""
     with contextlib.suppress(OSError):  # it only tidies up

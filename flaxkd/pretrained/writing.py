@@ -90,9 +90,7 @@ def write_padding_tokenizer(source: Folder, field: str, out: Path) -> str:
 
 
 def _check_replaceable(out: Path, source: Path) -> None:
-    earlier = (out / "model_index.json").is_file() and not (out / "checkpoints").exists()
-    if out.exists() and not earlier and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an earlier export: choose a new folder")
+    files.check_replaceable(out, (out / "model_index.json").is_file() and not (out / "checkpoints").exists())
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"writing {out} would replace its source {source}: choose a new folder")
 

@@ -196,6 +196,11 @@ def test_a_student_learns_its_teachers_adapter(tiny_pipeline, tmp_path):
     assert_same_bits(task.assemble(task.trained, task.frozen)["unet"], lora.merge(own, lora.scaled(mapped, 0.5)))
     assert task.adapted == (str(small), {"unet": 1.0}, None)
 
+    texts = {"text_encoder": lora.init(folder.shapes("text_encoder"), "attention", 2, 0)}
+    settings.lora.init = str(lora_writing.write(tmp_path / "texts.safetensors", texts, "kohya", {}))
+    with pytest.raises(ValueError, match=r"lora.init does not adapt the unet: give lora.rank too"):
+        tasks.make(settings, folder, jnp.float32)
+    settings.lora.init = f"{file}:0.5"
     settings.init = "teacher"
     with pytest.raises(ValueError, match=r"cannot mend a student as cut.*--config.init=runs/small"):
         tasks.make(settings, folder, jnp.float32)
