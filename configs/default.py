@@ -144,6 +144,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # a pattern; an epoch uses one of the captions that differ in its matches alone
     config.data.variants = placeholder(str)
     config.data.random_flip = False  # mirror half of the pictures; wrong for text and flags
+    # so many collages as pictures are added, 0.5: half as many. A collage is two pictures in one, "A and B", from which
+    # a model learns to draw two things; docs/composing.md
+    config.data.collages = 0.0
 
     # What is shown and saved, in optimizer steps: every so many and after the last one; 0 for never. These keys may
     # change when a run resumes.

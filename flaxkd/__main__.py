@@ -26,6 +26,7 @@ COMMANDS = {
     "ablation": ("flaxkd.ablation.__main__", "measures the worth of each term of the loss"),
     "recall": ("flaxkd.recall", "asks whether a model draws what its training captions say"),
     "steps": ("flaxkd.steps", "asks how many steps a model needs"),
+    "concepts": ("flaxkd.concepts", "asks which objects and colors of its prompts a model draws"),
     "quantized": ("flaxkd.quantized", "asks what it costs to round a model's weights to 8 or 4 bits"),
     "students": ("flaxkd.students.__main__", "prints the table of students"),
     "blocks": ("flaxkd.blocks", "draws the table of students"),

@@ -10,31 +10,11 @@ their originals and the nearest.
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from flaxkd.diffusion import samplers
-from flaxkd.drawing import grids
+from flaxkd.drawing import grids, same_noise
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.evaluate import originals
 from flaxkd.machine import command
-
-BATCH = 32
-
-
-def draw(
-    model: str | None, captions: list[str], *, steps: int | None, guidance: float | None, seed: int, vae=None
-) -> np.ndarray:
-    """Pictures uint8[n, H, W, 3] of captions, with a progress bar."""
-    pipeline = Pipeline.from_pretrained(model, vae=vae)
-    shape = (len(captions), *pipeline.folder.latent_shape())
-    drawn = pipeline(
-        captions,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        latents=np.random.default_rng(seed).standard_normal(shape, np.float32),
-        batch_size=BATCH,
-    )
-    return np.stack([np.asarray(image) for image in drawn])
 
 
 @command.reported()
@@ -55,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     captions, known = originals.read(args.captions, args.originals, args.seed)
-    drawn = draw(args.model, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, vae=args.vae)
+    pipeline = Pipeline.from_pretrained(args.model, vae=args.vae)
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    drawn = same_noise.draw(pipeline, captions, args.seed, **options)
     order = originals.nearest(drawn, known)
     shares = ", ".join(f"{originals.recall(order, k):.1%} among the {k}" for k in (1, 5, 20))
     print(f"{len(captions)} pictures find their own original: {shares} nearest of {len(known)}")

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from flaxkd.diffusion import samplers
-from flaxkd.drawing import grids
+from flaxkd.drawing import grids, same_noise
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.evaluate import fidelity, originals
 from flaxkd.machine import command, files, progress
 
-BATCH, SHOWN = 32, 3
+SHOWN = 3
 TRAILING = {"timestep_spacing": "trailing", "steps_offset": 0}  # the right spacing for few steps (arXiv:2305.08891)
 
 
@@ -32,17 +32,8 @@ def samplers_of(pipeline: Pipeline) -> tuple[str, ...]:
 def draw(pipeline: Pipeline, captions: list[str], seed: int, sampler: str, steps: int) -> np.ndarray:
     """Pictures uint8[n, H, W, 3] of captions; picture i has the same noise for all models and steps."""
     config = pipeline.scheduler_config | (TRAILING if sampler == "ddim" else {})
-    shape = (len(captions), *pipeline.folder.latent_shape())
-    drawn = dataclasses.replace(pipeline, scheduler_config=config)(
-        captions,
-        sampler=sampler,
-        num_inference_steps=steps,
-        latents=np.random.default_rng(seed).standard_normal(shape, np.float32),
-        seed=seed,
-        batch_size=BATCH,
-        progress=False,
-    )
-    return np.stack([np.asarray(picture) for picture in drawn])
+    pipeline = dataclasses.replace(pipeline, scheduler_config=config)
+    return same_noise.draw(pipeline, captions, seed, sampler=sampler, num_inference_steps=steps, progress=False)
 
 
 def run(args: argparse.Namespace) -> list[dict]:

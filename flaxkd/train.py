@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from flaxkd import choosing, export, tasks
-from flaxkd.data import encoding, loader, sources
+from flaxkd.data import collages, encoding, loader, sources
 from flaxkd.drawing import class_pictures, grids
 from flaxkd.machine import checkpoints, command, configuration, cpu, hosts, progress, sharding, streams
 from flaxkd.pretrained import Folder, fresh
@@ -134,8 +134,8 @@ def set_up(
 
 
 def open_pictures(config, split: str) -> sources.Source:
-    """The pictures of a split, by the settings of `config.data`."""
-    return sources.open_source(
+    """The pictures of a split, by the settings of `config.data`. Those to validate with are never collages."""
+    found = sources.open_source(
         config.data.source,
         split,
         resolution=config.data.resolution,
@@ -145,6 +145,8 @@ def open_pictures(config, split: str) -> sources.Source:
         image_column=config.data.image_column,
         caption=config.data.caption or None,
     )
+    share = config.data.collages if split == "train" else 0
+    return collages.added(found, share, split, config.seed, config.data.background) if share else found
 
 
 def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:

@@ -199,6 +199,7 @@ RULES = {
     "data.buckets": or_none(BUCKETS, "squares", ""),
     "data.variants": or_none(PATTERN, "none", ""),
     "data.random_flip": FLAG,
+    "data.collages": number(0),
     "log_every": EVERY,
     "validation.every": EVERY,
     "validation.examples": whole(0),
@@ -292,6 +293,11 @@ def _together(config: ConfigDict) -> Iterator[str]:
         )
     if config.prior.prompt and not config.prior.pictures and not config.prior.folder:
         yield "prior.pictures = 0: then prior.folder must name your own pictures of the class"
+    if config.data.collages and config.data.caption:
+        yield (
+            f"data.collages = {config.data.collages} and data.caption are both given: a collage needs two pictures "
+            "with captions of their own"
+        )
     if (config.lora.rank or config.lora.init) and "vae" in config.train:
         yield "lora is for UNets and text encoders: with train = ('vae',), give --config.lora.rank=None"
     if config.quantize and "vae" in config.train:

@@ -70,6 +70,7 @@ WRONG = [
     ("data.resolution", 0, "data.resolution = 0"),
     ("data.source", "", "data.source = '' must be a text"),
     ("data.variants", "(", "is no regular expression"),
+    ("data.collages", -1, "data.collages = -1.0 must be a number of at least 0"),
     ("log_every", -1, "log_every = -1 must be a whole number of at least 0; None is never, as is 0"),
     ("validation.every", -5, "at least 0; None is never"),
     ("validation.examples", -1, "at least 0"),

@@ -79,12 +79,13 @@ def caption_of(codes: str, names: dict[str, str]) -> str:
     return f"flag: {caption}" if is_flag else caption
 
 
-def render(svg: Path, resolution: int = RESOLUTION) -> bytes:
-    """An SVG file on white as the bytes of an RGB PNG of resolution x resolution pixels."""
+def render(svg: Path | str, resolution: int = RESOLUTION) -> bytes:
+    """An SVG on white, a file or its text, as the bytes of an RGB PNG of resolution x resolution pixels."""
     import resvg_py
 
+    drawing = {"svg_path": str(svg)} if isinstance(svg, Path) else {"svg_string": svg}
     rgba = resvg_py.svg_to_bytes(
-        svg_path=str(svg), width=resolution, height=resolution, background="white", skip_system_fonts=True
+        **drawing, width=resolution, height=resolution, background="white", skip_system_fonts=True
     )
     png = io.BytesIO()
     Image.open(io.BytesIO(rgba)).convert("RGB").save(png, "PNG")
