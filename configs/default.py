@@ -64,10 +64,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # ends of the names of its layers that stay in full precision: few weights, and much of the error
     config.full_precision = ("conv_in", "conv_out", r"time_embedding\.linear_\d", "time_emb_proj")
 
-    # For task = "few_step" alone: a consistency model (LCM). The values are those of diffusers' scripts.
+    # For models of few steps: task = "few_step", a consistency model (LCM), or "phased". The values are those of
+    # diffusers' scripts for LCM.
     config.few_step = ConfigDict()
+    # Of "phased" alone: the steps that the model learns to draw in, and on how many of the teacher's pictures
+    config.few_step.phases = 4
+    config.few_step.ways = 2048
     config.few_step.target = "online"  # the network itself, without gradient, or "average": that of ema_decay, 0.95
-    config.few_step.ode_steps = 50  # of the teacher's ODE; the network knows no other timesteps
+    config.few_step.ode_steps = 50  # of the teacher's ODE; a consistency model knows no other timesteps
     # of the teacher, sampled between the two for each example; those scripts call it w, which is one less
     config.few_step.guidance = (6.0, 16.0)
     # the guidance is an input of the UNet, chosen at drawing; otherwise it is learnt, and drawn with 1

@@ -25,8 +25,8 @@ TRAILING = {"timestep_spacing": "trailing", "steps_offset": 0}  # the right spac
 
 
 def samplers_of(pipeline: Pipeline) -> tuple[str, ...]:
-    own = samplers.own(pipeline.scheduler_config)
-    return (own, "ddim") if samplers.SAMPLERS[own].steps < samplers.STEPS else ("ddim", "dpmsolver++")
+    few = samplers.usual_steps(None, pipeline.scheduler_config) < samplers.STEPS
+    return tuple(dict.fromkeys((samplers.own(pipeline.scheduler_config), "ddim"))) if few else ("ddim", "dpmsolver++")
 
 
 def draw(pipeline: Pipeline, captions: list[str], seed: int, sampler: str, steps: int) -> np.ndarray:

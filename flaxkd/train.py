@@ -176,7 +176,8 @@ def open_examples(
 
     prior: pictures of the class, for every other example; None: none. The last of the three is [] for a run that does
     not validate: then those pictures need not be encoded."""
-    opened = lambda source, split: encoding.open_data(task.batch, config, source, split, folder, dtype)
+    encoded = lambda source, split: encoding.open_data(task.batch, config, source, split, folder, dtype)
+    opened = task.open_data or encoded
 
     def reader(split: str):
         own = opened(pictures[split], split)

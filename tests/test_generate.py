@@ -145,7 +145,7 @@ def test_the_command_lays_several_pictures_of_a_prompt_in_a_grid(command, asked,
 
 
 def test_a_model_of_few_steps_says_that_it_has_its_guidance(pipeline, asked):
-    with pytest.warns(UserWarning, match="guidance_scale = 7.5: models for the sampler lcm .* 1 is right"):
+    with pytest.warns(UserWarning, match="guidance_scale = 7.5: models of few steps, drawn by lcm, .* 1 is right"):
         pipeline("red apple", progress=False, guidance_scale=7.5, sampler="lcm")
     assert len(asked[0]["schedule"].timesteps) == 4
 

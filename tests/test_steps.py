@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from flaxkd import steps
+from flaxkd.diffusion import samplers
 from flaxkd.evaluate import originals
 
 
@@ -18,8 +19,9 @@ def asked(monkeypatch):
     class Drawing:
         def __init__(self, model):
             self.name, self.folder = str(model), self
-            kind = "LCMScheduler" if model == "few" else "PNDMScheduler"
+            kind = {"few": "LCMScheduler", "phased": "DDIMScheduler"}.get(model, "PNDMScheduler")
             self.scheduler_config = {"_class_name": kind, "timestep_spacing": "leading"}
+            self.scheduler_config |= {samplers.OWN_STEPS: 4} if model == "phased" else {}
 
         def latent_shape(self):
             return 4, 4, 4
@@ -37,12 +39,20 @@ def asked(monkeypatch):
 
 def test_every_model_draws_with_its_samplers_in_every_number_of_steps(asked, tmp_path, capsys):
     out = tmp_path / "steps"
-    steps.main(["--model", "few", "--steps", "2", "--steps", "4", "--captions", "7", "--out", str(out)])
+    steps.main(
+        ["--model", "few", "--model", "phased", "--steps", "2", "--steps", "4", "--captions", "7", "--out", str(out)]
+    )
     plain = [("None", kind, n) for kind in ("ddim", "dpmsolver++") for n in (2, 4)]
-    assert asked == [("None", "pndm", 25), *plain, *(("few", kind, n) for kind in ("lcm", "ddim") for n in (2, 4))]
+    assert asked == [
+        ("None", "pndm", 25),
+        *plain,
+        *(("few", kind, n) for kind in ("lcm", "ddim") for n in (2, 4)),
+        ("phased", "ddim", 2),
+        ("phased", "ddim", 4),
+    ]
     rows = json.loads((out / "steps.json").read_text())["rows"]
-    assert [row["distance"] for row in rows] == [0, *(23, 21) * 4]
+    assert [row["distance"] for row in rows] == [0, *(23, 21) * 5]
     assert rows[1]["psnr"] == pytest.approx(20 * np.log10(255 / 23)) and rows[1]["recall"] == pytest.approx(5 / 7)
     assert "| few | lcm | 4 | 21.0 | 21.7 | 71% |" in (out / "steps.md").read_text()
     with Image.open(out / "steps.png") as sheet:
-        assert sheet.width > 3 * 32 and sheet.height > 3 * 4 * 32  # rows: 3 captions of 4 samplers
+        assert sheet.width > 3 * 32 and sheet.height > 3 * 5 * 32  # rows: 3 captions of 5 samplers

@@ -17,10 +17,14 @@ from flaxkd.diffusion import consistency, ddim, dpm_solver, karras, sigmas
 from flaxkd.diffusion.schedule import MOST_TIMESTEPS
 from flaxkd.diffusion.weights import PAST, Schedule
 
-__all__ = ["DEFAULT", "KINDS", "PAST", "SAMPLERS", "STEPS", "Schedule", "name_of", "own", "schedule", "usual_steps"]
+__all__ = ["DEFAULT", "KINDS", "OWN_STEPS", "PAST", "SAMPLERS", "STEPS", "Schedule"]
+__all__ += ["most_guidance", "name_of", "own", "schedule", "usual_steps"]
 
 DEFAULT = "dpmsolver++"  # of a model whose own sampler is not in the table
 STEPS = 25  # of all commands, with a sampler that does not have its own number
+# In the scheduler_config.json of a model that has learnt a number of steps. diffusers ignores names with an underscore.
+OWN_STEPS = "_num_inference_steps"
+BORNE = 2.0  # the most guidance on top of the one that a model of few steps has learnt
 
 
 class Sampler(NamedTuple):
@@ -120,9 +124,28 @@ def name_of(kind: str) -> str:
 
 
 def usual_steps(kind: str | None, scheduler_config: dict) -> int:
-    """The steps that a sampler takes unless told otherwise. kind: None for the configuration's own."""
+    """The steps that a sampler takes unless told otherwise. kind: None for the configuration's own.
+
+    Raises ValueError for a configuration with an own number that is none."""
+    if (learnt := _learnt(kind, scheduler_config)) is not None:
+        return learnt
     kind = name_of(kind) if kind else _written(scheduler_config)[1]
     return SAMPLERS[kind.partition(":")[0]].steps if kind else STEPS
+
+
+def most_guidance(kind: str, scheduler_config: dict) -> float:
+    """The most guidance that a model bears with this sampler."""
+    return SAMPLERS[kind.partition(":")[0]].guidance if _learnt(kind, scheduler_config) is None else BORNE
+
+
+def _learnt(kind: str | None, scheduler_config: dict) -> int | None:
+    """The number of steps that a model has learnt to take with its own sampler; None with others, or without one."""
+    steps = scheduler_config.get(OWN_STEPS)
+    if steps is None or kind not in (None, _written(scheduler_config)[1]):
+        return None
+    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
+        raise ValueError(f"{OWN_STEPS} = {steps!r} in scheduler_config.json must be a whole number of at least 1")
+    return steps
 
 
 def own(scheduler_config: dict) -> str:
@@ -277,7 +300,7 @@ SAMPLERS = {
         | {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         {"prediction_type": _SUPPORTED["prediction_type"], "thresholding": _OFF},
         steps=4,
-        guidance=2.0,
+        guidance=BORNE,
     ),
 }
 KINDS = tuple(SAMPLERS)

@@ -138,6 +138,19 @@ def text_to_image(
     return images
 
 
+def ends(modules, condition, params, inputs, negative_inputs, latents, schedule: Schedule, guidance) -> jax.Array:
+    """The latents at the ends of a schedule's phases, float32[b, phases, h, w, c]. Arguments as for `text_to_image`.
+
+    schedule: [phases, steps of a phase], of a sampler that begins at noise of unit variance and adds none."""
+    states = _states(modules, condition, params, inputs, negative_inputs, None, None, alone=False)
+    carry, found = begin(latents), []
+    for k in range(len(schedule.timesteps)):
+        steps = jax.tree.map(lambda x, k=k: x[k], schedule)
+        carry = _step(modules["unet"], params["unet"], states, guidance, None, carry, steps, None, None)
+        found.append(carry[0])
+    return jnp.stack(found, axis=1)
+
+
 def pairs(negative: jax.Array, positive: jax.Array) -> jax.Array:
     """One doubled batch [2b, ...] of two, for one call. The two of a picture are side by side: where the batch is split
     over devices, each then has its own, and nothing is sent."""

@@ -238,11 +238,11 @@ class Pipeline:
 
     def _warn_of_guidance(self, sampler: str, guidance: float) -> None:
         """Warns of a guidance on top of the one that a model of few steps has learnt."""
-        most = samplers.SAMPLERS[sampler.partition(":")[0]].guidance
+        most = samplers.most_guidance(sampler, self.scheduler_config)
         if guidance > most and self.modules["unet"].config.time_cond_proj_dim is None:
             warnings.warn(
-                f"guidance_scale = {guidance:g}: models for the sampler {sampler} have learnt their guidance, and more "
-                f"than {most:g} burns the colors; 1 is right, at half the compute",
+                f"guidance_scale = {guidance:g}: models of few steps, drawn by {sampler}, have learnt their guidance; "
+                f"more than {most:g} burns the colors; 1 is right, at half the compute",
                 stacklevel=3,
             )
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flaxkd.diffusion import samplers
+from flaxkd.diffusion.schedule import BETAS
 from flaxkd.export.card import front_and_licence, names, origin
 from flaxkd.export.workdir import Adapted
 from flaxkd.machine import files
@@ -60,7 +61,7 @@ def _card(
         f"from diffusers import {', '.join(sorted({pipeline, *([sampler] * other)}))}",
         "",
         f"pipeline = {pipeline}.from_pretrained({base!r})",
-        *[f"pipeline.scheduler = {sampler}.from_config(pipeline.scheduler.config)"] * other,
+        *[f"pipeline.scheduler = {sampler}.from_config(pipeline.scheduler.config, {_options(folder)})"] * other,
         f'pipeline.load_lora_weights("PATH OR HUB ID OF THIS FOLDER", weight_name={lora_files.NAME!r})',
         f"settings = dict(num_inference_steps={steps}, guidance_scale={folder.guidance:g})",
         f'pipeline({prompt!r}, **settings).images[0].save("picture.png")',
@@ -76,3 +77,10 @@ def _card(
         licence,
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _options(folder: Folder) -> str:
+    """The options of its sampler as keyword arguments: the pipeline that a LoRA is loaded into may have others."""
+    config = folder.config("scheduler")
+    known = {*samplers.SAMPLERS[samplers.own(config)].defaults} - {*BETAS, "prediction_type", "rescale_betas_zero_snr"}
+    return ", ".join(f"{name}={value!r}" for name, value in config.items() if name in known)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from flaxkd.pretrained import PARTS, Folder
-from flaxkd.tasks import adapters, autoencoder, distill, few_step, finetune
+from flaxkd.tasks import adapters, autoencoder, distill, few_step, finetune, phased
 from flaxkd.training.task import Task
 
 
@@ -21,6 +21,7 @@ TASKS = {
     "finetune": Row(finetune.task, UNETS, (False,)),
     "autoencoder": Row(autoencoder.task, frozenset({"vae"})),
     "few_step": Row(few_step.task, frozenset({"unet"})),
+    "phased": Row(phased.task, frozenset({"unet"})),
 }
 
 

@@ -1,7 +1,8 @@
 """Few steps: a UNet learns to say where the teacher's guided ODE ends, from any point of it (a consistency model).
 
 LCM, Luo et al. 2023, arXiv:2310.04378, algorithm 1; as in diffusers' train_lcm_distill_sd_wds.py. The teacher is the
-run's; the UNet that learns is its own, a student cut from it, or that of the folder `config.init`.
+run's; the UNet that learns is its own, a student cut from it, or that of the folder `config.init`. phased.py has
+another way to few steps.
 """
 
 import dataclasses
@@ -38,13 +39,11 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
     draws with. f' is f itself, or with `few_step.target` "average" the moving average of its weights.
 
     Raises ValueError for a configuration that cannot be trained."""
+    few_step = config.few_step
     _check(config, folder)
-    few_step, teacher = config.few_step, folder.params("unet")
-    begin = networks.begun(config, folder, teacher)
-    learner = networks.learner(config, folder, with_guidance(*begin) if few_step.embedded else begin, dtype, mesh)
+    learner, frozen = networks_of(config, folder, dtype, mesh)
     channels = learner.config.get("time_cond_proj_dim")
     teacher_unet = folder.module("unet", dtype, attend=DotProductAttention(mesh, config.attention))
-    frozen = learner.frozen | {"teacher": jax.tree.map(lambda x: x.astype(dtype), teacher)}
 
     options = inputs.options(config, folder)
     schedule, missing = options["schedule"], options["missing"]
@@ -82,25 +81,52 @@ def task(config, folder: Folder, dtype, mesh=None) -> Task:
         found = pseudo_huber(f(trained, noisy_latents, timesteps), jax.lax.stop_gradient(target), few_step.huber)
         return found, {"loss": found}
 
-    usual = min(max(folder.guidance, low), high)
-    few = drawn_as(folder, schedule.prediction_type, few_step.ode_steps, usual if channels else 1.0)
+    scheduler = consistency.scheduler_config(folder.config("scheduler"), schedule.prediction_type, few_step.ode_steps)
+    passes = (folder.config("unet"), 2), (learner.config, 4 + bool(config.remat))
+    batch = inputs.batch(config, folder)
+    return assembled(config, folder, learner, frozen, scheduler, batch=batch, prepare=prepare, loss=loss, passes=passes)
+
+
+def networks_of(config, folder: Folder, dtype, mesh=None) -> tuple[networks.Learner, dict]:
+    """(the UNet that learns, frozen trees with the teacher's as "teacher"). Arguments as for `task`.
+
+    Raises ValueError for a configuration that cannot be trained."""
+    if tuple(config.train) != ("unet",):
+        raise ValueError(f"train = {tuple(config.train)}: {config.task} trains the unet alone")
+    if config.few_step.embedded and (config.lora.rank or config.lora.init):
+        raise ValueError(
+            "few_step.embedded = True: the guidance would be an input that no adapter holds. As a LoRA, it is learnt: "
+            "--config.few_step.embedded=False"
+        )
+    if folder.config("unet").get("time_cond_proj_dim") is not None:
+        raise ValueError(f"{folder.path} draws in few steps itself: give its own teacher, and this folder as init")
+    teacher = folder.params("unet")
+    begin = networks.begun(config, folder, teacher)
+    begin = with_guidance(*begin) if config.few_step.embedded else begin
+    learner = networks.learner(config, folder, begin, dtype, mesh)
+    return learner, learner.frozen | {"teacher": jax.tree.map(lambda x: x.astype(dtype), teacher)}
+
+
+def assembled(config, folder: Folder, learner: networks.Learner, frozen: dict, scheduler: dict, **fields) -> Task:
+    """The task of `networks_of`. scheduler: its scheduler_config.json. fields: those of the task that a loss has."""
+    low, high = min(config.few_step.guidance), max(config.few_step.guidance)
+    embedded = learner.config.get("time_cond_proj_dim") is not None
+    guidance = min(max(folder.guidance, low), high) if embedded else 1.0
+    few = dataclasses.replace(folder.replace({"scheduler": scheduler}, {}, folder.step), drawn_with=guidance)
 
     def before(trained, frozen) -> dict:
         teacher = Network({}, learner.assemble(trained, frozen) | {"unet": frozen["teacher"]}, folder)
         return {"teacher": teacher, "as begun": learner.network(trained, frozen)}
 
     return Task(
-        batch=inputs.batch(config, folder),
         trained=learner.trained,
         frozen=frozen,
-        prepare=prepare,
-        loss=loss,
         configs=learner.configs,
         assemble=learner.assemble,
         columns=lambda trained, frozen: {"few steps": learner.network(trained, frozen)},
         before=before,
-        passes=((folder.config("unet"), 2), (learner.config, 4 + bool(config.remat))),
         drawn_as=few.as_quantized(learner.quantization),
+        **fields,
     )
 
 
@@ -116,28 +142,13 @@ def with_guidance(unet_config: dict, params: dict) -> tuple[dict, dict]:
     return unet_config, params | {"time_embedding": embedding}
 
 
-def drawn_as(folder: Folder, prediction_type: str, ode_steps: int, guidance: float) -> Folder:
-    """The teacher's folder as a consistency model is drawn: its sampler and its guidance."""
-    scheduler = consistency.scheduler_config(folder.config("scheduler"), prediction_type, ode_steps)
-    return dataclasses.replace(folder.replace({"scheduler": scheduler}, {}, folder.step), drawn_with=guidance)
-
-
 def _check(config, folder: Folder) -> None:
     """Raises ValueError for settings that do not fit together, or not the teacher."""
     few_step, count = config.few_step, folder.config("scheduler").get("num_train_timesteps", 1000)
-    if tuple(config.train) != ("unet",):
-        raise ValueError(f"train = {tuple(config.train)}: few_step trains the unet alone")
     if few_step.target == "average" and not config.ema_decay:
         raise ValueError(
             "few_step.target = 'average' is the moving average of the weights, and ema_decay is "
             f"{config.ema_decay}: give it, 0.95 is diffusers', or take the target 'online'"
         )
-    if few_step.embedded and (config.lora.rank or config.lora.init):
-        raise ValueError(
-            "few_step.embedded = True: the guidance would be an input that no adapter holds. As a LoRA, it is learnt: "
-            "--config.few_step.embedded=False"
-        )
     if few_step.ode_steps > count:
         raise ValueError(f"few_step.ode_steps = {few_step.ode_steps}: the teacher has {count} timesteps")
-    if folder.config("unet").get("time_cond_proj_dim") is not None:
-        raise ValueError(f"{folder.path} draws in few steps itself: give its own teacher, and this folder as init")

@@ -155,6 +155,8 @@ RULES = {
     "quantize": or_none(word(*quantize.SCHEMES), "full precision", ""),
     "full_precision": texts(PATTERN, "ends of names of layers, as regular expressions"),
     "few_step.target": word("online", "average"),
+    "few_step.phases": whole(1),
+    "few_step.ways": whole(1),
     "few_step.ode_steps": whole(1),
     "few_step.guidance": Rule(
         lambda x: isinstance(x, tuple | list) and 1 <= len(x) <= 2 and all(number(1).holds(each) for each in x),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flaxkd.data.sources import Source
 from flaxkd.export import Adapted
 from flaxkd.pretrained import Folder
 from flaxkd.weights.quantize import Quantization
@@ -29,6 +30,7 @@ class Task:
         data/loader.py ("images"; or of "moments", "input_ids", "input_ids_2", "time_ids", "masks" and "masked_latents"
         those it reads). A batch with buckets differs in the sizes of its moments.
     trained: {part: tree} in float32. frozen: {name: tree} in compute precision, without gradients, never saved.
+    open_data(pictures, split) -> reader of the batch, as those of data/loader.py; None: that of data/encoding.py.
     prepare(key, batch) -> inputs: all randomness, for the whole batch at once: neither the number of devices nor the
         accumulation changes it. The batch is the first axis of every leaf of inputs.
     loss(trained, frozen, average, inputs) -> (loss, metrics): means over the batch, float32 scalars, no randomness.
@@ -58,6 +60,7 @@ class Task:
     drawn_as: Folder | None = None
     passes: tuple[tuple[dict, int], ...] = ()
     adapted: Adapted | None = None
+    open_data: Callable[[Source, str], Any] | None = None
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of n examples, as shapes."""

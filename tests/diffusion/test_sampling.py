@@ -41,6 +41,16 @@ def test_noise_between_the_steps_is_given_where_it_is_needed(kind, noise):
         sampling.solve(functools.partial(model, jnp), LATENTS, samplers.schedule(kind, LEADING, 6), noise)
 
 
+def test_a_model_says_in_how_many_steps_it_draws_with_its_own_sampler():
+    few = LEADING | {"_class_name": "DDIMScheduler", samplers.OWN_STEPS: 4}
+    assert [samplers.usual_steps(kind, few) for kind in (None, "ddim", "euler", "lcm")] == [4, 4, samplers.STEPS, 4]
+    most = [samplers.most_guidance("ddim", config) for config in (few, LEADING)]
+    assert most == [samplers.most_guidance("lcm", LEADING), np.inf]
+    for wrong in (0, 2.5, "4", True, [4]):
+        with pytest.raises(ValueError, match=r"_num_inference_steps = .* must be a whole number"):
+            samplers.usual_steps(None, few | {samplers.OWN_STEPS: wrong})
+
+
 CALLS = {"pndm": lambda n: n + 1, "heun": lambda n: 2 * n - 1, "dpm2": lambda n: 2 * n - 1}
 
 

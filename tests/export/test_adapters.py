@@ -1,12 +1,13 @@
 """The LoRA files of a run and their card: what to load them into, and how."""
 
+import dataclasses
 import json
 
 import pytest
 
 from flaxkd import export, students
+from flaxkd.diffusion import consistency
 from flaxkd.pretrained import Folder, lora_files
-from flaxkd.tasks import few_step
 from flaxkd.weights import lora
 
 
@@ -21,7 +22,9 @@ def run(tmp_path):
 
 
 def test_the_card_of_few_steps_changes_the_sampler(run, tiny_pipeline, tmp_path):
-    folder = few_step.drawn_as(Folder.open(tiny_pipeline), "epsilon", 50, 1.0)
+    teacher = Folder.open(tiny_pipeline)
+    scheduler = consistency.scheduler_config(teacher.config("scheduler"), "epsilon", 25)
+    folder = dataclasses.replace(teacher.replace({"scheduler": scheduler}, {}), drawn_with=1.0)
     adapters = {"unet": lora.init(folder.shapes("unet"), "attention", 2, 0)}
     out = export.write_adapters(tmp_path / "toy", folder, adapters, export.Adapted(None, {"unet": 1.0}), 7)
     card = (out / "README.md").read_text()
@@ -31,7 +34,8 @@ def test_the_card_of_few_steps_changes_the_sampler(run, tiny_pipeline, tmp_path)
         "- lora",
         "from diffusers import LCMScheduler, StableDiffusionPipeline",
         "pipeline = StableDiffusionPipeline.from_pretrained('owner/teacher')",
-        "pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)",
+        "pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=25, "
+        "timestep_scaling=10.0, clip_sample=False)",
         "settings = dict(num_inference_steps=4, guidance_scale=1)",
         "pipeline('sks cat', **settings).images[0].save(\"picture.png\")",
     ):

@@ -8,7 +8,7 @@ from flax.core import FrozenDict
 from PIL import Image
 
 from flaxkd import pretrained
-from flaxkd.diffusion import samplers, sampling
+from flaxkd.diffusion import phases, samplers, sampling
 from flaxkd.drawing import batches
 from flaxkd.drawing.pipeline import Pipeline
 from flaxkd.pretrained import Folder
@@ -77,6 +77,27 @@ def test_a_model_of_few_steps_is_drawn_from_its_folder_alone(tmp_path, monkeypat
     assert (ours.info["sampler"], ours.info["num_inference_steps"]) == ("lcm", "4")
     assert np.std(expected) > 0.05
     assert levels(ours, np.round(expected * 255)) <= 1
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_model_of_phases_is_drawn_from_its_folder_alone(tmp_path, kind):
+    """Steps, guidance and spacing are in its folder, and diffusers takes the rest of it for what it is."""
+    source = Folder.open(write_plain(tmp_path)["teacher"])
+    scheduler = phases.scheduler_config(source.config("scheduler"), kind, 4)
+    source = dataclasses.replace(source.replace({"scheduler": scheduler}, {}), drawn_with=1.0)
+    unet = source.config("unet"), tiny.weights(source.shapes("unet"), 0)
+    folder = pretrained.save(tmp_path / "few", source=source, parts={"unet": unet})
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert type(theirs.scheduler) is diffusers.DDIMScheduler
+    theirs.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    start = torch.tensor(latents.transpose(0, 3, 1, 2))
+    expected = theirs("red apple", latents=start, output_type="np", num_inference_steps=4, guidance_scale=1).images[0]
+    (ours,) = Pipeline.from_pretrained(folder)("red apple", latents=latents, progress=False)
+    settings = [ours.info[name] for name in ("sampler", "num_inference_steps", "guidance_scale")]
+    assert settings == ["ddim", "4", "1.0"] and np.std(expected) > 0.05
+    assert levels(ours, np.round(expected * 255)) <= 1
+    assert theirs.scheduler.timesteps.tolist() == phases.learner(scheduler).timesteps[:, 0].tolist()
 
 
 def test_a_model_without_signal_at_the_start_is_drawn_as_diffusers_does(tmp_path):
