@@ -3,6 +3,8 @@
 PyTorch's exporter writes them from a pipeline folder of diffusers: torch, diffusers and onnxscript must be there. The
 batch is symbolic, the size of the pictures is not. Layout is PyTorch's, NCHW. Beside them lies the sampler as arrays,
 sampler.npz: docs/export.md has the loop that follows them.
+
+A quantized UNet holds qwix's integers and scales, each weight behind a DequantizeLinear. Activations are as they are.
 """
 
 import contextlib
@@ -18,13 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxkd.diffusion import samplers
+from flaxkd.export.workdir import rounding
 from flaxkd.machine import files
 from flaxkd.pretrained import Folder, families, save
 from flaxkd.pretrained.folder import CONFIGS
+from flaxkd.pretrained.keys import to_diffusers
 from flaxkd.pretrained.writing import VERSION, write_padding_tokenizer, write_tokenizer
+from flaxkd.weights import quantize
 
 NEEDED = ("torch", "diffusers", "onnx", "onnxscript")
 LARGEST = 3 * 2**29  # bytes of parameters; a file of protobuf ends at 2 GiB, and beyond this they lie beside it
+OPSET = 21  # the first whose DequantizeLinear knows int4 and several scales in a row
 
 
 class Network(NamedTuple):
@@ -84,6 +90,31 @@ def _encoder(first: Sequence[str], layers: int) -> Callable:
     return call
 
 
+class Weight(NamedTuple):
+    """A weight as a runtime has it: values times scales. block: neighbours of a row that share a scale; 0: the row."""
+
+    values: np.ndarray
+    scales: np.ndarray
+    block: int
+
+
+def weights(folder: Folder, scheme: str | None) -> dict[str, Weight]:
+    """{diffusers' name: weight} of all quantized weights of its UNet; scheme: None for the one it was trained with.
+
+    Raises ValueError as `rounding` and `quantize.layers` do."""
+    own = folder.quantization
+    scheme = own.scheme if scheme is None and own and not own.on_grid else scheme
+    if scheme is None:
+        return {}
+    found = {}
+    for path, rounded in quantize.integers(folder.stored("unet"), rounding(folder, scheme)):
+        name, values = to_diffusers((*path, "kernel"), np.asarray(rounded.qvalue))
+        _, scales = to_diffusers((*path, "kernel"), np.asarray(rounded.scale, np.float32))
+        tiled = scales.shape[1] > 1
+        found[name] = Weight(values, scales if tiled else scales.ravel(), tiled and values.shape[1] // scales.shape[1])
+    return found
+
+
 def write(
     out: Path,
     folder: Folder,
@@ -91,21 +122,23 @@ def write(
     width: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
+    scheme: str | None = None,
 ) -> dict[str, int]:
     """Writes a pipeline in float32 to a new folder `out`; returns {file: bytes}. None: as `flaxkd.Pipeline` has it.
 
-    Raises ValueError as `networks` and `samplers.schedule` do and if `out` is in use, ImportError without a package of
-    NEEDED."""
+    scheme: a row of quantize.SCHEMES for the weights of the UNet. Raises ValueError as `networks`, `weights` and
+    `samplers.schedule` do and if `out` is in use, ImportError without a package of NEEDED."""
     out, found, arrays = Path(out).absolute(), networks(folder, height, width), _sampler(folder, sampler, steps)
     files.check_replaceable(out, (out / "unet" / "model.onnx").is_file(), "to ONNX")
     _check_packages()
+    rounded = {"unet": weights(folder, scheme)}
     with files.whole_folder(out) as new, tempfile.TemporaryDirectory() as scratch:
         source = save(Path(scratch) / "pipeline", source=folder, parts={}, dtype="float32")
         for name, network in found.items():
             (new / name).mkdir()
             config = files.read_json(source / network.part / CONFIGS[network.part])
             files.write_json(new / name / "config.json", config)
-            _write(new / name / "model.onnx", source / network.part, network)
+            _write(new / name / "model.onnx", source / network.part, network, rounded.get(name, {}))
         files.write_json(new / "scheduler" / CONFIGS["scheduler"], folder.config("scheduler"))
         np.savez(new / "sampler.npz", **arrays)
         write_tokenizer(folder, new)
@@ -130,8 +163,10 @@ def _check_packages() -> None:
         raise ImportError(f'the export to ONNX needs {", ".join(missing)}: pip install "flaxkd[onnx]"')
 
 
-def _write(file: Path, source: Path, network: Network) -> None:
-    """Writes a network whose config.json and weights are in `source`, as diffusers writes them."""
+def _write(file: Path, source: Path, network: Network, rounded: Mapping[str, Weight]) -> None:
+    """Writes a network whose config.json and weights are in `source`, as diffusers writes them.
+
+    rounded: weights in place of those."""
     import diffusers
     import torch
     import transformers
@@ -157,12 +192,29 @@ def _write(file: Path, source: Path, network: Network) -> None:
         # Without `optimize`: it takes minutes, and a runtime optimizes what it loads itself.
         made = torch.onnx.export(
             Called(), tuple(examples), dynamo=True, optimize=False, dynamic_shapes={"values": dynamic},
-            input_names=[*network.inputs], output_names=[*network.outputs], verbose=False,
+            input_names=[*network.inputs], output_names=[*network.outputs], verbose=False, opset_version=OPSET,
         )  # fmt: skip
     for node in made.model.graph:  # lines of PyTorch's source, a quarter of a small file
         node.metadata_props.clear()
-    size = sum(x.numel() * x.element_size() for x in module.parameters())
+    for name, weight in rounded.items():
+        _dequantize(made.model.graph, f"module.{name}", weight)
+    size = sum(value.const_value.nbytes for value in made.model.graph.initializers.values())
     made.save(str(file), external_data=size > LARGEST)
+
+
+def _dequantize(graph, name: str, weight: Weight) -> None:
+    """Makes a weight of a graph, an initializer, the result of a DequantizeLinear."""
+    import onnx_ir
+
+    value, inputs = graph.initializers.pop(name), []
+    for end, array in ("_quantized", weight.values), ("_scale", weight.scales):
+        tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=name + end)
+        inputs.append(onnx_ir.Value(name=tensor.name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype),
+                                    const_value=tensor))  # fmt: skip
+        graph.register_initializer(inputs[-1])
+    blocks = {"axis": 1, "block_size": weight.block} if weight.block else {"axis": 0}
+    value.const_value = None
+    graph.insert_before(graph[0], onnx_ir.node("DequantizeLinear", inputs, blocks, outputs=[value]))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ stay in full precision, since few formats can express them and kernels never do.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -132,20 +132,30 @@ class AsItIs:
             return self.attend(*args, **kwargs)
 
 
+def integers(params: dict, how: Quantization) -> Iterator[tuple[Path, Any]]:
+    """(path of a quantized layer, its kernel as qwix.QArray) for each: `qvalue` in the kernel's shape and the scheme's
+    dtype, `scale` float32[..., out], whose first axis has a number for each tile of inputs. Dequantized, they are the
+    weights that `wrapped` computes with.
+
+    Raises ValueError, as `layers` does."""
+    import qwix
+
+    tree, scheme = flatten_dict(params), SCHEMES[how.scheme]
+    for path, tile in layers(params, how).items():
+        x = np.asarray(tree[(*path, "kernel")], np.float32)
+        scales = {"channelwise_axes": [x.ndim - 1], "tiled_axes": {0: tile} if tile else {}}
+        yield path, qwix.quantize(x, scheme.weights, calibration_method=f"absmax,{scheme.reach}", **scales)
+
+
 def on_grid(params: dict, how: Quantization) -> dict:
     """The parameters of a UNet rounded as `wrapped` rounds them, in their own dtype, as numpy arrays.
 
     A float16 holds an integer times a scale within 0.05 %. Raises ValueError, as `layers` does."""
     import qwix
 
-    tree, scheme = flatten_dict(params), SCHEMES[how.scheme]
-    for path, tile in layers(params, how).items():
-        kernel = tree[(*path, "kernel")]
-        x = np.asarray(kernel, np.float32)
-        scales = {"channelwise_axes": [x.ndim - 1], "tiled_axes": {0: tile} if tile else {}}
-        integers = qwix.quantize(x, scheme.weights, calibration_method=f"absmax,{scheme.reach}", **scales)
-        rounded = qwix.dequantize(integers)
-        tree[(*path, "kernel")] = np.asarray(rounded).astype(kernel.dtype)
+    tree = flatten_dict(params)
+    for path, found in integers(params, how):
+        tree[(*path, "kernel")] = np.asarray(qwix.dequantize(found)).astype(tree[(*path, "kernel")].dtype)
     return unflatten_dict(tree)
 
 

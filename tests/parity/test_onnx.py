@@ -12,6 +12,9 @@ from convert import to_onnx
 from flaxkd import Pipeline
 from flaxkd.export import onnx
 from flaxkd.pretrained import Folder
+from flaxkd.pretrained.keys import to_diffusers
+from flaxkd.weights import quantize
+from flaxkd.weights.quantize import Quantization
 from tests import tiny
 from tests.running import ROOT
 
@@ -57,7 +60,9 @@ def runtime():
 
 
 def run(runtime, folder, name: str, **inputs) -> list[np.ndarray]:
-    session = runtime.InferenceSession(folder / name / "model.onnx", providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # 4 would round activations
+    session = runtime.InferenceSession(folder / name / "model.onnx", options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)
 
 
@@ -120,3 +125,46 @@ def test_stable_diffusion_xl(tiny_xl, tmp_path, runtime):
     states["time_ids"] = states["time_ids"].astype(np.float32)
     (found,) = run(runtime, out, "unet", sample=nchw(latents), timestep=np.float32([7]), **states)
     np.testing.assert_allclose(found, nchw(expected), atol=2e-5)
+
+
+@pytest.mark.parametrize("scheme", ["w8", "w4"])
+def test_a_quantized_unet_holds_qwixs_integers_and_computes_what_flaxkd_does(tiny_pipeline, tmp_path, runtime, scheme):
+    import onnx as reader
+
+    out, folder = tmp_path / "out", Folder.open(tiny_pipeline)
+    how = Quantization(scheme)
+    layers = quantize.layers(folder.shapes("unet"), how)
+    assert (32 in layers.values()) == (scheme == "w4")
+    onnx.write(out, folder, scheme=scheme)
+
+    graph = reader.load(out / "unet" / "model.onnx").graph
+    made = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    assert len(made) == len(layers)
+    held = {each.name: reader.numpy_helper.to_array(each) for each in graph.initializer}
+    for path, rounded in quantize.integers(folder.stored("unet"), how):
+        name, expected = to_diffusers((*path, "kernel"), np.asarray(rounded.qvalue))
+        values, _ = made[f"module.{name}"].input
+        assert np.array_equal(held[values].astype(np.int8), expected.astype(np.int8)) and f"module.{name}" not in held
+
+    rng = np.random.default_rng(0)
+    latents, states = rng.standard_normal((2, 8, 8, 4), np.float32), rng.standard_normal((2, 16, 16), np.float32)
+    unet, params = folder.load("unet")
+    said = lambda params: nchw(unet.apply({"params": params}, latents, jnp.full(2, 500.0), states))
+    (found,) = run(
+        runtime, out, "unet", sample=nchw(latents), timestep=np.float32([500]), encoder_hidden_states=states
+    )
+    np.testing.assert_allclose(found, said(quantize.on_grid(params, how)), atol=2e-5)
+    assert np.abs(said(params) - found).max() > 1e-3
+
+
+def test_a_unet_is_written_as_it_was_trained(tiny_pipeline):
+    folder = Folder.open(tiny_pipeline)
+    assert onnx.weights(folder, None) == {}
+    names = onnx.weights(folder.as_quantized(Quantization("w8", full=("conv_in",))), None)
+    assert "conv_out.weight" in names and "conv_in.weight" not in names
+    assert names["conv_out.weight"].values.shape == (4, 8, 3, 3) and names["conv_out.weight"].scales.shape == (4,)
+    assert onnx.weights(folder.as_quantized(Quantization("w8", on_grid=True)), None) == {}
+    with pytest.raises(ValueError, match="rounded already, by w8"):
+        onnx.weights(folder.as_quantized(Quantization("w8", on_grid=True)), "w8")
+    with pytest.raises(ValueError, match="--quantize w4: this UNet was trained to be rounded by w8"):
+        onnx.weights(folder.as_quantized(Quantization("w8")), "w4")
