@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flaxkd import students
+from flaxkd import Pipeline, students
 from flaxkd.pretrained import Folder, keys, lora_files, lora_writing, save
 from flaxkd.weights import lora
 
@@ -92,3 +92,31 @@ def test_weights_of_several_files_are_those_of_set_adapters(model, pipeline, tmp
     pipeline.unload_lora_weights()
     expected = merged(pipeline, lora_files.applied(model, [f"{one}:0.7", f"{two}:0.3"]))
     assert np.abs(loaded - expected).max() < NOISE * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dialect", ["peft", "kohya"])
+@pytest.mark.parametrize("family", ["diffusers_pipeline", "diffusers_xl"])
+def test_text_encoders_too_of_every_family(family, dialect, request, tmp_path):
+    """UNet and all text encoders in one file. The pictures of diffusers are those of flaxkd, and without it others."""
+    folder = Folder.open(request.getfixturevalue(family))
+    trained = ("unet", *folder.family.encoders)
+    parts = {part: adapter(folder.shapes(part), "feed_forward") for part in trained}
+    path = lora_writing.write(tmp_path / "x.safetensors", parts, dialect, lora_writing.header(folder, "x", parts))
+    ours = Pipeline.from_pretrained(folder.path, np.float32, lora=[path])
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder.path)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.load_lora_weights(path)
+    for part in trained:
+        wrapped = sum(hasattr(module, "lora_A") for module in getattr(theirs, part).modules())
+        assert wrapped == len(lora.layers(parts[part])), part
+
+    noise = np.random.default_rng(0).standard_normal((1, *folder.latent_shape()), np.float32)
+    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
+    settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "negative_prompt": "green apple"}
+    draw = lambda: np.asarray(theirs("red apple", latents=latents, **settings).images[0], np.int16)
+    expected = draw()
+    found = np.asarray(ours("red apple", latents=noise, sampler="ddim", progress=False, **settings)[0], np.int16)
+    assert np.abs(found - expected).max() <= 1
+    theirs.unload_lora_weights()
+    assert np.abs(draw() - expected).max() > 20
