@@ -19,10 +19,12 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def named(model: str) -> tuple[str, str | None]:
-    """("small", "runs/small") of "runs/small" and of "small=runs/small"; ("teacher", None) of "teacher="."""
+    """("small", "runs/small") of "runs/small" and of "small=runs/small"; ("teacher", None) of "teacher=".
+
+    A LoRA file is named without its scale: "ink" of "files/ink.safetensors:0.8"."""
     name, equals, path = model.partition("=")
     if not equals or os.path.exists(os.path.expanduser(model)):
-        name, path = Path(model).stem, model
+        name, path = Path(re.sub(r":-?[\d.]+$", "", model)).stem, model
     if not re.fullmatch(r"[\w .+:-]{1,80}", name):
         raise ValueError(f"--model {model}: give it a name of letters, digits and spaces, as --model NAME={path}")
     return name, path or None
@@ -42,13 +44,18 @@ def load(args: argparse.Namespace) -> dict:
 
     found = {}
     for name, path in map(named, args.model or ["teacher="]):
-        if name in found:
-            raise ValueError(f"two models are called {name!r}: name them, as --model NAME=DIR")
+        _check_new(name, found, "--model NAME=DIR")
         pipeline = Pipeline.from_pretrained(path, args.dtype, vae=args.vae)
         for adapter, file in [("", None), *map(named, args.lora)]:
             own = f"{name} + {adapter}" if adapter else name
+            _check_new(own, found, "--lora NAME=FILE")
             found[own] = Served.of(own, pipeline.with_lora(file) if file else pipeline, tuple(args.size))
     return found
+
+
+def _check_new(name: str, found: dict, remedy: str) -> None:
+    if name in found:
+        raise ValueError(f"two models are called {name!r}: name them, as {remedy}")
 
 
 @command.reported()

@@ -1,10 +1,14 @@
-"""`python -m flaxkd.serve`: what it refuses before anything is loaded."""
+"""`python -m flaxkd.serve`: what it loads, and what it refuses before anything is loaded."""
 
 import argparse
 
+import jax
+import numpy as np
 import pytest
 
+from flaxkd.pretrained import Folder, lora_files, lora_writing
 from flaxkd.serve import __main__ as serve
+from flaxkd.weights import lora
 
 
 @pytest.mark.parametrize(
@@ -15,11 +19,26 @@ from flaxkd.serve import __main__ as serve
         ("teacher=", ("teacher", None)),
         ("sd 1.5=owner/name", ("sd 1.5", "owner/name")),
         ("models/dream.safetensors", ("dream", "models/dream.safetensors")),
+        ("files/ink.safetensors:0.8", ("ink", "files/ink.safetensors:0.8")),
         ("ink=files/ink.safetensors:0.8", ("ink", "files/ink.safetensors:0.8")),
     ],
 )
 def test_a_model_has_a_name(typed, expected):
     assert serve.named(typed) == expected
+
+
+def test_a_lora_is_a_further_model_beside_each(tiny_pipeline, tmp_path):
+    folder = Folder.open(tiny_pipeline)
+    adapter = jax.tree.map(lambda x: x + np.float32(0.1), lora.init(folder.shapes("unet"), "attention", 2, 0))
+    file = lora_writing.write(tmp_path / "ink.safetensors", {"unet": adapter}, "peft", {})
+    models = {"model": [f"a={tiny_pipeline}", f"b={tiny_pipeline}"], "vae": None, "dtype": "float32", "size": []}
+    found = serve.load(argparse.Namespace(**models, lora=[f"{file}:0.5"]))
+    assert [*found] == ["a", "a + ink", "b", "b + ink"]
+    expected = lora_files.applied(folder, [f"{file}:0.5"]).params("unet")
+    jax.tree.map(np.testing.assert_array_equal, found["b + ink"].pipeline.params["unet"], expected)
+    jax.tree.map(np.testing.assert_array_equal, found["b"].pipeline.params["unet"], folder.params("unet"))
+    with pytest.raises(ValueError, match=r"two models are called 'a \+ ink': name them, as --lora NAME=FILE"):
+        serve.load(argparse.Namespace(**models, lora=[f"{file}:0.5", f"{file}:1"]))
 
 
 @pytest.mark.parametrize(
