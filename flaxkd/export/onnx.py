@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxkd.diffusion import samplers
-from flaxkd.export.workdir import rounding
+from flaxkd.export.workdir import rounding, scheme_of
 from flaxkd.machine import files
 from flaxkd.pretrained import Folder, families, save
 from flaxkd.pretrained.folder import CONFIGS
@@ -102,11 +102,9 @@ def weights(folder: Folder, scheme: str | None) -> dict[str, Weight]:
     """{diffusers' name: weight} of all quantized weights of its UNet; scheme: None for the one it was trained with.
 
     Raises ValueError as `rounding` and `quantize.layers` do."""
-    own = folder.quantization
-    scheme = own.scheme if scheme is None and own and not own.on_grid else scheme
+    found, scheme = {}, scheme_of(folder, scheme)
     if scheme is None:
-        return {}
-    found = {}
+        return found
     for path, rounded in quantize.integers(folder.stored("unet"), rounding(folder, scheme)):
         name, values = to_diffusers((*path, "kernel"), np.asarray(rounded.qvalue))
         _, scales = to_diffusers((*path, "kernel"), np.asarray(rounded.scale, np.float32))

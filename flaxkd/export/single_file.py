@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from safetensors.numpy import save_file
 
+from flaxkd.export.workdir import as_drawn
 from flaxkd.machine import files
 from flaxkd.models.unet import UNetConfig
 from flaxkd.pretrained import ARCHITECTURES, Folder, clip_tokenizer, keys, ldm
@@ -102,8 +103,10 @@ def write(file: Path, folder: Folder, *, program: str | None = None, dtype=None)
 
 
 def tensors(folder: Folder, gaps: bool, dtype=None) -> ldm.Tensors:
-    """All tensors of a pipeline by LDM's names, as `ldm.to_ldm` gives them. dtype: None: unchanged."""
-    written = {}
+    """All tensors of a pipeline by LDM's names, as `ldm.to_ldm` gives them. dtype: None: unchanged.
+
+    A UNet that was trained to be rounded is: no program that reads these files would."""
+    written, folder = {}, as_drawn(folder)
     for part in folder.parts:
         found = cast(keys.to_tensors(folder.stored(part)), dtype, part)
         written |= ldm.to_ldm(part, found, prefix=folder.family.single_file.get(part), gaps=gaps)

@@ -160,6 +160,18 @@ def rounding(folder: Folder, scheme: str) -> Quantization:
     return own._replace(on_grid=True)
 
 
+def scheme_of(folder: Folder, scheme: str | None = None) -> str | None:
+    """The scheme that its UNet is still to be rounded by: this one, or that it was trained for; None: none."""
+    own = folder.quantization
+    return own.scheme if scheme is None and own and not own.on_grid else scheme
+
+
+def as_drawn(folder: Folder) -> Folder:
+    """The pipeline for programs that do not quantize: with the weights that flaxkd draws with. Raises as `rounded`."""
+    scheme = scheme_of(folder)
+    return rounded(folder, scheme) if scheme else folder
+
+
 def rounded(folder: Folder, scheme: str) -> Folder:
     """The same pipeline with the weights of its UNet rounded for good: they need no qwix to be drawn with.
 

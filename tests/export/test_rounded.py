@@ -7,6 +7,7 @@ import pytest
 from convert import to_diffusers
 from flaxkd import export
 from flaxkd.drawing.pipeline import Pipeline
+from flaxkd.export import single_file
 from flaxkd.pretrained import Folder
 from flaxkd.weights import quantize
 from flaxkd.weights.quantize import Quantization
@@ -55,6 +56,15 @@ def test_any_model_is_rounded_as_a_folder_and_as_a_single_file(tiny_pipeline, tm
     assert same(Folder.open(tmp_path / "new.safetensors").params("unet"), expected)
     with pytest.raises(ValueError, match=r"are rounded already, by w8a8"):
         export.rounded(Folder.open(tmp_path / "new"), "w4")
+
+
+def test_single_files_hold_what_is_drawn_with(tiny_pipeline, tmp_path):
+    """Of a model that was trained to be rounded, and whose folder holds the weights before that."""
+    folder = Folder.open(tiny_pipeline).as_quantized(HOW)
+    single_file.write(tmp_path / "new.safetensors", folder)
+    assert same(Folder.open(tmp_path / "new.safetensors").params("unet"), quantize.on_grid(folder.params("unet"), HOW))
+    again = export.rounded(folder, "w4")
+    assert export.as_drawn(again) is again
 
 
 def test_another_scheme_than_it_was_trained_for_is_refused(workdir, tmp_path):
