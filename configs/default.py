@@ -151,6 +151,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # so many collages as pictures are added, 0.5: half as many. A collage is two pictures in one, "A and B", from which
     # a model learns to draw two things; docs/composing.md
     config.data.collages = 0.0
+    # a pattern: they are of pictures whose whole captions match it, "red car|blue bus|...", and every other one
+    # that is added is such a picture as it is; None: of all
+    config.data.collage_captions = placeholder(str)
 
     # What is shown and saved, in optimizer steps: every so many and after the last one; 0 for never. These keys may
     # change when a run resumes.

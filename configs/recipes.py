@@ -70,6 +70,24 @@ def embedded_finetune(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def embedded_compose(config: ConfigDict) -> ConfigDict:
+    """Two things in one picture, for the embedded miniature or a student of it, in minutes on two CPU cores."""
+    embedded(config)
+    config.train = ("unet", "text_encoder")
+    config.steps = 400
+    config.data.collages = 2.0
+    config.data.collage_captions = (
+        r"(red|orange|yellow|green|blue|purple|brown|pink) \w+|star|(cat|grinning) face"  # of 58 captions
+    )
+    # As configs/teacher.py: what is where is decided where noise prevails, and guidance needs pictures of no caption.
+    config.snr_gamma = 0.1
+    config.timestep_sampling = "min_snr"
+    config.caption_dropout = 0.1
+    config.sample.prompts = ("red apple", "blue heart", "red heart and grinning face", "green circle and pink heart")
+    config.sample.every = config.validation.every = config.checkpoint.every = 200
+    return config
+
+
 def embedded_quantized(config: ConfigDict) -> ConfigDict:
     """The distilled student of configs/small.py, rounded, in minutes on two CPU cores."""
     embedded(config)

@@ -146,7 +146,8 @@ def open_pictures(config, split: str) -> sources.Source:
         caption=config.data.caption or None,
     )
     share = config.data.collages if split == "train" else 0
-    return collages.added(found, share, split, config.seed, config.data.background) if share else found
+    how = (config.seed, config.data.background, config.data.collage_captions or None)
+    return collages.added(found, share, split, *how) if share else found
 
 
 def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:

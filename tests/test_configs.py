@@ -176,6 +176,7 @@ def test_keys_that_are_none_take_a_value_from_the_command_line(name):
         "attention": "plain",
         "checkpoint.keep_every": 10_000,
         "data.variants": r"\d$",
+        "data.collage_captions": "a|b",
         "data.caption_column": "en_text",
         "vae": "stabilityai/sd-vae-ft-mse",
         "data.image_column": "file",

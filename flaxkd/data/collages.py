@@ -1,12 +1,15 @@
 """Collages: two pictures of a data set in one, captioned "A and B", from which a model of single things learns two.
 
-Each picture has half the size. They are beside each other or one above the other, and the rest is the background.
-A collage follows from the seed and its number alone. Its captions are held out by their own hash, in either order: some
-pairs of captions are never seen together, though each is seen alone.
+Each picture has half the size. The first is on the left, the second on the right, and the rest is the background. Were
+the places left to chance, the model would have to guess them where noise prevails. A collage follows from the seed and
+its number alone. Its captions are held out by their own hash, in either order: some pairs of captions are never seen
+together, though each is seen alone.
 """
 
 import dataclasses
 import hashlib
+import re
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -26,14 +29,10 @@ def caption(first: str, second: str) -> str:
     return f"{first} and {second}"
 
 
-def places(height: int, width: int, above: bool) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where the two pictures are in one of this size in pixels: rows and columns of each. above: not side by side."""
+def places(height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where the two pictures are in one of this size in pixels: rows and columns of each, the first on the left."""
     h, w = height // 2, width // 2
-    middle = (height - h) // 2, (width - w) // 2
-    if above:
-        columns = slice(middle[1], middle[1] + w)
-        return (slice(0, h), columns), (slice(h, 2 * h), columns)
-    rows = slice(middle[0], middle[0] + h)
+    rows = slice((height - h) // 2, (height - h) // 2 + h)
     return (rows, slice(0, w)), (rows, slice(w, 2 * w))
 
 
@@ -42,45 +41,65 @@ def half(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return pictures.fit(Image.fromarray(image), [(height // 2, width // 2)])[0]
 
 
-def collage(first: np.ndarray, second: np.ndarray, above: bool, background: str = "white") -> np.ndarray:
+def collage(first: np.ndarray, second: np.ndarray, background: str = "white") -> np.ndarray:
     """uint8[H, W, 3]: two pictures in one as large as the first."""
     height, width, _ = first.shape
     whole = np.full_like(first, pictures.color(background))
-    for image, place in zip((first, second), places(height, width, above), strict=True):
+    for image, place in zip((first, second), places(height, width), strict=True):
         whole[place] = half(image, height, width)
     return whole
 
 
-def added(source: Source, share: float, split: str, seed: int, background: str = "white") -> Source:
+def added(
+    source: Source, share: float, split: str, seed: int, background: str = "white", captions: str | None = None
+) -> Source:
     """The source with collages of its pictures behind them, `share` times as many as it has pictures.
 
-    split: they are of pairs of captions of this split. Raises ValueError for a cache, which has no pictures."""
+    split: they are of pairs of captions of this split. captions: a pattern; they are of pictures whose whole captions
+    match it, and every other one is one of these pictures as it is: a model that sees such things in pairs alone draws
+    them in pairs alone. None: of all pictures, which are seen alone anyway. Raises ValueError for a cache, which has no
+    pictures, and if none or one matches."""
     if source.cache is not None:
         raise ValueError(
             f"data.collages = {share:g}: {source.cache} has latents, and collages are made of pictures: give the "
             "folder of pictures, or --config.data.collages=0"
         )
-    number = round(share * len(source))
-    text = f"collages 1 {number} {split} {seed} {pictures.color(background)} {source.fingerprint}"
+    chosen = range(len(source)) if captions is None else _matching(source, captions)
+    more = round(share * len(source))
+    text = f"collages 3 {more} {split} {seed} {pictures.color(background)} {captions} {source.fingerprint}"
 
     def load(index: int) -> dict:
         if index < len(source):
             return source[index]
-        rng = np.random.default_rng([seed, index - len(source)])
-        first, second = _pair(source, split, rng)
-        image = collage(first["image"], second["image"], bool(rng.integers(2)), background)
+        number = index - len(source)
+        rng = np.random.default_rng([seed, number])
+        if captions is not None and number % 2:
+            return source[chosen[rng.integers(len(chosen))]]
+        first, second = _pair(source, chosen, split, rng)
+        image = collage(first["image"], second["image"], background)
         size = image.shape[:2]
         named = caption(first["caption"], second["caption"])
         return {"image": image, "caption": named, "crop": pictures.center(size, size)}
 
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    return dataclasses.replace(source, size=len(source) + number, load=load, fingerprint=fingerprint, captions=None)
+    return dataclasses.replace(source, size=len(source) + more, load=load, fingerprint=fingerprint, captions=None)
 
 
-def _pair(source: Source, split: str, rng: np.random.Generator) -> tuple[dict, dict]:
-    """Two examples of a source whose captions may be seen together."""
+def _matching(source: Source, pattern: str) -> list[int]:
+    captions = source.captions or [source[i]["caption"] for i in range(len(source))]
+    found = [i for i, text in enumerate(captions) if re.fullmatch(pattern, text)]
+    if len(found) < 2:
+        raise ValueError(
+            f"data.collage_captions = {pattern!r} matches {len(found)} of {len(captions):,} captions as a whole, and a "
+            f"collage takes two; one of them is {captions[0]!r}"
+        )
+    return found
+
+
+def _pair(source: Source, chosen: Sequence[int], split: str, rng: np.random.Generator) -> tuple[dict, dict]:
+    """Two of the chosen examples whose captions may be seen together."""
     for _ in range(TRIES):
-        first, second = (source[int(i)] for i in rng.integers(len(source), size=2))
+        first, second = (source[chosen[i]] for i in rng.integers(len(chosen), size=2))
         if split_of(first["caption"], second["caption"]) == split:
             return first, second
     raise ValueError(f"data.collages: of {TRIES} pairs of captions none is of the {split} split: give more captions")

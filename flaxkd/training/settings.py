@@ -202,6 +202,7 @@ RULES = {
     "data.variants": or_none(PATTERN, "none", ""),
     "data.random_flip": FLAG,
     "data.collages": number(0),
+    "data.collage_captions": or_none(PATTERN, "all", ""),
     "log_every": EVERY,
     "validation.every": EVERY,
     "validation.examples": whole(0),

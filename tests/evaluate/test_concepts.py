@@ -25,9 +25,17 @@ def original(color, name, tone=0):
     return known.pictures[found[tone]]
 
 
+def two(first, second, above):
+    """Two pictures in one, side by side or one above the other."""
+    if not above:
+        return collages.collage(first, second)
+    halves = [collages.half(image, 64, 64) for image in (first, second)]
+    return np.pad(np.concatenate(halves), ((0, 0), (16, 16), (0, 0)), constant_values=255)
+
+
 def picture(wanted, above, noise):
     drawn = [original(*concept) for concept in wanted]
-    drawn = drawn[0] if len(drawn) == 1 else collages.collage(*drawn, above)
+    drawn = drawn[0] if len(drawn) == 1 else two(*drawn, above)
     return (drawn + noise.normal(0, 50, drawn.shape)).clip(0, 255).astype(np.uint8)
 
 
@@ -51,7 +59,7 @@ def test_a_wrong_color_costs_the_color_and_colors_in_each_others_place_cost_both
     wanted = [("red", "heart"), ("blue", "square")]
     drawn = [
         original("blue", "heart"),
-        collages.collage(original("blue", "heart"), original("red", "square"), above=False),
+        two(original("blue", "heart"), original("red", "square"), above=False),
         original("red", "heart"),
         np.full((64, 64, 3), 255, np.uint8),
     ]
@@ -63,7 +71,7 @@ def test_a_wrong_color_costs_the_color_and_colors_in_each_others_place_cost_both
 
 @pytest.mark.parametrize("above", [False, True])
 def test_half_pictures_are_found_wherever_they_are_in_their_half(above):
-    drawn = collages.collage(original("green", "circle", 1), original("pink", "hexagon", 1), above)
+    drawn = two(original("green", "circle", 1), original("pink", "hexagon", 1), above)
     moved = np.roll(drawn, (0, 12) if above else (12, 0), (0, 1))
     assert concepts.found(moved[None], concepts.originals()) == [(("green", "circle"), ("pink", "hexagon"))]
 
