@@ -208,9 +208,7 @@ def _image_folder(
     return Source(len(entries), load, digest.hexdigest(), captions=captions, sizes=sizes)
 
 
-def _entries(
-    folder: epath.Path, caption_column: str | None, image_column: str | None, caption: str | None
-) -> tuple:
+def _entries(folder: epath.Path, caption_column: str | None, image_column: str | None, caption: str | None) -> tuple:
     """The tree of a folder or zip, (place, picture, caption) of its pictures, and a line for each one left out: those
     without a caption beside them, and those that the metadata do not name.
 

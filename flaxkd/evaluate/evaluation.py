@@ -53,7 +53,7 @@ class Setup(NamedTuple):
     dtype: Any  # of the compute
     latents: tuple[int, int, int]  # h, w, c
     resolution: int  # pixels
-    drawn_with: dict[str, tuple[str, float]]  # sampler and guidance of "fidelity" and "protocol", if requested
+    drawn_with: dict[str, tuple[str, float]]  # sampler and guidance of "fidelity" and "protocol", see `how`
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict:
                 likeness = subject.open_subject(args.subject, args.dino, scorer.clip)
                 settings |= {"subject": str(args.subject), "DINO": args.dino}
         sampler, guidance = setup.drawn_with["protocol"]
-        other = scores.departures(sampler, args.steps, guidance, setup.resolution, len(prompts))
+        other = scores.departures(sampler, args.steps or samplers.STEPS, guidance, setup.resolution, len(prompts))
         notes += [f"Not as published: {other}."] if other else []
         few = scores.too_few(len(prompts))
         notes += [f"{few[0].upper()}{few[1:]}."] if few else []
@@ -118,16 +118,21 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
         drawn_with["protocol"] = args.sampler or scores.SAMPLER, scores.GUIDANCE
     if args.guidance is not None:
         drawn_with = {what: (kind, args.guidance) for what, (kind, _) in drawn_with.items()}
+    few = {}
     for model in models:
-        for kind, _ in drawn_with.values():
-            samplers.schedule(kind, model.folder.config("scheduler"), args.steps)
+        for shared in drawn_with.values():
+            kind, steps, guidance = how(args, model, shared)
+            samplers.schedule(kind, model.folder.config("scheduler"), steps)
+            if steps != (args.steps or samplers.STEPS):
+                few[f"drawn in few steps ({model.name})"] = f"{steps} of {kind}, guidance {guidance:g}"
     settings = {
         "teacher": str(args.teacher or "the embedded miniature"),
         **({"clip skip of the teacher": args.clip_skip} if args.clip_skip else {}),
         "models": ", ".join(args.models),
         "resolution": f"{resolution} pixels",
         **{f"sampler ({what})": kind for what, (kind, _) in drawn_with.items()},
-        "steps": args.steps,
+        "steps": args.steps or samplers.STEPS,
+        **few,
         **{f"guidance ({what})": guidance for what, (_, guidance) in drawn_with.items()},
         "seed": args.seed,
         "batch size": args.batch_size,
@@ -138,11 +143,24 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
     return Setup(args, mesh, dtype, latents, resolution, drawn_with), settings
 
 
+def how(args: argparse.Namespace, model: Candidate, shared: tuple[str, float]) -> tuple[str, int, float]:
+    """Sampler, steps and guidance of a model's pictures: those that all share, or of a model of few steps its own.
+
+    A flag goes before both."""
+    (kind, guidance), config = shared, model.folder.config("scheduler")
+    usual = samplers.usual_steps(None, config)
+    if usual >= samplers.STEPS:
+        return kind, args.steps or samplers.STEPS, guidance
+    guidance = model.folder.guidance if args.guidance is None else args.guidance
+    return args.sampler or samplers.own(config), args.steps or usual, guidance
+
+
 def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **options) -> list[Path]:
     """Draws the missing pictures of a loaded model for "fidelity" or "protocol". Returns the paths of all."""
-    args, (sampler, guidance) = setup.args, setup.drawn_with[what]
-    schedule = samplers.schedule(sampler, model.folder.config("scheduler"), args.steps)
-    settings = {"weights": model.fingerprint, "sampler": sampler, "steps": args.steps}
+    args = setup.args
+    sampler, steps, guidance = how(args, model, setup.drawn_with[what])
+    schedule = samplers.schedule(sampler, model.folder.config("scheduler"), steps)
+    settings = {"weights": model.fingerprint, "sampler": sampler, "steps": steps}
     settings |= {"quantization": str(model.folder.quantization)} if model.folder.quantization else {}
     settings |= {"guidance": guidance, "resolution": setup.resolution, "dtype": setup.dtype.name}
 
@@ -281,9 +299,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add(parser, "vae")
     command.add(parser, "clip-skip", help="last layers of the teacher's text encoder to leave out; default: 0")
     command.add(parser, "out", default=Path("evaluation"), help="result folder (default: %(default)s)")
-    command.add(parser, "steps", default=samplers.STEPS)
+    own = "a model of few steps has its own"
+    command.add(parser, "steps", help=f"denoising steps; default: {samplers.STEPS}; {own}")
     published = f"{scores.GUIDANCE:g} and {scores.SAMPLER} for the published protocol"
-    add("--guidance", type=float, help=f"default, as for --sampler: the teacher's own; {published}")
+    add("--guidance", type=float, help=f"default, as for --sampler: the teacher's own; {published}; {own}")
     add("--sampler", metavar="SAMPLER", help=f"{', '.join(samplers.KINDS)}")
     add("--resolution", type=int, help="pixels per side (default: the teacher's own)")
     command.add(parser, "seed")

@@ -1,5 +1,6 @@
 """The program as a person runs it, on a tiny pipeline: the teacher against itself, and a student cut from it."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ from PIL import Image
 
 from flaxkd import export, pretrained, students
 from flaxkd.data import sources
+from flaxkd.diffusion import consistency
 from flaxkd.evaluate import evaluation, fidelity, table
 from flaxkd.evaluate.__main__ import main
 from flaxkd.pretrained import Folder
@@ -124,6 +126,21 @@ def test_a_trained_student_stands_beside_itself_as_cut(home, tiny_pipeline):
     added = evaluation.anchored([teacher, trained])[1]
     assert added.as_cut and added.folder.config("unet") == cut.folder.config("unet")
     jax.tree.map(np.testing.assert_array_equal, added.folder.params("unet"), cut.folder.params("unet"))
+
+
+def test_a_model_of_few_steps_is_drawn_as_it_was_made(tiny_pipeline):
+    teacher = evaluation.find(str(tiny_pipeline))
+    scheduler = consistency.scheduler_config(teacher.folder.config("scheduler"), "epsilon", 50)
+    few = dataclasses.replace(teacher.folder.replace({"scheduler": scheduler}, {}), drawn_with=1.0)
+    models = [teacher._replace(name="teacher"), teacher._replace(name="fast", folder=few)]
+    asked = lambda *flags: evaluation.parse(["--model", "fast", "--batch-size=4", *flags])
+    drawn = lambda args: [evaluation.how(args, model, ("dpmsolver++", 7.5)) for model in models]
+    assert drawn(asked()) == [("dpmsolver++", 25, 7.5), ("lcm", 4, 1.0)]
+    assert drawn(asked("--steps=8"))[1] == ("lcm", 8, 1.0)
+    assert drawn(asked("--sampler=ddim", "--guidance=3"))[1] == ("ddim", 4, 3.0)
+    _, settings = evaluation.prepare(asked(), models)
+    assert settings["steps"] == 25 and settings["drawn in few steps (fast)"] == "4 of lcm, guidance 1"
+    assert "drawn in few steps (teacher)" not in settings
 
 
 def test_a_picture_of_any_result_can_be_read(tmp_path, monkeypatch):

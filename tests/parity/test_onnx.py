@@ -150,9 +150,7 @@ def test_a_quantized_unet_holds_qwixs_integers_and_computes_what_flaxkd_does(tin
     latents, states = rng.standard_normal((2, 8, 8, 4), np.float32), rng.standard_normal((2, 16, 16), np.float32)
     unet, params = folder.load("unet")
     said = lambda params: nchw(unet.apply({"params": params}, latents, jnp.full(2, 500.0), states))
-    (found,) = run(
-        runtime, out, "unet", sample=nchw(latents), timestep=np.float32([500]), encoder_hidden_states=states
-    )
+    (found,) = run(runtime, out, "unet", sample=nchw(latents), timestep=np.float32([500]), encoder_hidden_states=states)
     np.testing.assert_allclose(found, said(quantize.on_grid(params, how)), atol=2e-5)
     assert np.abs(said(params) - found).max() > 1e-3
 
