@@ -2,6 +2,7 @@
 
     python -m flaxkd.train --config configs/lcm.py                                    the miniature, on a laptop
     python -m flaxkd.train --config configs/lcm.py --config.init=runs/small           its distilled student
+    python -m flaxkd.train --config configs/lcm.py:lora                               the miniature, as a LoRA
     python -m flaxkd.train --config configs/lcm.py:sd15 --config.data.source=DIR      Stable Diffusion 1.5
     python -m flaxkd.train --config configs/lcm.py:sd15_lora --config.data.source=DIR      ... as a LoRA
 
@@ -12,7 +13,7 @@ from configs import default, recipes
 
 
 def get_config(arg=None):
-    made = {"sd15": recipes.lcm, "sd15_lora": recipes.lcm_lora}
+    made = {"lora": recipes.embedded_lcm_lora, "sd15": recipes.lcm, "sd15_lora": recipes.lcm_lora}
     recipes.check(arg, __file__, *made)
     config = default.get_config()
     config.task = "few_step"

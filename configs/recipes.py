@@ -53,6 +53,17 @@ def embedded_lcm(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def embedded_lcm_lora(config: ConfigDict) -> ConfigDict:
+    """The same as a LoRA, with the targets of LCM-LoRA and a quarter of its rank, for a model of small layers."""
+    embedded_lcm(config)
+    config.steps = 300
+    config.learning_rate.peak_value = 2e-3
+    config.ema_decay = None
+    config.lora.rank = 16
+    config.lora.targets = ("lcm",)
+    return config
+
+
 def embedded_phased(config: ConfigDict) -> ConfigDict:
     """Four steps without noise between them for the embedded miniature, in minutes on two CPU cores."""
     embedded_lcm(config)
