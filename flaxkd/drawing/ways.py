@@ -77,15 +77,14 @@ def read(folder: Folder, pictures: sources.Source, n: int, how: How, dtype) -> l
 
 
 def captions_of(pictures: sources.Source, n: int, seed: int) -> list[str]:
-    """n captions: each once in an order of the seed, and then again."""
-    rounds = [np.random.default_rng([seed, i]).permutation(len(pictures)) for i in range(-(-n // len(pictures)))]
-    order = np.concatenate(rounds)
+    """n captions: each once in an order of the seed, and then again. Of a large cache, those of the first n records."""
+    known = pictures.captions
     if pictures.cache is not None:
-        known = loader.Records(pictures.cache).captions(len(pictures))
-        return [known[i] for i in order[:n]]
-    if pictures.captions is not None:
-        return [pictures.captions[i] for i in order[:n]]
-    return [pictures[int(i)]["caption"] for i in order[:n]]
+        known = loader.Records(pictures.cache).captions(n)
+    size = len(pictures if known is None else known)
+    rounds = [np.random.default_rng([seed, i]).permutation(size) for i in range(-(-n // size))]
+    order = np.concatenate(rounds)[:n].tolist()
+    return [pictures[i]["caption"] if known is None else known[i] for i in order]
 
 
 def _make(place: Path, folder: Folder, weights: dict, captions: Sequence[str], how: How, dtype) -> None:
