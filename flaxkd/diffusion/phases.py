@@ -25,7 +25,7 @@ def scheduler_config(teacher: dict, prediction_type: str, phases: int) -> dict:
         "rescale_betas_zero_snr": teacher.get("rescale_betas_zero_snr", False),
         "prediction_type": prediction_type,
         "timestep_spacing": "trailing",
-        "steps_offset": 0,
+        "steps_offset": 1,  # unused, but diffusers' pipelines warn of another
         "set_alpha_to_one": True,
         "clip_sample": False,
         samplers.OWN_STEPS: phases,

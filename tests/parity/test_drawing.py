@@ -1,6 +1,7 @@
 """Pictures are those that the pipelines of diffusers draw."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -87,7 +88,9 @@ def test_a_model_of_phases_is_drawn_from_its_folder_alone(tmp_path, kind):
     source = dataclasses.replace(source.replace({"scheduler": scheduler}, {}), drawn_with=1.0)
     unet = source.config("unet"), tiny.weights(source.shapes("unet"), 0)
     folder = pretrained.save(tmp_path / "few", source=source, parts={"unet": unet})
-    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*outdated", category=FutureWarning)
+        theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
     assert type(theirs.scheduler) is diffusers.DDIMScheduler
     theirs.set_progress_bar_config(disable=True)
     latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
