@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flaxkd.machine import cpu, dtypes
+from flaxkd.machine import compiler, cpu, dtypes
 
 FSDP_MIN_SIZE = 2**20  # elements; smaller tensors cost more to gather than to keep
 
@@ -28,9 +28,12 @@ def compute_dtype(dtype=None) -> np.dtype:
     return jnp.dtype(name)
 
 
-def compiler_options(platform: str | None = None) -> dict[str, str]:
-    """For `jax.jit`, on "cpu", "tpu" or "gpu"; None: the present devices. Call it before anything is lowered."""
-    return cpu.compiler_options() if (platform or jax.default_backend()) == "cpu" else {}
+def compiler_options(platform: str | None = None, remat: bool = False) -> dict[str, object]:
+    """For `jax.jit`, on "cpu", "tpu" or "gpu"; None: the present devices. Call it before anything is lowered.
+
+    remat: whether the program recomputes parts of itself to save memory."""
+    kinds = {"cpu": cpu.compiler_options, "gpu": lambda: compiler.known(compiler.REMAT_ON_GPU) if remat else {}}
+    return kinds.get(platform or jax.default_backend(), dict)()
 
 
 def jit(**kwargs) -> Callable:

@@ -180,7 +180,7 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
         parts = next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= fitting)
         return mean(lambda x: task.loss(trained, frozen, average, x)[1], inputs, parts)
 
-    options = sharding.compiler_options(mesh.devices.flat[0].platform)
+    options = sharding.compiler_options(mesh.devices.flat[0].platform, bool(config.remat))
     train = jax.jit(
         train_step,
         in_shardings=(shardings, frozen, data, everywhere),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flaxkd.machine import cpu, sharding
+from flaxkd.machine import compiler, cpu, sharding
 from flaxkd.models.layers import Conv
 
 
@@ -24,6 +24,14 @@ def forgotten():
 def test_the_options_are_for_a_cpu(forgotten):
     assert sharding.compiler_options() == sharding.compiler_options("cpu") == cpu.OPTIONS
     assert sharding.compiler_options("tpu") == sharding.compiler_options("gpu") == {}
+    assert sharding.compiler_options("cpu", remat=True) == cpu.OPTIONS and sharding.compiler_options("tpu", True) == {}
+
+
+def test_the_options_for_rematerialisation_are_for_a_gpu(monkeypatch):
+    """Known to this XLA: if a newer one renames them, remat saves nothing on an H100, in silence."""
+    assert sharding.compiler_options("gpu", remat=True) == compiler.REMAT_ON_GPU != {}
+    monkeypatch.setattr(compiler, "REMAT_ON_GPU", {"xla_gpu_of_another_jaxlib": True})
+    assert sharding.compiler_options("gpu", remat=True) == {}
 
 
 def test_options_that_xla_does_not_know_are_left_out(forgotten, monkeypatch):
