@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 import jax
 
-# For rematerialisation on a GPU. For an H100, not for an A100, XLA by itself chooses an order that hides communication,
-# and with that order remat saves next to nothing. Of `sd_small`'s step with 48 images at 512 pixels, temporaries are
-# 34.6 GiB without remat, 31.5 with remat=True, and 12.9 with this option too (jax 0.10.2, 8 GPUs; no GPU has run it).
+# For rematerialisation. For a Hopper GPU, not for an A100, XLA by itself schedules so as to hide communication, and
+# with that order remat saves next to nothing (openxla/xla#45753 has the same of a language model). Of `sd_small`'s step
+# for 8 H100 with 48 images at 512 pixels each, temporaries are 34.6 GiB without remat, 31.5 with remat=True, and 12.9
+# with this option too (jax 0.10.2, as compiled: no GPU has run it yet).
 REMAT_ON_GPU = {"xla_gpu_enable_analytical_sol_latency_estimator": False}
 
 
