@@ -71,3 +71,14 @@ def home(place) -> Path:
 def plain(place) -> dict:
     """Keys of a run that trains a UNet of two blocks on its own: all of the loop, little to compile."""
     return place.plain
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Trainings in this process are for one device: compiling takes half as long."""
+    import jax
+
+    from flaxkd.machine import sharding
+
+    one = sharding.make_mesh(1, 1, jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: one)

@@ -6,7 +6,6 @@ import re
 import shutil
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +13,6 @@ from safetensors.numpy import load_file
 
 from configs import tiny
 from flaxkd import train
-from flaxkd.machine import sharding
 from tests.data.test_sources import image_folder
 from tests.running import EVERY, LONG, STEPS, assert_same_bits, records, state
 
@@ -101,11 +99,9 @@ def test_an_autoencoder_is_trained_on_pixels(place, plain, tmp_path):
     assert trained.pop("scaling_factor") > 0 and trained == untrained  # which has none of its own
 
 
-def test_a_run_with_buckets_resumes_bit_for_bit(plain, tmp_path, monkeypatch):
+def test_a_run_with_buckets_resumes_bit_for_bit(plain, tmp_path, monkeypatch, one_device):
     """Half of its pictures are squares, the others wide. It is resumed in the middle."""
     monkeypatch.setenv("FLAXKD_CACHE", str(tmp_path / "cache"))
-    one = sharding.make_mesh(1, 1, jax.devices()[:1])  # for one device, compiling takes half as long
-    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: one)
     image_folder(tmp_path / "pictures", [f"thing {i}" for i in range(40)], [(40, 40), (90, 60)] * 20)
     taken = []
     monkeypatch.setattr(train, "shape", lambda batch, real=train.shape: taken.append(real(batch)) or real(batch))

@@ -18,7 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 
-def test_the_card_of_an_lcm_lora_draws_its_picture(tmp_path, monkeypatch):
+def test_the_card_of_an_lcm_lora_draws_its_picture(tmp_path, monkeypatch, one_device):
     monkeypatch.setenv("FLAXKD_CACHE", str(tmp_path / "cache"))
     config = lcm.get_config()
     plain = Folder.open(write_plain(tmp_path)["teacher"])
