@@ -142,7 +142,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
         found = prompts.read(args.prompts)
     else:
         source = sources.open_source(args.source or "openmoji", args.split, resolution=resolution)
-        captions = source.captions or [picture["caption"] for picture in source]
+        captions = source.all_captions()
         order = np.random.default_rng(args.seed).permutation(len(captions))
         found = [captions[i] for i in order]
     wanted = [found[i % len(found)] for i in range(args.draw)]

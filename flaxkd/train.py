@@ -160,7 +160,7 @@ def open_teacher(config, workdir: Path, pictures: sources.Source) -> Folder:
                 f"checkpoint, `python -m convert.to_diffusers --workdir {config.teacher} --out DIR`, and give DIR"
             )
         return folder.skip_layers(config.clip_skip)
-    captions = pictures.captions or [picture["caption"] for picture in pictures]
+    captions = pictures.all_captions()
     base = Folder.open(config.teacher, config.vae)
     write = lambda: fresh.write(workdir / "blank", config.blank.to_dict(), captions, config.seed, base)
     if hosts.is_first():

@@ -86,7 +86,7 @@ def added(
 
 
 def _matching(source: Source, pattern: str) -> list[int]:
-    captions = source.captions or [source[i]["caption"] for i in range(len(source))]
+    captions = source.all_captions()
     found = [i for i, text in enumerate(captions) if re.fullmatch(pattern, text)]
     if len(found) < 2:
         raise ValueError(

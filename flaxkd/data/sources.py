@@ -53,6 +53,10 @@ class Source:
             raise IndexError(f"picture {index} of {self.size}")
         return self.load(index)
 
+    def all_captions(self) -> list[str]:
+        """The captions of all pictures. Loads every picture of a source that does not list them."""
+        return self.captions or [picture["caption"] for picture in self]
+
 
 def readable(source: Source, indices: Iterable[int]) -> list[int]:
     """The indices whose pictures can be read. Names the others in one warning; ValueError if none is left."""

@@ -99,8 +99,7 @@ def prompts(captions: Sequence[str]) -> list[Prompt]:
 
 def training_captions() -> list[str]:
     """Those of OpenMoji."""
-    source = sources.open_source("openmoji", "train")
-    return [source[i]["caption"] for i in range(len(source))]
+    return sources.open_source("openmoji", "train").all_captions()
 
 
 def found(drawn: np.ndarray, known: Originals) -> list[tuple[Concept, ...]]:
