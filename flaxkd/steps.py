@@ -25,8 +25,9 @@ TRAILING = {"timestep_spacing": "trailing", "steps_offset": 0}  # the right spac
 
 
 def samplers_of(pipeline: Pipeline) -> tuple[str, ...]:
-    few = samplers.usual_steps(None, pipeline.scheduler_config) < samplers.STEPS
-    return tuple(dict.fromkeys((samplers.own(pipeline.scheduler_config), "ddim"))) if few else ("ddim", "dpmsolver++")
+    if samplers.few_steps(pipeline.scheduler_config) is None:
+        return ("ddim", "dpmsolver++")
+    return tuple(dict.fromkeys((samplers.own(pipeline.scheduler_config), "ddim")))
 
 
 def draw(pipeline: Pipeline, captions: list[str], seed: int, sampler: str, steps: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from flaxkd.diffusion.schedule import MOST_TIMESTEPS
 from flaxkd.diffusion.weights import PAST, Schedule
 
 __all__ = ["DEFAULT", "KINDS", "OWN_STEPS", "PAST", "SAMPLERS", "STEPS", "Schedule"]
-__all__ += ["most_guidance", "name_of", "own", "schedule", "usual_steps"]
+__all__ += ["few_steps", "most_guidance", "name_of", "own", "schedule", "usual_steps"]
 
 DEFAULT = "dpmsolver++"  # of a model whose own sampler is not in the table
 STEPS = 25  # of all commands, with a sampler that does not have its own number
@@ -131,6 +131,14 @@ def usual_steps(kind: str | None, scheduler_config: dict) -> int:
         return learnt
     kind = name_of(kind) if kind else _written(scheduler_config)[1]
     return SAMPLERS[kind.partition(":")[0]].steps if kind else STEPS
+
+
+def few_steps(scheduler_config: dict) -> int | None:
+    """The number of steps that a model of few steps has learnt to take; None for a model of any number of steps."""
+    if (learnt := _learnt(None, scheduler_config)) is not None:
+        return learnt
+    row = SAMPLERS.get(_written(scheduler_config)[1])
+    return row.steps if row and row.steps < STEPS else None
 
 
 def most_guidance(kind: str, scheduler_config: dict) -> float:

@@ -148,11 +148,11 @@ def how(args: argparse.Namespace, model: Candidate, shared: tuple[str, float]) -
 
     A flag goes before both."""
     (kind, guidance), config = shared, model.folder.config("scheduler")
-    usual = samplers.usual_steps(None, config)
-    if usual >= samplers.STEPS:
+    few = samplers.few_steps(config)
+    if few is None:
         return kind, args.steps or samplers.STEPS, guidance
     guidance = model.folder.guidance if args.guidance is None else args.guidance
-    return args.sampler or samplers.own(config), args.steps or usual, guidance
+    return args.sampler or samplers.own(config), args.steps or few, guidance
 
 
 def draw(setup: Setup, model: Candidate, what: str, prompts: list[str], **options) -> list[Path]:

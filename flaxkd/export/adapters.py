@@ -56,7 +56,7 @@ def _card(
     prompt = run["data"]["caption"] or (run["sample"]["prompts"] or ["a photograph of a red bicycle"])[0]
     pipeline, sampler = folder.pipeline, folder.config("scheduler").get("_class_name")
     steps = samplers.usual_steps(None, folder.config("scheduler"))
-    other = steps != samplers.STEPS  # few: it draws with another sampler than its model
+    other = samplers.few_steps(folder.config("scheduler")) is not None  # it draws with another sampler than its model
     lines = [
         f"from diffusers import {', '.join(sorted({pipeline, *([sampler] * other)}))}",
         "",

@@ -171,7 +171,7 @@ def quantized(how: Quantization | None) -> str:
 def _usage(parts: dict[str, dict], source: Folder, prompt: str) -> str:
     pipeline, steps = source.pipeline, samplers.usual_steps(None, source.config("scheduler"))
     few = f"It draws in few steps, {steps} are usual, and has learnt its guidance: leave it at {source.guidance:g}.\n"
-    few = few if steps != samplers.STEPS else ""
+    few = "" if samplers.few_steps(source.config("scheduler")) is None else few
     try:
         pixels = "{} x {} pixels".format(*source.replace(parts, {}).size)
     except ValueError:  # its configuration has no size

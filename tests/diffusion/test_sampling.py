@@ -44,6 +44,14 @@ def test_noise_between_the_steps_is_given_where_it_is_needed(kind, noise):
 def test_a_model_says_in_how_many_steps_it_draws_with_its_own_sampler():
     few = LEADING | {"_class_name": "DDIMScheduler", samplers.OWN_STEPS: 4}
     assert [samplers.usual_steps(kind, few) for kind in (None, "ddim", "euler", "lcm")] == [4, 4, samplers.STEPS, 4]
+    lcm, other = {"_class_name": "LCMScheduler"}, {"_class_name": "EulerDiscreteScheduler"}
+    assert [samplers.few_steps(config) for config in (few, lcm, other, {}, {"_class_name": "Unknown"})] == [
+        4,
+        4,
+        None,
+        None,
+        None,
+    ]
     most = [samplers.most_guidance("ddim", config) for config in (few, LEADING)]
     assert most == [samplers.most_guidance("lcm", LEADING), np.inf]
     for wrong in (0, 2.5, "4", True, [4]):
