@@ -12,7 +12,7 @@ from flaxkd import pretrained
 from flaxkd.diffusion import phases, samplers, sampling
 from flaxkd.drawing import batches
 from flaxkd.drawing.pipeline import Pipeline
-from flaxkd.pretrained import Folder
+from flaxkd.pretrained import Folder, families
 from tests import tiny
 from tests.running import write_plain
 from tests.test_generate import levels
@@ -152,23 +152,24 @@ def test_image_to_image_is_the_pipeline_of_diffusers(diffusers_pipeline, picture
     assert levels(ours, np.round(expected * 255)) <= 1
 
 
-@pytest.mark.parametrize("channels", [4, 9])
-def test_a_masked_part_of_a_picture_is_drawn_as_diffusers_does(tmp_path, picture, channels):
+@pytest.mark.parametrize(("family", "channels"), [("sd1", 4), ("sd1", 9), ("sdxl", 9)])
+def test_a_masked_part_of_a_picture_is_drawn_as_diffusers_does(request, tmp_path, picture, family, channels):
     """What stays is put back after each step, or seen by the UNet."""
-    source = Folder.open(write_plain(tmp_path)["teacher"])
+    path = request.getfixturevalue("diffusers_xl") if family == "sdxl" else write_plain(tmp_path)["teacher"]
+    source = Folder.open(path)
     unet = source.config("unet") | {"in_channels": channels}
     params = tiny.weights(pretrained.shapes("unet", unet), 0)
     folder = pretrained.save(tmp_path / "pipeline", source=source, parts={"unet": (unet, params)})
     kind = diffusers.DiffusionPipeline if channels == 9 else diffusers.StableDiffusionInpaintPipeline
-    theirs = kind.from_pretrained(folder, requires_safety_checker=False)
-    assert type(theirs) is diffusers.StableDiffusionInpaintPipeline
+    theirs = kind.from_pretrained(folder, **{"requires_safety_checker": False} if family == "sd1" else {})
+    assert type(theirs).__name__ == families.FAMILIES[family].pipelines[families.INPAINTING]
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
     image, mask = Image.open(picture).crop((0, 0, 32, 32)), Image.new("L", (32, 32))
     mask.paste(200, (5, 8, 24, 20))  # neither at latents nor white
     seen = np.where(np.asarray(mask)[..., None] > 127, 127.5, np.asarray(image))
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    settings = dict(prompt="red apple", num_inference_steps=4, guidance_scale=3.0)
+    settings = dict(prompt="red apple", num_inference_steps=4, guidance_scale=3.0, strength=1.0)
     given = dict(image=mean_of(theirs.vae, image), masked_image_latents=mean_of(theirs.vae, seen), mask_image=mask)
     expected = theirs(**given, generator=torch.Generator().manual_seed(0), output_type="np", **settings).images[0]
     latents = noise.numpy().transpose(0, 2, 3, 1)
