@@ -22,8 +22,8 @@ from flaxkd import diffusion
 from flaxkd.data import sources
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches, grids
-from flaxkd.evaluate import evaluation
-from flaxkd.evaluate.evaluation import Candidate
+from flaxkd.evaluate import candidates
+from flaxkd.evaluate.candidates import Candidate
 from flaxkd.machine import command, files, progress, sharding
 from flaxkd.models.vae import sample_latents
 from flaxkd.tasks.losses import predict
@@ -48,16 +48,16 @@ def run(args: argparse.Namespace) -> list[dict]:
     """The rows of the table, written to `args.out`. Raises ValueError and FileNotFoundError before any compute."""
     mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
     sharding.check_batch(mesh, args.batch_size, 1)
-    teacher, models = evaluation.find(args.teacher), []
+    teacher, models = candidates.find(args.teacher), []
     for model in args.models:
-        found = evaluation.find(model, tuple(m.name for m in models))
-        evaluation.check(found, teacher)
+        found = candidates.find(model, tuple(m.name for m in models))
+        candidates.check(found, teacher)
         schemes_of(found, args)
         models.append(found)
-    latents, resolution = evaluation.sizes(teacher, args.resolution)
+    latents, resolution = candidates.sizes(teacher, args.resolution)
     source = sources.open_source(args.data, "validation", resolution=resolution)
     chosen = sources.readable(source, range(min(args.examples, len(source))))
-    teacher = evaluation.load(teacher, dtype, mesh)
+    teacher = candidates.load(teacher, dtype, mesh)
     seen = see(teacher, [source[i] for i in chosen], latents, args, mesh)
     wanted, rows, reference = predictions(teacher, seen, resolution, args.batch_size, mesh), [], None
     drawn = {"teacher": draw(teacher, seen, args)}
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 def see(teacher: Candidate, examples: list[dict], latents: tuple, args: argparse.Namespace, mesh) -> Seen:
     images = np.stack([example["image"] for example in examples])
-    moments = evaluation.encode(teacher, images, args.batch_size, mesh, "held out")["moments"]
+    moments = candidates.encode(teacher, images, args.batch_size, mesh, "held out")["moments"]
     rng, n = np.random.default_rng(args.seed), len(images)
     schedule = diffusion.NoiseSchedule.from_config(teacher.folder.config("scheduler"))
     sampled, noise = rng.standard_normal((2, n, *latents), np.float32)
@@ -115,7 +115,7 @@ def schemes_of(model: Candidate, args: argparse.Namespace) -> dict[str, Quantiza
 
 def variants(model: Candidate, args: argparse.Namespace, dtype, mesh) -> Iterator[tuple[str, Candidate]]:
     """(name, the model so quantized). Rounded weights alone need no other program than full precision."""
-    plain = evaluation.load(model._replace(folder=model.folder.as_quantized(None)), dtype, mesh)
+    plain = candidates.load(model._replace(folder=model.folder.as_quantized(None)), dtype, mesh)
     unet, params = plain.pipeline.modules["unet"], plain.pipeline.params["unet"]
     for name, how in schemes_of(model, args).items():
         parts = {}, {}
@@ -135,7 +135,7 @@ def _predict(modules, condition, params, inputs, noisy_latents, timesteps):
 
 def predictions(model: Candidate, seen: Seen, resolution: int, batch_size: int, mesh) -> np.ndarray:
     """noise_pred float32[n, h, w, c]."""
-    network, n, found = evaluation.network(model, seen.captions, resolution, {}), len(seen.captions), []
+    network, n, found = candidates.network(model, seen.captions, resolution, {}), len(seen.captions), []
     for start in range(0, n, batch_size):
         here = np.arange(start, start + batch_size).clip(max=n - 1)  # the last batch is padded
         put = lambda x, here=here: jax.device_put(x[here], sharding.batch(mesh))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flaxkd import pretrained, quantized
-from flaxkd.evaluate import evaluation
+from flaxkd.evaluate import candidates
 from flaxkd.machine import command
 from flaxkd.pretrained import Folder
 from flaxkd.weights import quantize
@@ -27,7 +27,7 @@ def home(tmp_path, monkeypatch):
         pretrained.save(home / name, source=source, parts={"unet": (folder.config("unet"), params)})
     write_pictures(home / "pictures")
     latents = lambda model, images, *_: {"moments": np.zeros((len(images), 8, 8, 8), np.float32)}
-    monkeypatch.setattr(evaluation, "encode", latents)
+    monkeypatch.setattr(candidates, "encode", latents)
     return home
 
 

@@ -10,39 +10,26 @@ is drawn from every prompt as in BK-SDM, and scored with FID, inception score an
 """
 
 import argparse
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from flaxkd import diffusion, export, students
+from flaxkd import diffusion, students
 from flaxkd.data import encoding, sources
 from flaxkd.data import prompts as prompts_file
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches, grids, resumable
-from flaxkd.drawing.pipeline import Pipeline
-from flaxkd.evaluate import fidelity, scores, subject, table
-from flaxkd.machine import command, files, hosts, progress, sharding
+from flaxkd.evaluate import candidates, fidelity, scores, subject, table
+from flaxkd.evaluate.candidates import Candidate
+from flaxkd.machine import command, hosts, sharding
 from flaxkd.models.vae import sample_latents
-from flaxkd.pretrained import Folder, shapes
 from flaxkd.tasks import inputs
 
 SHOWN = 8  # prompts in samples.png
-
-
-class Candidate(NamedTuple):
-    """A model under evaluation: a pipeline folder, hub id or workdir, as for `Pipeline.from_pretrained`."""
-
-    name: str
-    folder: Folder
-    pipeline: Pipeline | None = None  # None until `load`
-    fingerprint: str = ""
-    as_cut: bool = False  # a student before its training, added to the requested models
-    rows: fidelity.Rows = students.TABLE  # what it may be a student by
 
 
 class Setup(NamedTuple):
@@ -62,12 +49,12 @@ def run(args: argparse.Namespace) -> dict:
     Raises ValueError, FileNotFoundError and ModuleNotFoundError before any compute."""
     if not args.fidelity and args.prompts is None:
         raise ValueError("--no-fidelity leaves the published protocol, which needs --prompts FILE")
-    models = [find(args.teacher, vae=args.vae, clip_skip=args.clip_skip)]
+    models = [candidates.find(args.teacher, vae=args.vae, clip_skip=args.clip_skip)]
     models[0] = models[0]._replace(name=f"teacher ({models[0].name})")
     for model in args.models:
-        models.append(find(model, tuple(m.name for m in models), args.vae))
+        models.append(candidates.find(model, tuple(m.name for m in models), args.vae))
     setup, settings = prepare(args, models)
-    models = anchored(models) if args.as_cut else models
+    models = candidates.anchored(models) if args.as_cut else models
     notes: list[str] = []
     if args.fidelity:
         held = hold_out(setup, models, settings, notes)
@@ -110,7 +97,7 @@ def prepare(args: argparse.Namespace, models: list[Candidate]) -> tuple[Setup, d
     mesh = sharding.local_mesh()
     sharding.check_batch(mesh, args.batch_size, 1)
     dtype = sharding.compute_dtype(args.dtype)
-    latents, resolution = sizes(models[0], args.resolution)
+    latents, resolution = candidates.sizes(models[0], args.resolution)
     teacher, drawn_with = models[0].folder, {}
     if args.fidelity:
         drawn_with["fidelity"] = args.sampler or samplers.own(teacher.config("scheduler")), teacher.guidance
@@ -202,7 +189,7 @@ def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[
     edges = fidelity.timestep_bins(len(schedule.alphas_cumprod), args.bins)
     pairs: list[tuple] = [()]
     for model in models[1:]:
-        check(model, teacher)
+        candidates.check(model, teacher)
         unets = model.folder.config("unet"), teacher.folder.config("unet")
         kind, found = fidelity.relation(*unets, args.pairing, model.rows)
         pairs.append(found)
@@ -225,22 +212,24 @@ def hold_out(setup: Setup, models: list[Candidate], settings: dict, notes: list[
 def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows: list[dict]) -> Path:
     """Adds the measurements of fidelity.py to the rows, teacher first. Writes samples.png and returns its path."""
     args, mesh = setup.args, setup.mesh
-    teacher = load(models[0], setup.dtype, mesh)
+    teacher = candidates.load(models[0], setup.dtype, mesh)
     scaling_factor = teacher.folder.scaling_factor
-    pixels = encode(teacher, held.images, args.batch_size, mesh, "held out", encoding.encoded(teacher.folder))
+    pixels = candidates.encode(
+        teacher, held.images, args.batch_size, mesh, "held out", encoding.encoded(teacher.folder)
+    )
     moments, beside = pixels.pop("moments"), {}
     if pixels:  # every picture with one of its masks, the same for all models
         beside["beside"] = np.asarray(inputs.beside(jax.random.key(args.seed), **pixels, scaling_factor=scaling_factor))
     noise = np.random.default_rng(args.seed).standard_normal((len(moments), *setup.latents), np.float32)
     latents = np.asarray(sample_latents(noise, moments, scaling_factor))
     features = lambda moments: fidelity.latent_features(np.split(moments, 2, axis=-1)[0] * scaling_factor)
-    drawn, of_teacher, reference = {}, None, network(teacher, held.captions, setup.resolution, beside)
+    drawn, of_teacher, reference = {}, None, candidates.network(teacher, held.captions, setup.resolution, beside)
     for found, pairs, row in zip(models, held.pairs, rows, strict=True):
         first = found is models[0]
-        model = teacher if first else load(found, setup.dtype, mesh)
+        model = teacher if first else candidates.load(found, setup.dtype, mesh)
         paths = draw(setup, model, "fidelity", held.captions)
         drawn[model.name] = images = np.stack([resumable.read(path) for path in paths])
-        own = features(encode(teacher, images, args.batch_size, mesh, model.name)["moments"])
+        own = features(candidates.encode(teacher, images, args.batch_size, mesh, model.name)["moments"])
         several = len(own) > 1  # a covariance needs them
         row |= {"frechet_latent_data": fidelity.frechet(own, features(moments))} if several else {}
         if first:
@@ -250,7 +239,7 @@ def measure_fidelity(setup: Setup, models: list[Candidate], held: HeldOut, rows:
         row["ssim"] = float(fidelity.ssim(images, of_images).mean())
         row |= {"frechet_latent": fidelity.frechet(own, of_teacher)} if several else {}
         values = fidelity.errors(
-            network(model, held.captions, setup.resolution, beside),
+            candidates.network(model, held.captions, setup.resolution, beside),
             reference,
             latents,
             held.schedule,
@@ -275,7 +264,7 @@ def measure_protocol(setup: Setup, models: list[Candidate], prompts, scorer, lik
     shared = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     paths = []
     for found in models:
-        model = load(found, setup.dtype, setup.mesh)
+        model = candidates.load(found, setup.dtype, setup.mesh)
         paths.append(draw(setup, model, "protocol", prompts, size=size, suffix=scores.SUFFIX, **shared))
         del model
     hosts.wait("drawn")
@@ -329,117 +318,3 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--dino", default=subject.DINO, help="ViT of transformers (default: %(default)s)")
     group.add_argument("--clip", default=scores.CLIP, help="CLIP of transformers (default: %(default)s)")
     return parser.parse_args(arguments)
-
-
-def find(model: str | None, taken: tuple[str, ...] = (), vae: str | None = None, clip_skip: int = 0) -> Candidate:
-    """The model, with its weights not yet loaded. taken: names of the earlier rows. vae: see `export.open_model`.
-
-    Raises FileNotFoundError like `export.open_model`, and ValueError like `Folder.skip_layers`."""
-    path = None if model is None else Path(os.path.expanduser(model))
-    folder = export.open_model(model, vae).skip_layers(clip_skip)
-    words = ("miniature",) if path is None else path.resolve().parts if path.is_dir() else path.parts
-    name = "/".join(words[-2:] if words[-1] == "diffusers" or not (path and path.is_dir()) else words[-1:])
-    name = next(n for n in (name, *(f"{name} ({i})" for i in range(2, 1000))) if n not in taken)
-    return Candidate(name, folder, rows=rows_of(path))
-
-
-def rows_of(model: Path | None) -> fidelity.Rows:
-    """The rows of the students' table, after that of the file which the run in a workdir names as its student."""
-    file = model / "config.json" if model else None
-    named = files.read_json(file).get("student") if file and file.is_file() else None
-    if not str(named).endswith(".json") or not Path(named).is_file():
-        return students.TABLE
-    return (students.get(named), *students.TABLE)
-
-
-def anchored(models: list[Candidate]) -> list[Candidate]:
-    """The models, teacher first, with every student as cut from the teacher before the first that began as it.
-
-    It is where training began: without it, no figure says what training was worth. A student that is among the models
-    as cut is not added."""
-    teacher = models[0].folder
-    kinds = [fidelity.student_of(model.folder.config("unet"), teacher.config("unet"), model.rows) for model in models]
-    found: list[Candidate] = []
-    for at, (model, student) in enumerate(zip(models, kinds, strict=True)):
-        alike = [other for other, kind in zip(models, kinds, strict=True) if student and kind is student]
-        if student and student not in kinds[:at] and not any(begins_as(teacher, other.folder) for other in alike):
-            config = students.config(student, teacher.config("unet"))
-            take = lambda s=student, c=config: students.take(s, teacher.params("unet"), shapes("unet", c))
-            cut = teacher.replace({"unet": config}, {"unet": take})
-            found.append(Candidate(f"{student.names[0]} as cut", cut, as_cut=True))
-        found.append(model)
-    return found
-
-
-def begins_as(teacher: Folder, folder: Folder) -> bool:
-    """Whether a UNet's first layer is the teacher's, in the precision of an export: no step has trained it."""
-    own, of_teacher = (np.float16(each.params("unet")["conv_in"]["kernel"]) for each in (folder, teacher))
-    return own.shape == of_teacher.shape and bool((own == of_teacher).all())
-
-
-def check(model: Candidate, teacher: Candidate) -> None:
-    """Raises ValueError unless both models take the same noisy latents and predict the same quantity."""
-    wrong = []
-    folders = [model.folder, teacher.folder]
-    kinds = [diffusion.NoiseSchedule.from_config(folder.config("scheduler")) for folder in folders]
-    for what, (own, others) in {
-        "latents are scaled by": [folder.scaling_factor for folder in folders],
-        "pixels per latent are": [folder.factor for folder in folders],
-        "prediction_type is": [kind.prediction_type for kind in kinds],
-        "training timesteps are": [len(kind.alphas_cumprod) for kind in kinds],
-        "fields beside the noisy latents are": [folder.beside for folder in folders],
-    }.items():
-        if own != others:
-            wrong.append(f"{what} {own!r}, not {others!r}")
-    if not wrong and not np.allclose(kinds[0].alphas_cumprod, kinds[1].alphas_cumprod, atol=1e-5):
-        wrong.append("the noise schedules (betas) differ")
-    if wrong:
-        raise ValueError(
-            f"{model.name} cannot be compared with {teacher.name}: {'; '.join(wrong)}. Give its own teacher with "
-            "--teacher, or --no-fidelity for the published protocol alone"
-        )
-
-
-def sizes(teacher: Candidate, resolution: int | None) -> tuple[tuple[int, int, int], int]:
-    """((h, w, c) of the latents, pixels per side). resolution: None for the teacher's own.
-
-    Raises ValueError if the teacher's UNet cannot take it."""
-    folder = teacher.folder
-    resolution = resolution or folder.resolution
-    multiple = folder.factor * 2 ** (len(folder.module("unet").config.block_out_channels) - 1)
-    if resolution < 1 or resolution % multiple:
-        raise ValueError(f"resolution {resolution} is no multiple of {multiple} pixels, which {teacher.name} needs")
-    return folder.latent_shape(resolution), resolution
-
-
-def load(model: Candidate, dtype, mesh) -> Candidate:
-    """The model with its weights on every device of the mesh."""
-    pipeline = Pipeline.from_folder(model.folder, model.name, dtype, mesh)
-    return model._replace(pipeline=pipeline, fingerprint=resumable.fingerprint(pipeline.params))
-
-
-def network(model: Candidate, captions: list[str], resolution: int, beside: dict) -> fidelity.Network:
-    """The predicting networks of a loaded model, with `captions` from its own tokenizer. resolution: in pixels.
-
-    beside: {"beside": what an inpainting UNet sees there}, else {}."""
-    pipeline, folder = model.pipeline, model.folder
-    parts = ("unet", *folder.family.encoders)
-    modules = {part: pipeline.modules[part] for part in parts}
-    params = {part: pipeline.params[part] for part in parts}
-    conditions = folder.conditions(captions, (resolution, resolution)) | beside
-    return fidelity.Network(modules, folder.family.condition, params, conditions)
-
-
-def encode(
-    model: Candidate, images: np.ndarray, batch_size: int, mesh, what: str, fields: Iterable[str] = ("moments",)
-) -> dict[str, np.ndarray]:
-    """`fields` of pictures uint8[n, H, W, 3], from the model's autoencoder: see `encoding.encode`. what: whose."""
-    found, pipeline, n = [], model.pipeline, len(images)
-    vae, put = (pipeline.modules["vae"], pipeline.params["vae"]), lambda x: jax.device_put(x, sharding.batch(mesh))
-    with progress.Bar(n, f"fidelity: encoding, {what}", " pictures", first=progress.COMPILING, leave=False) as bar:
-        for start in range(0, n, batch_size):
-            here = np.arange(start, start + batch_size).clip(max=n - 1)  # one shape: compiled once
-            found.append({name: np.asarray(x) for name, x in encoding.encode(*vae, images[here], fields, put).items()})
-            bar.update(min(batch_size, n - start))
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *found)
-    return {name: x if x.dtype == np.uint8 else x.astype(np.float32) for name, x in joined.items()}

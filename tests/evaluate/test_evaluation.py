@@ -11,7 +11,7 @@ from PIL import Image
 from flaxkd import export, pretrained, students
 from flaxkd.data import sources
 from flaxkd.diffusion import consistency
-from flaxkd.evaluate import evaluation, fidelity, table
+from flaxkd.evaluate import candidates, evaluation, fidelity, table
 from flaxkd.evaluate.__main__ import main
 from flaxkd.pretrained import Folder
 from tests.tiny import CAPTIONS
@@ -106,30 +106,30 @@ def test_a_workdir_is_a_model(home, tiny_pipeline, monkeypatch):
     _, params = Folder.open(home / "student").load("unet")
     monkeypatch.setattr(export.workdir, "restore", lambda folder, ema: (7, {"unet": params}, False))
     mesh = evaluation.sharding.local_mesh()
-    loaded = evaluation.load(evaluation.find(str(workdir)), np.float32, mesh)
-    folder = evaluation.load(evaluation.find(str(home / "student")), np.float32, mesh)
+    loaded = candidates.load(candidates.find(str(workdir)), np.float32, mesh)
+    folder = candidates.load(candidates.find(str(home / "student")), np.float32, mesh)
     assert loaded.name == "workdir" and loaded.fingerprint == folder.fingerprint
     assert loaded.folder.count("unet") == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_a_trained_student_stands_beside_itself_as_cut(home, tiny_pipeline):
     """Once for each kind of student, before the first of them; not for the teacher's own network."""
-    teacher = evaluation.find(str(tiny_pipeline))
-    cut = evaluation.find(str(home / "student"))
+    teacher = candidates.find(str(tiny_pipeline))
+    cut = candidates.find(str(home / "student"))
     params = jax.tree.map(lambda x: x + np.float32(0.01), cut.folder.params("unet"))
-    trained = evaluation.Candidate("trained", cut.folder.replace({}, {"unet": lambda: params}))
+    trained = candidates.Candidate("trained", cut.folder.replace({}, {"unet": lambda: params}))
     again = trained._replace(name="again")
-    names = lambda *models: [model.name for model in evaluation.anchored([teacher, *models])]
+    names = lambda *models: [model.name for model in candidates.anchored([teacher, *models])]
     assert names(trained, again) == ["pipeline", "sd_tiny as cut", "trained", "again"]
     assert names(teacher._replace(name="itself"), trained) == ["pipeline", "itself", "sd_tiny as cut", "trained"]
     assert names(cut, trained) == ["pipeline", "student", "trained"]  # it is there already
-    added = evaluation.anchored([teacher, trained])[1]
+    added = candidates.anchored([teacher, trained])[1]
     assert added.as_cut and added.folder.config("unet") == cut.folder.config("unet")
     jax.tree.map(np.testing.assert_array_equal, added.folder.params("unet"), cut.folder.params("unet"))
 
 
 def test_a_model_of_few_steps_is_drawn_as_it_was_made(tiny_pipeline):
-    teacher = evaluation.find(str(tiny_pipeline))
+    teacher = candidates.find(str(tiny_pipeline))
     scheduler = consistency.scheduler_config(teacher.folder.config("scheduler"), "epsilon", 50)
     few = dataclasses.replace(teacher.folder.replace({"scheduler": scheduler}, {}), drawn_with=1.0)
     models = [teacher._replace(name="teacher"), teacher._replace(name="fast", folder=few)]
@@ -187,7 +187,7 @@ def test_mistakes_are_found_before_any_compute(home, tiny_pipeline, arguments, m
         pretrained.save(other, source=Folder.open(tiny_pipeline), parts={})
         scheduler = Folder.open(other).config("scheduler") | {"prediction_type": "v_prediction"}
         (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    monkeypatch.setattr(evaluation, "load", None)
+    monkeypatch.setattr(candidates, "load", None)
     arguments = [text.format(student=home / "student", other=other) for text in arguments]
     data = [
         "--data",

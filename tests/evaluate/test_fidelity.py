@@ -10,7 +10,7 @@ import scipy.linalg
 from flax import linen as nn
 
 from flaxkd import diffusion, students
-from flaxkd.evaluate import evaluation, fidelity
+from flaxkd.evaluate import candidates, fidelity
 from flaxkd.machine import sharding
 from flaxkd.models.layers import emit
 from flaxkd.pretrained import families
@@ -152,10 +152,10 @@ def test_a_student_from_a_file_is_known_by_the_run_that_names_it(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"student": str(tmp_path / "mine.json")}))
     unet_config = students.config(student, families.SD15)
     assert fidelity.relation(unet_config, families.SD15, "bksdm") == (None, ())
-    kind, pairs = fidelity.relation(unet_config, families.SD15, "bksdm", evaluation.rows_of(tmp_path))
+    kind, pairs = fidelity.relation(unet_config, families.SD15, "bksdm", candidates.rows_of(tmp_path))
     assert kind == "mine" and ("down_blocks.2", "down_blocks.2") in pairs
     (tmp_path / "mine.json").unlink()
-    assert evaluation.rows_of(tmp_path) == evaluation.rows_of(None) == students.TABLE
+    assert candidates.rows_of(tmp_path) == candidates.rows_of(None) == students.TABLE
 
 
 def test_the_teacher_and_a_stranger_are_known_too():
