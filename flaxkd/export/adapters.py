@@ -8,7 +8,7 @@ from flaxkd.diffusion.schedule import BETAS
 from flaxkd.export.card import front_and_licence, names, origin
 from flaxkd.export.workdir import Adapted
 from flaxkd.machine import files
-from flaxkd.pretrained import Folder, lora_files, lora_writing
+from flaxkd.pretrained import Folder, hub, lora_files, lora_writing
 from flaxkd.weights import lora
 
 ADAPTERS = "lora"  # the folder of a workdir
@@ -47,7 +47,9 @@ def _card(
     front, licence = front_and_licence(run, teacher, folder, ["lora"])
     called, student = names(teacher)[0], run["student"]
     of = f"the student `{Path(student).stem}` of {called}" if student else called
-    base = names(adapted.base)[1] if adapted.base else names(teacher)[1]
+    base = adapted.base or teacher
+    embedded = base is None or base in hub.MINIATURES  # in a clone of flaxkd, where diffusers finds it
+    base = f"flaxkd/assets/{hub.MINIATURES.get(base, hub.EMBEDDED).name}" if embedded else names(base)[1]
     rows = []
     for part, adapter in parts.items():
         pairs = lora.layers(adapter).values()

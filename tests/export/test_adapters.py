@@ -9,6 +9,7 @@ from flaxkd import export, students
 from flaxkd.diffusion import consistency
 from flaxkd.pretrained import Folder, lora_files
 from flaxkd.weights import lora
+from tests.running import ROOT
 
 
 @pytest.fixture
@@ -19,6 +20,16 @@ def run(tmp_path):
     run |= {"data": {"source": "pictures", "caption": "sks cat"}, "sample": {"prompts": ["red apple"]}}
     (tmp_path / "toy" / "config.json").write_text(json.dumps(run))
     return run
+
+
+@pytest.mark.parametrize(("teacher", "place"), [(None, "teacher"), ("miniature_xl", "teacher_xl")])
+def test_the_card_names_a_folder_that_diffusers_finds(run, tiny_pipeline, tmp_path, teacher, place):
+    (tmp_path / "toy" / "config.json").write_text(json.dumps(run | {"teacher": teacher}))
+    folder = Folder.open(tiny_pipeline)
+    adapters = {"unet": lora.init(folder.shapes("unet"), "attention", 2, 0)}
+    out = export.write_adapters(tmp_path / "toy", folder, adapters, export.Adapted(None, {"unet": 1.0}), 7)
+    assert f"from_pretrained('flaxkd/assets/{place}')" in (out / "README.md").read_text()
+    assert (ROOT / "flaxkd/assets" / place / "model_index.json").is_file()
 
 
 def test_the_card_of_few_steps_changes_the_sampler(run, tiny_pipeline, tmp_path):
