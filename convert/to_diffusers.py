@@ -1,7 +1,7 @@
 """A workdir of a run, or of `convert.from_diffusers` -> a whole pipeline folder of diffusers, or a single file.
 
     python -m convert.to_diffusers --workdir DIR --out DIR [--dtype float16|float32] [--ema|--no-ema]
-    [--quantize w4] [--source DIR] [--push-to-hub OWNER/NAME [--private]]
+    [--quantize w4 [--sdnq]] [--source DIR] [--push-to-hub OWNER/NAME [--private]]
     python -m convert.to_diffusers --workdir DIR --single-file FILE.safetensors [--for comfyui|a1111|sd.cpp]
     python -m convert.to_diffusers --model DIR|FILE|HUB_ID [--vae DIR|FILE|HUB_ID] --out DIR or --single-file FILE
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxkd import export
-from flaxkd.export import single_file
+from flaxkd.export import sdnq, single_file
 from flaxkd.machine import command
 from flaxkd.pretrained import Folder, save
 from flaxkd.weights import quantize
@@ -39,12 +39,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("--ema", action=argparse.BooleanOptionalAction, help="the moving average; default: if there is one")
     rounding = "round the UNet's weights, as flaxkd.train --config.quantize does; docs/quantization.md"
     add("--quantize", choices=[*quantize.SCHEMES], help=rounding)
+    add("--sdnq", action="store_true", help="write few bits a weight of the UNet, for diffusers with the package sdnq")
     add("--source", help="pipeline folder or hub id of the other parts; default: as in export.json")
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
     add("--private", action="store_true", help="make the repository private if it is new")
     args = parser.parse_args(arguments)
     if args.out is None and (args.single_file is None or args.push_to_hub):
         parser.error("give --out DIR" + " or --single-file FILE" * (args.push_to_hub is None))
+    if args.sdnq and args.single_file is not None:
+        parser.error("--sdnq writes a folder, and no --single-file")
     dtype = None if args.dtype is None else np.dtype(args.dtype)
     if args.out is not None:
         write_folder(args, dtype)
@@ -54,27 +57,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_folder(args: argparse.Namespace, dtype) -> None:
     upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
-    if args.workdir is None:
+    if args.sdnq:
+        sdnq.write(args.out, opened(args), args.quantize, dtype)
+    elif args.workdir is None:
         save(args.out, source=rounded(export.open_model(args.model, args.vae), args.quantize), parts={})
     else:
         export.export(args.workdir, args.out, dtype, args.ema, args.source, args.vae, args.quantize)
     address = upload(args.out) if upload else None
     for path in sorted(args.out.glob("*/*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
-    print(f'wrote {args.out}; try: {Folder(args.out).pipeline}.from_pretrained("{args.out}")')
+    pipeline = Folder(args.out).index["_class_name"]
+    print(f'wrote {args.out}; try: {pipeline}.from_pretrained("{args.out}")')
     if address:
         print(f"uploaded to {address}")
 
 
 def write_single_file(args: argparse.Namespace, dtype) -> None:
-    if args.workdir is None:
-        folder = export.open_model(args.model, args.vae)
-    else:
-        folder = export.checkpoint(args.workdir, args.ema, args.source, args.vae)
-    folder = rounded(folder, args.quantize)
+    folder = rounded(opened(args), args.quantize)
     able = single_file.write(args.single_file, folder, program=args.program, dtype=dtype)
     titles = ", ".join(single_file.PROGRAMS[name].title for name in able)
     print(f"wrote {args.single_file}, {args.single_file.stat().st_size / 1e6:,.1f} MB, read by: {titles or 'flaxkd'}")
+
+
+def opened(args: argparse.Namespace) -> Folder:
+    if args.workdir is None:
+        return export.open_model(args.model, args.vae)
+    return export.checkpoint(args.workdir, args.ema, args.source, args.vae)
 
 
 def rounded(folder: Folder, scheme: str | None) -> Folder:

@@ -20,13 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxkd.diffusion import samplers
-from flaxkd.export.workdir import rounding, scheme_of
+from flaxkd.export.integers import Weight, weights
 from flaxkd.machine import files
 from flaxkd.pretrained import Folder, families, save
 from flaxkd.pretrained.folder import CONFIGS
-from flaxkd.pretrained.keys import to_diffusers
 from flaxkd.pretrained.writing import VERSION, write_padding_tokenizer, write_tokenizer
-from flaxkd.weights import quantize
 
 NEEDED = ("torch", "diffusers", "onnx", "onnxscript")
 LARGEST = 3 * 2**29  # bytes of parameters; a file of protobuf ends at 2 GiB, and beyond this they lie beside it
@@ -88,29 +86,6 @@ def _encoder(first: Sequence[str], layers: int) -> Callable:
         return (*(made[name] for name in first), *made.hidden_states[:layers])
 
     return call
-
-
-class Weight(NamedTuple):
-    """A weight as a runtime has it: values times scales. block: neighbours of a row that share a scale; 0: the row."""
-
-    values: np.ndarray
-    scales: np.ndarray
-    block: int
-
-
-def weights(folder: Folder, scheme: str | None) -> dict[str, Weight]:
-    """{diffusers' name: weight} of all quantized weights of its UNet; scheme: None for the one it was trained with.
-
-    Raises ValueError as `rounding` and `quantize.layers` do."""
-    found, scheme = {}, scheme_of(folder, scheme)
-    if scheme is None:
-        return found
-    for path, rounded in quantize.integers(folder.stored("unet"), rounding(folder, scheme)):
-        name, values = to_diffusers((*path, "kernel"), np.asarray(rounded.qvalue))
-        _, scales = to_diffusers((*path, "kernel"), np.asarray(rounded.scale, np.float32))
-        tiled = scales.shape[1] > 1
-        found[name] = Weight(values, scales if tiled else scales.ravel(), tiled and values.shape[1] // scales.shape[1])
-    return found
 
 
 def write(

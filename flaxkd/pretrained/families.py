@@ -74,7 +74,7 @@ def build(part: str, config: dict, dtype=jnp.float32, **kwargs) -> nn.Module:
 def plain(part: str, config: dict, file: str) -> dict:
     """A config.json in one spelling, without fields that diffusers does not know and ignores: a warning names them.
 
-    Raises ValueError for the configuration of another class."""
+    Raises ValueError for the configuration of another class, or of weights in few bits."""
     row = PARTS[part]
     kind = config.get("_class_name", row.class_name)
     if isinstance(kind, str) and kind.removeprefix("Flax") != row.class_name:
@@ -82,6 +82,8 @@ def plain(part: str, config: dict, file: str) -> dict:
     config = row.config.plain(config)
     if row.neutral is None:
         return config
+    if config.get("quantization_config"):
+        raise ValueError(f"{file} is of weights in few bits, and flaxkd reads floats: take what they were")
     known = {*row.neutral, *(field.name for field in dataclasses.fields(row.config))}
     unknown = [name for name in config if name not in known and not name.startswith("_")]
     if any(config[name] for name in unknown):

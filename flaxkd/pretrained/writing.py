@@ -33,7 +33,7 @@ def save(
     replaced. Raises ValueError if `out` is anything else or holds `source`, if `source` belongs to no family, if
     parameters and configuration do not fit, or if a number is too large for `dtype`."""
     out = Path(out).absolute()
-    _check_replaceable(out, source.path.absolute())
+    check_replaceable(out, source)
     family = source.family
     with files.whole_folder(out) as new:
         for part in family.parts:
@@ -89,10 +89,12 @@ def write_padding_tokenizer(source: Folder, field: str, out: Path) -> str:
     return name
 
 
-def _check_replaceable(out: Path, source: Path) -> None:
+def check_replaceable(out: Path, source: Folder) -> None:
+    """Raises ValueError if `out` is in use and no earlier export, or holds `source`."""
     files.check_replaceable(out, (out / "model_index.json").is_file() and not (out / "checkpoints").exists())
-    if source.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"writing {out} would replace its source {source}: choose a new folder")
+    path = source.path.absolute()
+    if path.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"writing {out} would replace its source {path}: choose a new folder")
 
 
 def cast(tensors: dict[str, np.ndarray], dtype, part: str) -> dict[str, np.ndarray]:

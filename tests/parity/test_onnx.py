@@ -10,7 +10,7 @@ import pytest
 
 from convert import to_onnx
 from flaxkd import Pipeline
-from flaxkd.export import onnx
+from flaxkd.export import integers, onnx
 from flaxkd.pretrained import Folder
 from flaxkd.pretrained.keys import to_diffusers
 from flaxkd.weights import quantize
@@ -157,12 +157,12 @@ def test_a_quantized_unet_holds_qwixs_integers_and_computes_what_flaxkd_does(tin
 
 def test_a_unet_is_written_as_it_was_trained(tiny_pipeline):
     folder = Folder.open(tiny_pipeline)
-    assert onnx.weights(folder, None) == {}
-    names = onnx.weights(folder.as_quantized(Quantization("w8", full=("conv_in",))), None)
+    assert integers.weights(folder, None) == {}
+    names = integers.weights(folder.as_quantized(Quantization("w8", full=("conv_in",))), None)
     assert "conv_out.weight" in names and "conv_in.weight" not in names
     assert names["conv_out.weight"].values.shape == (4, 8, 3, 3) and names["conv_out.weight"].scales.shape == (4,)
-    assert onnx.weights(folder.as_quantized(Quantization("w8", on_grid=True)), None) == {}
+    assert integers.weights(folder.as_quantized(Quantization("w8", on_grid=True)), None) == {}
     with pytest.raises(ValueError, match="rounded already, by w8"):
-        onnx.weights(folder.as_quantized(Quantization("w8", on_grid=True)), "w8")
+        integers.weights(folder.as_quantized(Quantization("w8", on_grid=True)), "w8")
     with pytest.raises(ValueError, match="--quantize w4: this UNet was trained to be rounded by w8"):
-        onnx.weights(folder.as_quantized(Quantization("w8")), "w4")
+        integers.weights(folder.as_quantized(Quantization("w8")), "w4")
