@@ -108,6 +108,19 @@ def test_rounded_activations_and_their_gradients_are_near(params, scheme, most):
         assert 1e-4 < np.linalg.norm(a - b) / np.linalg.norm(b) < most
 
 
+def test_activations_of_one_sign_use_all_integers(params, monkeypatch):
+    scheme, x = quantize.SCHEMES["w8a8"], np.abs(images())
+    weights = quantize.on_grid(params, SMALL)
+    errors = {}
+    for calibration in ("minmax", "absmax"):
+        monkeypatch.setitem(quantize.SCHEMES, "w8a8", scheme._replace(calibration=calibration))
+        how = SMALL._replace(scheme="w8a8", full=("conv1", "to_out", "conv_out"))
+        said = jax.jit(quantize.wrapped(Small(), params, how).apply)({"params": params}, x)
+        exact = Small().apply({"params": params | {"to_q": weights["to_q"]}}, x)
+        errors[calibration] = np.linalg.norm(said - exact)
+    assert scheme.calibration == "minmax" and 0 < errors["minmax"] < 0.6 * errors["absmax"]
+
+
 def test_where_the_weights_are_on_the_grid_nothing_is_rounded_again(params):
     """Twice would be wrong: the largest number of a scale is 7 of 7.5, and would make a new scale."""
     assert quantize.wrapped(Small(), params, SMALL._replace(on_grid=True)) == Small()
@@ -155,14 +168,15 @@ def program(teacher, gradient=False, **changes) -> str:
 
 
 def products(text: str) -> int:
-    """Of numbers of 8 bits on both sides."""
-    return len(re.findall(r"stablehlo\.(?:dot_general|convolution).*\(tensor<\S*xi8>, tensor<\S*xi8>\)", text))
+    """Of numbers of `fp8` on both sides: one a layer, where w8a8 has another for the zero point."""
+    small = r"tensor<\S*xf8E4M3FN>"
+    return len(re.findall(rf"stablehlo\.(?:dot_general|convolution).*\({small}, {small}\)", text))
 
 
 @pytest.mark.parametrize("first", ["plain", "quantized"])
 def test_no_network_computes_what_another_one_was_traced_for(params, first):
     jax.clear_caches()
-    network = quantize.wrapped(Small(), params, SMALL._replace(scheme="w8a8"))
+    network = quantize.wrapped(Small(), params, SMALL._replace(scheme="fp8"))
     order = {"plain": Small(), "quantized": network, "again": Small()}
     order = order if first == "plain" else dict([*order.items()][1:])
     count = lambda net: products(jax.jit(lambda p: net.apply({"params": p}, images())).lower(params).as_text())
@@ -173,8 +187,8 @@ def test_off_the_program_of_a_step_is_the_same_before_and_after_a_quantized_one(
     jax.clear_caches()
     teacher, few = write_plain(tmp_path)["teacher"], {"task": "few_step", "student": None}
     plain = program(teacher, **few)
-    count = len(quantize.layers(Folder.open(teacher).shapes("unet"), Quantization("w8a8")))
-    assert products(program(teacher, quantize="w8a8", **few)) == 2 * count == 2 * 20  # at two timesteps
+    count = len(quantize.layers(Folder.open(teacher).shapes("unet"), Quantization("fp8")))
+    assert products(program(teacher, quantize="fp8", **few)) == 2 * count == 2 * 20  # at two timesteps
     assert products(plain) == 0 and program(teacher, **few) == plain
 
 
@@ -182,11 +196,11 @@ def test_of_a_student_each_layer_is_quantized_once(tiny_pipeline):
     """With remat, the backward pass has the products again that a gradient needs."""
     unet_config = students.config(students.get("sd_tiny"), Folder.open(tiny_pipeline).config("unet"))
     shapes = pretrained.shapes("unet", unet_config)
-    count = len(quantize.layers(shapes, Quantization("w8a8")))
+    count = len(quantize.layers(shapes, Quantization("fp8")))
     kept = sum("kernel" in str(path[-1]) for path, _ in jax.tree.leaves_with_path(shapes)) - count
     assert (count, kept) == (65, 4 + 9)
-    assert products(program(tiny_pipeline, quantize="w8a8")) == 65
-    assert 65 < products(program(tiny_pipeline, gradient=True, quantize="w8a8", remat=True)) <= 2 * 65
+    assert products(program(tiny_pipeline, quantize="fp8")) == 65
+    assert 65 < products(program(tiny_pipeline, gradient=True, quantize="fp8", remat=True)) <= 2 * 65
 
 
 def test_every_rule_is_used_and_attention_is_left_alone(tiny_pipeline):
@@ -203,6 +217,17 @@ def test_every_rule_is_used_and_attention_is_left_alone(tiny_pipeline):
     block = "up_blocks.1/attentions.0/transformer_blocks.0/attn1"
     assert matched(f"{block}/to_q") and matched(f"{block}/to_out.0") and not matched(block)
     assert not matched("conv_in") and not matched("time_embedding/linear_1")
+
+
+def test_w8a8_sees_the_residual_stream_as_it_is(tiny_pipeline):
+    folder = Folder.open(tiny_pipeline)
+    provider, _ = quantize.prepared(folder.module("unet"), folder.shapes("unet"), Quantization("w8a8"))
+    seen = {
+        rule.act_qtype: {path.split("/")[-1].replace("\\", "") for path in rule.module_path.split("|")}
+        for rule in provider._rules
+    }
+    assert seen[None] == {"conv_shortcut"} and {"conv1", "to_q"} < seen["int8"] and "conv_shortcut" not in seen["int8"]
+    assert {rule.weight_qtype for rule in provider._rules} == {"int8"}
 
 
 def test_what_is_kept_in_full_precision_is_found_in_every_family(tiny_pipeline, tiny_xl):
