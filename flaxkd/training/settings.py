@@ -306,7 +306,10 @@ def _together(config: ConfigDict) -> Iterator[str]:
     if config.quantize and "vae" in config.train:
         yield f"quantize = {config.quantize!r} is for UNets: not for train = {tuple(listed(config.train))}"
     if config.quantize and (config.lora.rank or config.lora.init):
-        yield f"quantize = {config.quantize!r} and lora are both given: a LoRA file cannot say how its model is rounded"
+        yield (
+            f"quantize = {config.quantize!r} and lora are both given: a LoRA file cannot say how its model is rounded. "
+            f"Round it first, convert.to_diffusers --quantize {config.quantize}, and adapt that"
+        )
     if config.timestep_sampling == "min_snr" and config.snr_gamma is None:
         yield "timestep_sampling = 'min_snr' samples by the weights of snr_gamma: give it, 5.0 is usual"
     if config.dtype and dtypes.spelt(config.dtype) == "float16":

@@ -100,7 +100,7 @@ def test_a_quantized_step_is_traced_before_anything_else_in_this_thread(alone):
     [
         ({"quantize": "w3"}, "quantize = 'w3' is unknown .known: w8, w8a8, w4, fp8.; None is full precision, did you"),
         ({"full_precision": ("conv_in", "(")}, "full_precision = .* ends of names of layers, as regular expressions"),
-        ({"lora.rank": 4}, "quantize = 'w4' and lora are both given: a LoRA file cannot say"),
+        ({"lora.rank": 4}, "quantize = 'w4' and lora are both .* Round it first, convert.to_diffusers --quantize w4"),
         ({"train": ("vae",)}, "quantize = 'w4' is for UNets: not for train = .'vae',."),
     ],
 )
