@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,15 +100,20 @@ def test_networks_equal_flaxkds_and_draw_its_pictures(tiny_pipeline, tmp_path, r
     index = json.loads((out / "model_index.json").read_text())
     assert index["_class_name"] == "OnnxStableDiffusionPipeline" and index["unet"] == ["diffusers", "OnnxRuntimeModel"]
 
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text("utf-8"), re.DOTALL)[1]
-    exec(compile(code, "docs/export.md", "exec"), names := {})
-    drawn = names["draw"](out, ["red apple", "green apple"], ["blue"] * 2, seed=3, guidance=2.0)
+    _, loop, openvino = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text("utf-8"), re.DOTALL)
+    exec(compile(loop, "docs/export.md", "exec"), names := {})
+    draw = lambda: names["draw"](out, ["red apple", "green apple"], ["blue"] * 2, seed=3, guidance=2.0)
     ours = Pipeline.from_pretrained(tiny_pipeline, np.float32)(
         ["red apple", "green apple"], negative_prompt="blue", num_inference_steps=3, sampler="euler_ancestral", seed=3,
         guidance_scale=2.0, progress=False,
     )  # fmt: skip
     ours = np.stack([np.asarray(x, np.int16) for x in ours])
-    assert np.abs(drawn - ours).max() <= 1 and ours.std() > 5
+    assert np.abs(draw() - ours).max() <= 1 and ours.std() > 5
+    if importlib.util.find_spec("openvino"):
+        exec(compile(openvino, "docs/export.md", "exec"), names)
+        session = lambda file, _: names["Session"](file)
+        names["onnxruntime"] = SimpleNamespace(SessionOptions=runtime.SessionOptions, InferenceSession=session)
+        assert np.abs(draw() - ours).max() <= 1
 
 
 def test_stable_diffusion_xl(tiny_xl, tmp_path, runtime):
