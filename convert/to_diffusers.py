@@ -60,7 +60,7 @@ def write_folder(args: argparse.Namespace, dtype) -> None:
     if args.sdnq:
         sdnq.write(args.out, opened(args), args.quantize, dtype)
     elif args.workdir is None:
-        save(args.out, source=rounded(export.open_model(args.model, args.vae), args.quantize), parts={})
+        save(args.out, source=rounded(opened(args), args.quantize), parts={})
     else:
         export.export(args.workdir, args.out, dtype, args.ema, args.source, args.vae, args.quantize)
     address = upload(args.out) if upload else None

@@ -135,10 +135,8 @@ def usual_steps(kind: str | None, scheduler_config: dict) -> int:
 
 def few_steps(scheduler_config: dict) -> int | None:
     """The number of steps that a model of few steps has learnt to take; None for a model of any number of steps."""
-    if (learnt := _learnt(None, scheduler_config)) is not None:
-        return learnt
-    row = SAMPLERS.get(_written(scheduler_config)[1])
-    return row.steps if row and row.steps < STEPS else None
+    steps = usual_steps(None, scheduler_config)
+    return steps if steps < STEPS or _learnt(None, scheduler_config) is not None else None
 
 
 def most_guidance(kind: str, scheduler_config: dict) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flaxkd.diffusion import samplers
 from flaxkd.diffusion.schedule import BETAS
-from flaxkd.export.card import front_and_licence, names, origin
+from flaxkd.export.card import MINIATURES, front_and_licence, names, origin
 from flaxkd.export.workdir import Adapted
 from flaxkd.machine import files
 from flaxkd.pretrained import Folder, hub, lora_files, lora_writing
@@ -48,8 +48,8 @@ def _card(
     called, student = names(teacher)[0], run["student"]
     of = f"the student `{Path(student).stem}` of {called}" if student else called
     base = adapted.base or teacher
-    embedded = base is None or base in hub.MINIATURES  # in a clone of flaxkd, where diffusers finds it
-    base = f"flaxkd/assets/{hub.MINIATURES.get(base, hub.EMBEDDED).name}" if embedded else names(base)[1]
+    in_clone = f"flaxkd/assets/{hub.MINIATURES.get(base, hub.EMBEDDED).name}"  # where diffusers finds a miniature
+    base = in_clone if base in MINIATURES else names(base)[1]
     rows = []
     for part, adapter in parts.items():
         pairs = lora.layers(adapter).values()

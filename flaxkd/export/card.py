@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from flaxkd.diffusion import samplers
 from flaxkd.machine import files
 from flaxkd.models.unet import UNetConfig
-from flaxkd.pretrained import Folder, count, hub
+from flaxkd.pretrained import Folder, count
 from flaxkd.weights.quantize import SCHEMES, Quantization
 
 PREVIEW = "samples.png"
@@ -65,7 +65,7 @@ def origin(workdir: Path, source: Folder) -> tuple[dict, str | None]:
 def front_and_licence(run: dict, teacher: str | None, source: Folder, tags: list[str]) -> tuple[str, str]:
     """The front matter of a card, and its last section. run, teacher: from `origin`. tags: besides the usual ones."""
     name, plain = names(teacher)
-    miniature = teacher is None or teacher in hub.MINIATURES
+    miniature = teacher in MINIATURES
     openmoji = (miniature and not run.get("blank")) or run.get("data", {}).get("source") == "openmoji"
     inherited = _licence(source.path)
     licences = {"cc-by-sa-4.0"} if openmoji else set()
@@ -86,7 +86,7 @@ def front_and_licence(run: dict, teacher: str | None, source: Folder, tags: list
 
 def names(teacher: str | None) -> tuple[str, str]:
     """The name of `config.teacher` for a reader: (in Markdown, as plain text)."""
-    if teacher is None or teacher in hub.MINIATURES:
+    if teacher in MINIATURES:
         return (MINIATURES[teacher],) * 2
     path = Path(teacher)
     if not path.exists() and teacher.count("/") == 1:
