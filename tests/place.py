@@ -115,7 +115,7 @@ class Place:
         self.count += 1
         out = self.root / f"{self.count:03}.out"
         arguments = [os.fspath(x) if isinstance(x, Path) else str(x) for x in arguments]
-        usual = {"FLAXKD_CACHE": str(self.home / "cache"), "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+        usual = {"FLAXKD_CACHE": str(self.home / "cache"), "PYTHONPATH": str(ROOT), "XLA_FLAGS": running.one_device()}
         if fresh:
             code = f"{before}\nimport importlib, sys\nimportlib.import_module({module!r}).main(sys.argv[1:])"
             with out.open("wb") as file:

@@ -1,6 +1,8 @@
 """A run of flaxkd.train from outside: how it ended, and what it left in its workdir."""
 
 import json
+import os
+import re
 import time
 from pathlib import Path
 
@@ -71,6 +73,11 @@ def flags(home: Path, workdir: Path, **keys) -> list[str]:
         "compilation_cache": "",  # that of the environment
     } | LONG | keys
     return ["--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
+
+
+def one_device() -> str:
+    """This process' XLA_FLAGS, for another one that has a single device."""
+    return re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
 
 
 def wait_for(path: Path, process, timeout=600) -> None:

@@ -38,7 +38,7 @@ def test_the_quickstart_trains_exports_and_draws(place, tmp_path, monkeypatch):
     settings.source = f"STEPS = 4\nOPTIONS = {' '.join(map(repr, options))!r}"
 
     monkeypatch.setenv("FLAXKD_CACHE", str(place.home / "cache"))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", running.one_device())
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     nbclient.NotebookClient(book, timeout=240, resources={"metadata": {"path": tmp_path}}).execute()
