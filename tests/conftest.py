@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={os.environ['FLAXKD_TEST_DEVICES']}",
-        # Up to jax 0.10, the older emitter of fusions compiles in three quarters of the time. Later ones ignore this.
+        # In jax 0.10, the older emitter of fusions compiles in three quarters of the time. 0.12 ignores this.
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
     )
 )
