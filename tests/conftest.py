@@ -34,8 +34,10 @@ gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that live
 
 # Begun with, since one of them would run alone at the end.
 LONG = (
-    "tests/tasks/test_distill.py",
     "tests/test_train.py",
+    "tests/tasks/test_distill.py",
+    "tests/parity/test_models.py",
+    "tests/students/test_students.py",
     "tests/machine/test_hosts.py",
     "tests/faults/test_faults.py",
     "tests/fuzz/test_fuzz.py",

@@ -124,6 +124,7 @@ def test_a_cache_for_stable_diffusion_xl(tiny_xl, tmp_path):
         encoding.open_data({"depths": shape(6)}, config, pictures, "train", folder, jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_set_that_the_teacher_draws(tiny_pipeline, tmp_path, capsys):
     """A stopped one goes on to the same pictures; it is a data set; other settings are refused before any compute."""
     prompts = tmp_path / "prompts.txt"

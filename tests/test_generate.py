@@ -64,6 +64,7 @@ def test_a_picture_knows_what_it_was_drawn_from(drawn, tiny_pipeline):
     }
 
 
+@pytest.mark.slow
 def test_devices_share_the_pictures_and_send_each_other_nothing(pipeline, drawn, tiny_pipeline, monkeypatch):
     one = Pipeline.from_pretrained(tiny_pipeline, mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
     assert pipeline.mesh.size == jax.device_count() > 1

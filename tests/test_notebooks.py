@@ -25,6 +25,7 @@ def printed(cell) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+@pytest.mark.slow
 def test_the_quickstart_trains_exports_and_draws(place, tmp_path, monkeypatch):
     """With the settings of its own that a reader would change, and nothing else changed. There is little to compile."""
     book = nbformat.read(QUICKSTART, as_version=4)

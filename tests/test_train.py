@@ -81,6 +81,7 @@ def test_a_workdir_of_another_run_is_refused(finished, distil):
     assert "--workdir" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(place, tmp_path):
     keys = {"learning_rate.peak_value": 1e30, "learning_rate.warmup_steps": 0, "bad_steps.in_a_row": 3}
     output = place.train(tmp_path / "nan", **keys).end(1)
@@ -89,6 +90,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(place, tmp_path):
     assert "NaN" not in (tmp_path / "nan" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_an_autoencoder_is_trained_on_pixels(place, plain, tmp_path):
     workdir = tmp_path / "vae"
     output = place.train(workdir, train="('vae',)", **LONG | {"validation.examples": 8}).end()

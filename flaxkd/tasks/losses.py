@@ -44,7 +44,9 @@ def pseudo_huber(a, b, c: float | None) -> jax.Array:
     """mean(sqrt((a - b)^2 + c^2) - c) in float32, for equal shapes: quadratic below c, linear above; None is `mse`."""
     if c is None or a.shape != b.shape:
         return mse(a, b)
-    return jnp.mean(jnp.sqrt(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)) + c**2) - c)
+    squares = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))
+    # The same number as by the difference, which would lose what is far below c.
+    return jnp.mean(squares / (jnp.sqrt(squares + c**2) + c))
 
 
 def relative_mse(student, teacher) -> jax.Array:

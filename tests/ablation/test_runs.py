@@ -90,6 +90,7 @@ def test_no_two_variants_are_the_same():
     assert len({*runs.VARIANTS.values()}) == len(runs.VARIANTS)
 
 
+@pytest.mark.slow
 def test_an_ablation_from_the_trainings_to_the_result(home, capsys):
     typed = arguments(home, "sd_tiny", "--examples=8", "--config.sample.steps=3")
     main([*typed, "--seeds=2"])

@@ -101,6 +101,7 @@ def test_the_command_begins():
     assert ended.returncode == 1 and ended.stderr.startswith("error: rounds = 4: a median needs at least 5"), ended
 
 
+@pytest.mark.slow
 def test_the_training_step_costs_little_more_than_it_must(monkeypatch):
     """As wide as the miniature, by XLA's count before compilation, which the compiled program's is within 1 % of."""
     flops = {}

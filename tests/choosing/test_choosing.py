@@ -177,6 +177,7 @@ def test_the_teacher_chooses_once(monkeypatch, tiny_pipeline, tmp_path, capsys):
     assert config.student == str(tmp_path / "student.json") and "wrote" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_block_of_zeros_is_a_block_removed(monkeypatch, home, tmp_path):
     """The teacher with zeros, which gives the error of the unit, is the student that is really cut: to 1e-5."""
     monkeypatch.setenv("FLAXKD_CACHE", str(home / "cache"))

@@ -31,6 +31,7 @@ def same(a: dict, b: dict) -> bool:
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_before_rounding_or_rounded(workdir, student, tmp_path):
     before = shift(student[1], -20)
     convert("--workdir", workdir, "--out", tmp_path / "float")

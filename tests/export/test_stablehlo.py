@@ -40,6 +40,7 @@ def same_pictures(found: np.ndarray, expected: list) -> None:
     assert np.abs(found - expected).max() <= 1 and expected.std() > 5
 
 
+@pytest.mark.slow
 def test_the_loader_draws_what_the_pipeline_draws(tiny_pipeline, tmp_path, draw, capsys):
     out = tmp_path / "out"
     flags = ["--steps", "2", "--sampler", "lcm", "--height", "40", "--width", "24", "--guidance", "1.5"]

@@ -6,6 +6,7 @@ from tests.faults.table import FAULTS
 from tests.place import Impossible
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, row in FAULTS.items() if row.quick])
 def test_fault(place, name):
     try:

@@ -8,6 +8,7 @@ from tests.fuzz import mutations, running, targets
 COUNT = 300
 
 
+@pytest.mark.slow
 def test_damaged_input_is_read_right_or_refused_with_its_name():
     names = list(targets.TARGETS)
     outcomes = list(running.run([(name, i) for name in names for i in range(COUNT // len(names))], seed=0))

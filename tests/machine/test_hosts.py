@@ -39,6 +39,7 @@ def saved(workdir, step: int):
     return lambda: (workdir / "checkpoints" / str(step)).exists()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_killed_and_resumed_by_other_numbers_of_processes_is_that_of_one(start, tmp_path):
     alone, workdir = tmp_path / "alone", tmp_path / "together"
     start(alone, 1)[0].end()

@@ -18,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 
+@pytest.mark.slow
 def test_the_card_of_an_lcm_lora_draws_its_picture(tmp_path, monkeypatch, one_device):
     monkeypatch.setenv("FLAXKD_CACHE", str(tmp_path / "cache"))
     config = lcm.get_config()

@@ -183,6 +183,7 @@ def test_unet(case):
     assert_all_close(noise_pred, features(captured), *reference)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_output_nor_features_nor_gradient():
     unet, variables, inputs, *reference = unet_and_torch(TWO_STAGES, 5)  # an odd size: halved to 3, doubled to 5
     results, recomputed = [], []

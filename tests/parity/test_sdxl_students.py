@@ -78,6 +78,7 @@ def test_a_student_draws_the_picture_of_diffusers(cut):
     np.testing.assert_allclose(found / 255, expected[0], atol=3e-3)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_student_that_diffusers_loads(tmp_path, monkeypatch):
     """What a teacher of two encoders is distilled to: recipe, cache, two steps, export and card."""
     monkeypatch.setenv("FLAXKD_CACHE", str(tmp_path / "cache"))

@@ -32,6 +32,7 @@ def here(monkeypatch):
     return devices.target("v5e:2x2")
 
 
+@pytest.mark.slow
 def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shapes(here, monkeypatch, tiny_pipeline):
     fsdp, folder = 4, Folder.open(tiny_pipeline)
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1)
@@ -53,6 +54,7 @@ def test_the_step_is_traced_without_weights_and_its_bytes_are_those_of_the_shape
     assert again.passes == ((unet, 1), (student, 4))
 
 
+@pytest.mark.slow
 def test_a_step_of_sdxl_is_planned_from_its_configurations_alone(here, monkeypatch):
     """Of a published SDXL that is tiny: its two text encoders, its sizes, and what conditions its UNet."""
     row = families.Architecture("tiny", "sdxl", {name: x for name, x in tiny.XL.items() if name != "vocab_size"}, ())

@@ -86,6 +86,7 @@ def test_a_configuration_that_is_cut_off_names_its_file(tiny_pipeline, tmp_path)
         folder.module("unet")
 
 
+@pytest.mark.slow
 def test_the_published_architectures_have_their_published_sizes():
     count = lambda row: {part: families.count(part, row.configs[part]) for part in FAMILIES[row.family].parts}
     assert {name: count(row) for name, row in ARCHITECTURES.items()} == {

@@ -449,6 +449,7 @@ def test_printout_names_every_student_and_the_clash(monkeypatch, capsys):
     assert max(map(len, printed.splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_the_readme_has_the_compute_of_today():
     readme = (ROOT / "README.md").read_text()
     whole = students.cost(SD15)[1]

@@ -96,6 +96,7 @@ def test_before_the_first_step_the_loss_is_that_of_the_base(plain, home):
     assert moved == {"lora_B"}  # of A the gradient is B's, which is 0
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_and_leaves_files_that_say_the_same(run, plain, home):
     config, workdir = run
     assert {"validation/loss_noise", "loss_noise"} <= {name for record in records(workdir) for name in record}
@@ -226,6 +227,7 @@ def test_a_student_learns_its_teachers_adapter(tiny_pipeline, tmp_path):
     assert_same_bits(parts, {"text_encoder": lora.scaled(both["text_encoder"], 0.5), "unet": task.trained["unet"]})
 
 
+@pytest.mark.slow
 def test_a_step_at_rank_4_on_attention_costs_at_most_2_25_forward_passes():
     """By XLA's count. At SD 1.5's sizes, sd_small needs 2.20, and 2.99 without adapters."""
     folder = Folder.open(None)

@@ -146,6 +146,7 @@ def test_huber_is_square_near_zero_and_linear_beyond():
     a = jnp.array([1e-5, 2.0, -2.0])
     np.testing.assert_allclose(pseudo_huber(a, 0 * a, 1e-3), (5e-8 + 2 * 1.999) / 3, rtol=1e-4)
     np.testing.assert_allclose(pseudo_huber(a, 0 * a, None), 8 / 3, rtol=1e-6)
+    np.testing.assert_allclose(pseudo_huber(a[:1] / 100, jnp.zeros(1), 1e-3), 5e-12, rtol=1e-4)  # not 0
     with pytest.raises(ValueError, match="cannot compare"):
         pseudo_huber(a, a[:2], 1e-3)
 
@@ -195,6 +196,7 @@ def test_a_distilled_student_begins_from_its_folder(plain, tiny_pipeline, tmp_pa
         make(plain, init=str(other))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_folder_that_draws_in_four_steps(place, plain, tmp_path):
     keys = {"task": "few_step", "init": plain["teacher"], "few_step.guidance": "(4.0,4.0)", "steps": 2}
     keys |= {"validation.every": 1, "few_step.ode_steps": 25, "checkpoint.every": 1}

@@ -69,6 +69,7 @@ def test_min_snr_weighs_subject_and_class_by_their_own_timesteps(plain, home):
     assert len({*np.asarray(weights).tolist()}) > 2
 
 
+@pytest.mark.slow
 def test_dreambooth_draws_its_class_and_resumes_bit_for_bit(plain, home):
     config, straight, again = config_of(plain, home), home / "straight", home / "again"
     train.run(config, straight)

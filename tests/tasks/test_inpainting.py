@@ -78,6 +78,7 @@ def test_a_student_is_distilled_from_an_inpainting_teacher(tiny_pipeline, home):
     assert loss.shape == () and "feature/up_blocks.1" in terms
 
 
+@pytest.mark.slow
 def test_a_run_exports_and_is_evaluated(home, tmp_path):
     config, teacher = home
     workdir = tmp_path / "run"

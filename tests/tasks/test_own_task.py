@@ -56,6 +56,7 @@ def own(tmp_path_factory):
         yield folder
 
 
+@pytest.mark.slow
 def test_it_is_trained_resumed_and_exported(own, place, plain, tmp_path):
     found = f"import sys; sys.path.append({str(own)!r})\n"
     start = lambda workdir: place.train(workdir, before=found, task="own_task:louder", **LONG)

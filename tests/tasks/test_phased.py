@@ -159,6 +159,7 @@ def test_captions_are_used_in_turn(home):
     assert ways.captions_of(known, 7, 0) == found != ways.captions_of(known, 7, 1)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_and_leaves_a_folder_of_four_steps(home, tmp_path, one_device):
     config, straight, again = config_of(home), tmp_path / "straight", tmp_path / "again"
     train.run(config, straight)

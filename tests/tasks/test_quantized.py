@@ -37,6 +37,7 @@ def home(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_bit_for_bit_and_says_how_it_is_drawn(home, monkeypatch):
     monkeypatch.setenv("FLAXKD_CACHE", str(home / "cache"))
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 64)
