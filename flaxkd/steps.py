@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> list[dict]:
             rows.append({"model": pipeline.name, "sampler": kind, "steps": n} | measure(drawn, wanted, order))
             if len(rows) > 1:
                 name, first = f"{pipeline.name}, {kind}", {"teacher": wanted[:SHOWN]}
-                shown.setdefault(name, first)[f"{n} steps"] = drawn[:SHOWN]
+                shown.setdefault(name, first)[f"{n} step{'s' * (n > 1)}"] = drawn[:SHOWN]
             bar.update()
     args.out.mkdir(parents=True, exist_ok=True)
     files.write_json(args.out / "steps.json", {"captions": args.captions, "seed": args.seed, "rows": rows})
@@ -66,7 +66,8 @@ def sheet(shown: dict[str, dict[str, np.ndarray]], captions: list[str], path: Pa
     """A grid of {model and sampler: {steps: pictures of the captions}}: a row is one of the first, for one caption."""
     titles = next(iter(shown.values()))
     columns = {n: np.stack([drawn[n][i] for i in range(len(captions)) for drawn in shown.values()]) for n in titles}
-    grids.grid(columns, [f"{caption}: {name}" for caption in captions for name in shown], path, scale=1)
+    labels = [f"{name}: {caption}" for caption in captions for name in shown]  # a long one loses its end
+    grids.grid(columns, labels, path, scale=1)
 
 
 def measure(drawn: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> dict[str, float]:

@@ -152,7 +152,10 @@ def test_image_to_image_is_the_pipeline_of_diffusers(diffusers_pipeline, picture
     assert levels(ours, np.round(expected * 255)) <= 1
 
 
-@pytest.mark.parametrize(("family", "channels"), [("sd1", 4), ("sd1", 9), ("sdxl", 9)])
+XL = pytest.param("sdxl", 9, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "channels"), [("sd1", 4), ("sd1", 9), XL])
 def test_a_masked_part_of_a_picture_is_drawn_as_diffusers_does(request, tmp_path, picture, family, channels):
     """What stays is put back after each step, or seen by the UNet."""
     path = request.getfixturevalue("diffusers_xl") if family == "sdxl" else write_plain(tmp_path)["teacher"]

@@ -95,7 +95,7 @@ def test_weights_of_several_files_are_those_of_set_adapters(model, pipeline, tmp
 
 
 @pytest.mark.parametrize("dialect", ["peft", "kohya"])
-@pytest.mark.parametrize("family", ["diffusers_pipeline", "diffusers_xl"])
+@pytest.mark.parametrize("family", ["diffusers_pipeline", pytest.param("diffusers_xl", marks=pytest.mark.slow)])
 def test_text_encoders_too_of_every_family(family, dialect, request, tmp_path):
     """UNet and all text encoders in one file. The pictures of diffusers are those of flaxkd, and without it others."""
     folder = Folder.open(request.getfixturevalue(family))

@@ -18,7 +18,7 @@ pytest.importorskip("torch")
     ("teacher", "student", "pairing"),
     [
         ("tiny_pipeline", "sd_tiny", "segmind"),  # a pair of blocks with unequal names, and no mid block
-        ("tiny_xl", "bk_sdxl_small", "koala"),  # two text encoders, and sizes
+        pytest.param("tiny_xl", "bk_sdxl_small", "koala", marks=pytest.mark.slow),  # two text encoders, and sizes
     ],
 )
 def test_both_sides_compute_the_same_loss(request, teacher, student, pairing):
