@@ -9,7 +9,7 @@
 It reads every dialect (docs/lora_files.md). It writes PEFT names for diffusers, or kohya's for ComfyUI, A1111 and
 diffusers, with all scales folded into the matrices: alpha is the rank. A teacher's file put on a student as it is lands
 on other layers; --to-student renames it by the table of students. Without --model, the published model of the file's
-family."""
+family, or the miniature that it is for."""
 
 import argparse
 from pathlib import Path
@@ -19,16 +19,20 @@ from flax.traverse_util import flatten_dict
 
 from flaxkd import export, students
 from flaxkd.machine import command
-from flaxkd.pretrained import ARCHITECTURES, Folder, families, lora_files, lora_writing, save
+from flaxkd.pretrained import ARCHITECTURES, Folder, families, hub, lora_files, lora_writing, save
 from flaxkd.weights import lora
 
 
 def teacher(model: str | None, file: lora_files.LoraFile) -> Folder:
-    """The model at `model`; None: the published one of the file's family, without weights."""
+    """The model at `model`; None: the published one of the file's family, without weights, or a miniature."""
     if model is not None:
         return export.open_model(model)
     family = lora_files.family(file.parts)
     if family is None:
+        width = lora_files.text_width(file.parts)
+        for folder in map(export.open_model, (None, *hub.MINIATURES)):
+            if folder.config("unet")["cross_attention_dim"] == width:
+                return folder
         raise ValueError(f"{file.path} does not tell the model it is for: give --model, the teacher")
     row = ARCHITECTURES[family.shown]
     index = {"_class_name": family.pipeline, **{part: ["", families.PARTS[part].class_name] for part in family.parts}}
@@ -130,7 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     what.add_argument("--to-teacher", metavar="STUDENT", help="make it, from one of this student, one of its teacher")
     what.add_argument("--fuse", action="store_true", help="write --model with the files merged, as a folder")
     what.add_argument("--extract", nargs=2, metavar=("BASE", "TUNED"), help="the LoRA nearest to their difference")
-    command.add(parser, "model", help=f"{command.MODEL}; default: as published, and with --fuse the embedded teacher")
+    usual = "default: the published one or miniature it is for; with --fuse the embedded teacher"
+    command.add(parser, "model", help=f"{command.MODEL}; {usual}")
     add("--rank", type=int, default=8, help="of --extract; default: %(default)s")
     targets = f"modules to --extract: {', '.join(lora.TARGETS)}, or ends of names; default: all"
     add("--targets", action=command.Several, default=("all",), help=targets)

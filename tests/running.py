@@ -59,19 +59,23 @@ def write_plain(home: Path) -> dict:
 
 def flags(home: Path, workdir: Path, **keys) -> list[str]:
     """Flags of flaxkd.train for a short run on `home`/pictures, with other keys of the configuration."""
-    keys = {
-        "data.source": home / "pictures",
-        "data.resolution": 32,
-        "batch_size": 4,
-        "learning_rate.decay_steps": STEPS,
-        "ema_decay": 0.99,
-        "log_every": 1,
-        "validation.examples": 4,
-        "sample.every": 1000,
-        "sample.steps": 2,
-        "sample.prompts": "('red apple','green apple')",
-        "compilation_cache": "",  # that of the environment
-    } | LONG | keys
+    keys = (
+        {
+            "data.source": home / "pictures",
+            "data.resolution": 32,
+            "batch_size": 4,
+            "learning_rate.decay_steps": STEPS,
+            "ema_decay": 0.99,
+            "log_every": 1,
+            "validation.examples": 4,
+            "sample.every": 1000,
+            "sample.steps": 2,
+            "sample.prompts": "('red apple','green apple')",
+            "compilation_cache": "",  # that of the environment
+        }
+        | LONG
+        | keys
+    )
     return ["--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
 
 

@@ -238,11 +238,16 @@ def layers(unet_config: dict) -> str:
 
 def family(parts: Mapping[str, dict]) -> families.Family | None:
     """The family whose text states the adapted UNet reads, by their width in the published models; None: unknown."""
+    published = {row.unet["cross_attention_dim"]: row.family for row in families.ARCHITECTURES.values()}
+    name = published.get(text_width(parts))
+    return families.FAMILIES[name] if name else None
+
+
+def text_width(parts: Mapping[str, dict]) -> int | None:
+    """Of the text states that the adapted UNet reads; None: no adapter tells it."""
     widths = {a.shape[-2] for path, (a, _) in lora.layers(parts.get("unet", {})).items() if path[-2:-1] == ("attn2",)
               if path[-1] in ("to_k", "to_v")}  # fmt: skip
-    published = {row.unet["cross_attention_dim"]: row.family for row in families.ARCHITECTURES.values()}
-    name = published.get(widths.pop()) if len(widths) == 1 else None
-    return families.FAMILIES[name] if name else None
+    return widths.pop() if len(widths) == 1 else None
 
 
 def _misfit(file: LoraFile, folder: Folder, wrong: list[str]) -> str:

@@ -156,7 +156,8 @@ def key(dialect: str, part: str, module: Path, role: str, two_encoders: bool = F
 
 def _modern(match: re.Match) -> str:
     processor, name = match.groups()
-    return f".{({'out': 'to_out.0'}.get(name, f'to_{name}') if processor else f'{name}_proj')}.old_lora."
+    of_unet = {"out": "to_out.0"}.get(name, f"to_{name}")
+    return f".{of_unet if processor else f'{name}_proj'}.old_lora."
 
 
 def _cut(key: str, ends: dict) -> tuple[str, str | None]:

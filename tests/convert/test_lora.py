@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from convert import lora as convert
-from flaxkd import students
+from flaxkd import export, students
 from flaxkd.pretrained import Folder, families, lora_files, lora_writing, save
 from flaxkd.weights import lora
 from tests import tiny
@@ -82,6 +82,20 @@ def test_files_go_to_a_student_and_back_and_tell_whose_they_are(tiny_pipeline, t
         convert.main(["--lora", str(made), "--to-student", "bk_small", *model, "--out", str(back)])
     with pytest.raises(SystemExit, match="does not tell the model it is for: give --model"):
         convert.main(["--lora", str(path), "--to-student", "sd_small", "--out", str(back)])
+
+
+@pytest.mark.parametrize(("model", "name"), [(None, "sd_small"), ("miniature_xl", "bk_sdxl_small")])
+def test_a_file_of_a_miniature_needs_no_model(model, name, tmp_path):
+    teacher, student = export.open_model(model), students.get(name)
+    parts = {"unet": adapter(teacher.shapes("unet"), "attention")}
+    path = lora_writing.write(tmp_path / "a.safetensors", parts, "peft", lora_writing.header(teacher, "a", parts))
+    small, back = tmp_path / "small.safetensors", tmp_path / "back.safetensors"
+    convert.main(["--lora", str(path), "--to-student", name, "--out", str(small)])
+    cut = teacher.replace({"unet": students.config(student, teacher.config("unet"))}, {})
+    fitted = lora_files.fit(lora_files.read(small), cut)["unet"]
+    equal(students.take_adapter(student, parts["unet"], cut.shapes("unet"))[0], fitted)
+    convert.main(["--lora", str(small), "--to-teacher", name, "--out", str(back)])
+    equal(students.give_adapter(student, fitted), lora_files.fit(lora_files.read(back), teacher)["unet"])
 
 
 def test_a_merged_folder_and_what_is_extracted_from_it(tiny_pipeline, tmp_path, capsys):
