@@ -1,8 +1,10 @@
-"""Fine-tuning a whole model, or a student, on pictures with captions: no teacher. docs/finetuning.md has the flags.
+"""Fine-tuning a whole model, or a student, on pictures with captions: no teacher.
 
-python -m flaxkd.train --config configs/finetune.py --config.teacher=runs/small             a student, on a laptop
-python -m flaxkd.train --config configs/finetune.py:portrait --config.data.source=DIR       Segmind's portraits
-python -m flaxkd.train --config configs/finetune.py --config.teacher=DIR --config.train="('unet','text_encoder')"
+    python -m flaxkd.train --config configs/finetune.py --config.teacher=runs/small             a student, on a laptop
+    python -m flaxkd.train --config configs/finetune.py:portrait --config.data.source=DIR       Segmind's portraits
+    python -m flaxkd.train --config configs/finetune.py --config.teacher=DIR --config.train="('unet','text_encoder')"
+
+docs/finetuning.md has the flags of diffusers' script.
 """
 
 from configs import default, recipes
