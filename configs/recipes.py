@@ -132,6 +132,15 @@ def embedded_dreambooth(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def embedded_dreambooth_lora(config: ConfigDict) -> ConfigDict:
+    """The same as a LoRA, which learns ten times as fast."""
+    embedded_dreambooth(config)
+    config.lora.rank = 4
+    config.optimizer.weight_decay = 0.0
+    config.learning_rate.value = 1e-3
+    return config
+
+
 def embedded_lora(config: ConfigDict) -> ConfigDict:
     """The green cat as a LoRA, in minutes on two CPU cores."""
     green_cat(config)

@@ -21,7 +21,7 @@ OF_SDXL = ("ssd_1b", "vega", "koala_1b", "koala_700m")
 ARGUMENTS = {"small": "sd15", "tiny": "sd15", "finetune": "portrait", "dreambooth": "bksdm", "lora": "segmind"}
 ARGUMENTS |= dict.fromkeys(OF_SDXL, "sdxl")
 CASES = [(name, None) for name in NAMES] + [*ARGUMENTS.items()]
-CASES += [("dreambooth", "bksdm_lora"), ("lcm", "lora"), ("lcm", "sd15"), ("lcm", "sd15_lora")]
+CASES += [("dreambooth", "lora"), ("dreambooth", "bksdm_lora"), ("lcm", "lora"), ("lcm", "sd15"), ("lcm", "sd15_lora")]
 PUBLISHED = {"small": "sd_small", "tiny": "sd_tiny"}
 PUBLISHED |= {name: name for name in ("bk_base", "bk_small", "bk_tiny", *OF_SDXL)}
 
