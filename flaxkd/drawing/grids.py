@@ -30,7 +30,7 @@ def grid(
     height, width = next(iter(columns.values())).shape[1:3]
     scale = scale or max(1, -(-128 // height))
     height, width = height * scale, width * scale
-    title_font, small = font(15), font(13)
+    title_font, small = font(14), font(13)
     label = 190
     size = (2 * MARGIN + label + len(columns) * (width + GAP), 2 * MARGIN + 24 + len(rows) * (height + GAP))
     sheet = Image.new("RGB", size, PAPER)
