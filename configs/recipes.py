@@ -154,7 +154,7 @@ def embedded_lora(config: ConfigDict) -> ConfigDict:
 def embedded_repair(config: ConfigDict) -> ConfigDict:
     """A LoRA of the embedded miniature, for a student of it, by its output alone: see docs/lora.md."""
     embedded(config)
-    config.steps = 120
+    config.steps = 600
     config.batch_size = 8
     config.weight.noise = config.weight.feature = 0.0
     config.learning_rate = cosine(config, peak_value=3e-3, warmup_steps=20, end_value=1e-5)
