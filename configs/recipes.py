@@ -133,7 +133,7 @@ def embedded_dreambooth(config: ConfigDict) -> ConfigDict:
 
 
 def embedded_dreambooth_lora(config: ConfigDict) -> ConfigDict:
-    """The same as a LoRA, which learns ten times as fast."""
+    """The same as a LoRA, at ten times the learning rate."""
     embedded_dreambooth(config)
     config.lora.rank = 4
     config.optimizer.weight_decay = 0.0
