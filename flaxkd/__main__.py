@@ -22,6 +22,7 @@ COMMANDS = {
     "cache": ("flaxkd.cache", "encodes a large image set beforehand"),
     "evaluate": ("flaxkd.evaluate.__main__", "compares students with their teacher; FID, inception and CLIP score"),
     "bench": ("flaxkd.bench.__main__", "times teacher and students"),
+    "blank": ("flaxkd.blank", "writes a pipeline with random weights, to time a machine or to rehearse a run"),
     "plan": ("flaxkd.plan.__main__", "says whether a run fits on a machine, and what it will cost"),
     "ablation": ("flaxkd.ablation.__main__", "measures the worth of each term of the loss"),
     "recall": ("flaxkd.recall", "asks whether a model draws what its training captions say"),

@@ -7,18 +7,19 @@ import gc
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("FLAXKD_TEST_PLATFORMS", "cpu")  # "cuda,cpu": for device/ alone
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("FLAXKD_TEST_DEVICES", "4")  # 8: all meshes of tasks/test_distill.py, in minutes
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        f"--xla_force_host_platform_device_count={os.environ['FLAXKD_TEST_DEVICES']}",
-        # In jax 0.10, the older emitter of fusions compiles in three quarters of the time. 0.12 ignores this.
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = " ".join(
+        (
+            os.environ.get("XLA_FLAGS", ""),
+            f"--xla_force_host_platform_device_count={os.environ['FLAXKD_TEST_DEVICES']}",
+            # In jax 0.10, the older emitter of fusions compiles in three quarters of the time. 0.12 ignores this.
+            "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        )
     )
-)
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is what tests cost
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is what tests cost
 os.environ.setdefault("NPROC", "8")  # XLA's threads: collectives of 4 devices can starve each other on 2
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's: they wait busily, and pytest has three processes
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "flaxkd" / "jax-tests"))

@@ -1,5 +1,6 @@
 """python -m flaxkd.bench: see benchmark.py."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "steps", default=samplers.STEPS, help="denoising steps per picture; default: %(default)s")
     command.add(parser, "out", default=Path("bench"), help="result folder; default: %(default)s")
     args, config = command.parse(parser, arguments)
+    if args.against:  # PyTorch needs memory of the same GPU, of which JAX would reserve three quarters
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)  # before anything computes, as the check does
     settings.check(config)
     command.keep_compiled_programs()

@@ -1,8 +1,9 @@
 """The work of works.py in PyTorch, for `flaxkd.bench --against torch`: what users of diffusers run today.
 
 The training step follows Segmind's distill-sd: forward hooks on whole blocks, a sum of mean squared errors,
-`clip_grad_norm_` and AdamW; under autocast if the compute is not float32. No other file of flaxkd imports diffusers,
-and only evaluate/scores.py also imports torch. Both packages are in the extra `test`.
+`clip_grad_norm_` and AdamW; under autocast if the compute is not float32. On a GPU, PyTorch has what its users advise
+for speed (`_at_its_best`, and a fused AdamW). No other file of flaxkd imports diffusers, and only evaluate/scores.py
+also imports torch. Both packages are in the extra `test`.
 """
 
 import tempfile
@@ -65,6 +66,16 @@ def prepare(subject: Subject, work: str, by: str) -> Prepared:
     return Prepared(call, time.perf_counter() - begin)
 
 
+def _at_its_best(*modules) -> None:
+    """What users of PyTorch advise for speed on a GPU, besides a fused AdamW."""
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # XLA's float32 there is TF32, too
+    for module in modules:
+        module.to(memory_format=torch.channels_last)
+
+
 def _networks(subject: Subject) -> Networks:
     import diffusers
     from diffusers.utils import logging
@@ -88,6 +99,8 @@ def _networks(subject: Subject) -> Networks:
         teacher_config = subject.folder.config("unet")
         teacher = _unet(teacher_config, subject.task.frozen["teacher"]).requires_grad_(False)
     pipeline.register_modules(unet=unet)
+    if device() == "cuda":
+        _at_its_best(*filter(None, (unet, teacher, pipeline.vae)))
     return Networks(unet, teacher, pipeline)
 
 
@@ -256,8 +269,9 @@ def _train(subject: Subject, networks: Networks, compiled: bool) -> Callable:
     kind = config.prediction_type or scheduler.config.prediction_type
     o = config.optimizer
     parameters = list(networks.unet.train().parameters())
+    betas, fused = (o.b1, o.b2), device() == "cuda"
     optimizer = torch.optim.AdamW(
-        parameters, lr=1e-5, betas=(o.b1, o.b2), eps=o.get("eps", 1e-8), weight_decay=o.weight_decay
+        parameters, lr=1e-5, betas=betas, eps=o.get("eps", 1e-8), weight_decay=o.weight_decay, fused=fused
     )
     conditions = dict(zip(subject.batch, _tensors(subject, *subject.batch.values()), strict=True))
     mean, log_variance = conditions.pop("moments").chunk(2, dim=1)

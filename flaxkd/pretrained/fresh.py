@@ -65,11 +65,14 @@ WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's: e
 TEACHER = "teacher"  # in an architecture: this one is taken from another pipeline, as it is
 
 
-def write(out: Path, architecture: dict, captions: list[str], seed: int, base: Folder | None = None) -> Folder:
+def write(
+    out: Path, architecture: dict, captions: list[str], seed: int, base: Folder | None = None, dtype=None
+) -> Folder:
     """Writes a pipeline folder with random weights, and returns it. An existing one is left alone.
 
     architecture: {part or "scheduler": its configuration, "vocab_size": int}; the text encoders tell the family.
-    TEACHER in place of one of them takes the part, the scheduler or the tokenizer of `base`."""
+    TEACHER in place of one of them takes the part, the scheduler or the tokenizer of `base`. dtype: of the weights as
+    stored; None: float32 for new ones, and what they are for others."""
     out = Path(out)
     if (out / "model_index.json").is_file():
         return Folder(out)
@@ -102,7 +105,7 @@ def write(out: Path, architecture: dict, captions: list[str], seed: int, base: F
             config |= {"vocab_size": vocab_size, **ends} if part in encoders else {}
             zero = ZERO if part == "unet" else ()
             parts[part] = config, initial(families.shapes(part, config), seed + i, zero)
-        save(out, source=source, parts=parts, card="A new pipeline: its weights are random.\n")
+        save(out, source=source, parts=parts, dtype=dtype, card="A new pipeline: its weights are random.\n")
     return Folder(out)
 
 

@@ -94,3 +94,15 @@ def test_a_benchmark_times_every_work_of_everybody(tiny_pipeline, tmp_path, monk
 
 def test_what_the_other_side_has_not_is_refused_before_any_compute(tiny_pipeline):
     refused(tiny_pipeline, "of ema_decay", {"ema_decay": 0.9}, against=[torch_works.EAGER])
+
+
+def test_on_a_gpu_torch_is_at_its_best(monkeypatch):
+    import torch
+
+    for settings, name in ((torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32")):
+        monkeypatch.setattr(settings, name, getattr(settings, name))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
+    conv = torch.nn.Conv2d(4, 8, 3)
+    torch_works._at_its_best(conv)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.backends.cudnn.benchmark and torch.backends.cuda.matmul.allow_tf32

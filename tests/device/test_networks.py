@@ -1,0 +1,73 @@
+"""The miniature on this machine's device, beside the same on its CPU in float32: networks, loss and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxkd import tasks
+from flaxkd.machine import sharding
+from flaxkd.pretrained import Folder
+from tests.device import HERE, THERE, apart
+from tests.test_configs import load
+
+pytestmark = pytest.mark.device
+
+# (dtype of the compute, precision of products in float32, relative error at most). "default" may be TF32 or bfloat16.
+COMPUTES = [("float32", "highest", 1e-4), ("float32", "default", 5e-3), ("bfloat16", "default", 5e-2)]
+CAPTIONS = ["red apple", "flag: Peru", "cat face", "blue heart"]
+FOLDER = Folder.open()  # reads nothing yet
+
+
+def samples(*shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape)).standard_normal(shape, np.float32)
+
+
+# {name: (part, its method, () -> arguments)}
+CALLS = {
+    "unet": ("unet", None, lambda: (samples(4, 16, 16, 4), np.array([1, 300, 600, 999]), samples(4, 32, 128))),
+    "text_encoder": ("text_encoder", None, lambda: (FOLDER.tokenize(CAPTIONS)["input_ids"],)),
+    "encoder of the vae": ("vae", "encode", lambda: (np.tanh(samples(4, 64, 64, 3)),)),
+    "decoder of the vae": ("vae", "decode", lambda: (samples(4, 16, 16, 4),)),
+}
+
+
+def network(name: str, dtype: str, precision: str, device):
+    part, method, arguments = CALLS[name]
+    module, method = FOLDER.module(part, jnp.dtype(dtype)), {"method": method} if method else {}
+    with jax.default_device(device), jax.default_matmul_precision(precision):
+        call = jax.jit(lambda params, *arguments: module.apply({"params": params}, *arguments, **method))
+        return jax.device_get(call(FOLDER.params(part, jnp.dtype(dtype)), *arguments()))
+
+
+@pytest.mark.parametrize(("dtype", "precision", "most"), COMPUTES)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_network_is_that_of_the_cpu(name, dtype, precision, most):
+    assert apart(network(name, dtype, precision, THERE), network(name, "float32", "highest", HERE)) < most
+
+
+@pytest.fixture(scope="module")
+def distillation():
+    """(dtype, precision, device) -> (loss, gradient) of the quick start's step, for the same noise and timesteps."""
+    cached = {}
+
+    def distillation(dtype: str, precision: str, device):
+        if (dtype, precision, device) not in cached:
+            config = load("small")
+            task = tasks.make(config, FOLDER, jnp.dtype(dtype), sharding.make_mesh(1, 1, [device]))
+            batch = {"moments": samples(4, 16, 16, 8)} | FOLDER.tokenize(CAPTIONS)
+            with jax.default_device(HERE):
+                inputs = jax.device_get(task.prepare(jax.random.key(0), batch))
+            with jax.default_device(device), jax.default_matmul_precision(precision):
+                loss = jax.jit(jax.value_and_grad(lambda trained, *rest: task.loss(trained, *rest)[0]))
+                cached[dtype, precision, device] = jax.device_get(loss(task.trained, task.frozen, {}, inputs))
+        return cached[dtype, precision, device]
+
+    return distillation
+
+
+@pytest.mark.parametrize(("dtype", "precision", "most"), COMPUTES)
+def test_a_distillation_has_the_loss_and_the_gradient_of_the_cpu(distillation, dtype, precision, most):
+    ours, true = distillation(dtype, precision, THERE), distillation("float32", "highest", HERE)
+    assert apart(ours[0], true[0]) < most
+    assert apart(ours[1], true[1]) < 4 * most
