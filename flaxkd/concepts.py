@@ -17,8 +17,8 @@ import numpy as np
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import grids, same_noise
 from flaxkd.drawing.pipeline import Pipeline
-from flaxkd.evaluate import concepts
-from flaxkd.machine import command, files
+from flaxkd.evaluate import concepts, results
+from flaxkd.machine import command
 
 SHOWN = 5  # prompts of each kind
 SHARES = ("object", "color", "both", "all")
@@ -39,13 +39,9 @@ def run(args: argparse.Namespace) -> list[dict]:
         found = same_noise.draw(pipeline, [prompt.text for prompt in asked], args.seed, **options)
         drawn[pipeline.name] = found[:: args.pictures]
         rows += [{"model": pipeline.name} | row for row in concepts.shares(asked, concepts.found(found, known))]
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {"seed": args.seed, "pictures": args.pictures, "prompts": [prompt.text for prompt in prompts]}
-    files.write_json(args.out / "concepts.json", about | {"rows": rows})
-    files.write_text(args.out / "concepts.md", table(rows))
-    sheet(drawn, prompts, args.out / "concepts.png")
-    ends = ("md", "json", "png")
-    print(table(rows) + "\n".join(f"wrote {args.out / f'concepts.{end}'}" for end in ends))
+    draw = lambda path: sheet(drawn, prompts, path)
+    results.write(args.out, "concepts", table(rows), about | {"rows": rows}, draw)
     return rows
 
 

@@ -22,9 +22,9 @@ from flaxkd import diffusion
 from flaxkd.data import sources
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches, grids
-from flaxkd.evaluate import candidates
+from flaxkd.evaluate import candidates, results
 from flaxkd.evaluate.candidates import Candidate
-from flaxkd.machine import command, files, progress, sharding
+from flaxkd.machine import command, progress, sharding
 from flaxkd.models.vae import sample_latents
 from flaxkd.tasks.losses import predict
 from flaxkd.weights import quantize
@@ -76,14 +76,10 @@ def run(args: argparse.Namespace) -> list[dict]:
                 if scheme != FULL or not model.folder.quantization:  # nobody draws with what is meant to be rounded
                     drawn[f"{model.name}, {scheme}"] = draw(network, seen, args)
                 bar.update()
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {"examples": len(chosen), "data": args.data, "seed": args.seed, "dtype": dtype.name}
-    files.write_json(args.out / "quantized.json", about | {"teacher": args.teacher, "rows": rows})
-    files.write_text(args.out / "quantized.md", table(rows))
-    if args.pictures:
-        grids.grid(drawn, seen.captions[: args.pictures], args.out / "quantized.png")
-    ends = ("md", "json", *(["png"] if args.pictures else []))
-    print(table(rows) + "\n".join(f"wrote {args.out / f'quantized.{end}'}" for end in ends))
+    draw_sheet = lambda path: grids.grid(drawn, seen.captions[: args.pictures], path)
+    numbers = about | {"teacher": args.teacher, "rows": rows}
+    results.write(args.out, "quantized", table(rows), numbers, draw_sheet if args.pictures else None)
     return rows
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import grids, same_noise
 from flaxkd.drawing.pipeline import Pipeline
-from flaxkd.evaluate import fidelity, originals
-from flaxkd.machine import command, files, progress
+from flaxkd.evaluate import fidelity, originals, results
+from flaxkd.machine import command, progress
 
 SHOWN = 3
 TRAILING = {"timestep_spacing": "trailing", "steps_offset": 0}  # the right spacing for few steps (arXiv:2305.08891)
@@ -54,11 +54,8 @@ def run(args: argparse.Namespace) -> list[dict]:
                 name, first = f"{pipeline.name}, {kind}", {"teacher": wanted[:SHOWN]}
                 shown.setdefault(name, first)[f"{n} step{'s' * (n > 1)}"] = drawn[:SHOWN]
             bar.update()
-    args.out.mkdir(parents=True, exist_ok=True)
-    files.write_json(args.out / "steps.json", {"captions": args.captions, "seed": args.seed, "rows": rows})
-    files.write_text(args.out / "steps.md", table(rows))
-    sheet(shown, captions[:SHOWN], args.out / "steps.png")
-    print(table(rows) + "\n".join(f"wrote {args.out / name}" for name in ("steps.md", "steps.json", "steps.png")))
+    numbers = {"captions": args.captions, "seed": args.seed, "rows": rows}
+    results.write(args.out, "steps", table(rows), numbers, lambda path: sheet(shown, captions[:SHOWN], path))
     return rows
 
 
