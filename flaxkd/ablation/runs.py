@@ -31,7 +31,10 @@ VARIANTS = {
     "output":     ("teacher", 1.0, 1.0, 0.0, False),
     "feature":    ("teacher", 1.0, 1.0, 1.0, False),  # the whole loss of BK-SDM
     "normalised": ("teacher", 1.0, 1.0, 1.0, True),
+    "token":      ("teacher", 1.0, 1.0, 1.0, "token"),  # PPCL
+    "no_noise":   ("teacher", 0.0, 1.0, 1.0, True),  # the teacher's word alone
     "random":     ("random",  1.0, 1.0, 1.0, False),
+    "random_normalised": ("random", 1.0, 1.0, 1.0, True),
     "scratch":    ("random",  1.0, 0.0, 0.0, False),  # no distillation at all
 }  # fmt: skip
 OWN = ("student", "seed", *KEYS)
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace, typed: str) -> dict:
     settings |= {"held-out captions": args.examples}
     own = {name: value or "the default" for name, value in drawn_with(config).items()}
     settings |= {"sampler": own["sampler"], "sampler steps": own["steps"], "guidance": own["guidance"]}
-    variants = {name: dict(zip(KEYS, row, strict=True)) for name, row in VARIANTS.items()}
+    variants = {name: dict(zip(KEYS, VARIANTS[name], strict=True)) for name in dict.fromkeys(args.variants)}
     result = table.result(settings, variants, teacher, rows, curves, as_cut)
     print("\n".join(f"wrote {path}" for path in table.write(args.out, result)))
     return result
@@ -101,7 +104,8 @@ def plan(args: argparse.Namespace) -> list[Run]:
     for seed in range(args.seeds):
         for student in dict.fromkeys(args.students):
             students.get(student)
-            for variant, row in VARIANTS.items():
+            for variant in dict.fromkeys(args.variants):
+                row = VARIANTS[variant]
                 own = dict(zip(OWN, (student, seed, *row), strict=True))
                 options = [f"--config.{key}={value}" for key, value in SPARING.items()]
                 options += args.overrides
@@ -196,6 +200,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add(parser, "config", required=True, help="configuration of all runs, e.g. configs/small.py")
     students = "a row of python -m flaxkd.students; repeat for several, default: sd_small and sd_tiny"
     command.add(parser, "students", default=["sd_small", "sd_tiny"], help=students)
+    known = [*VARIANTS]
+    variants = "what to train; repeat for several, default: all"
+    add("--variant", dest="variants", action=command.Several, choices=known, default=known, help=variants)
     add("--seeds", type=int, default=3, help="runs per variant (default: %(default)s)")
     add("--examples", type=int, default=128, help="number of held-out captions (default: %(default)s)")
     command.add(parser, "out", default=Path("runs/ablation"), help="result folder (default: %(default)s)")

@@ -86,6 +86,15 @@ def test_the_command_of_a_run_sets_what_its_row_says(variant, tmp_path):
         assert run.config.to_dict() == config.to_dict()
 
 
+def test_variants_are_chosen_by_name(tmp_path, capsys):
+    chosen = ["--variant", "noise", "--variant", "token", "--seeds=1"]
+    planned = runs.plan(runs.parse(arguments(tmp_path, *chosen)))
+    assert [run.variant for run in planned] == ["noise", "token"]
+    with pytest.raises(SystemExit):
+        runs.parse(arguments(tmp_path, "--variant", "tokens"))
+    assert "invalid choice: 'tokens'" in capsys.readouterr().err
+
+
 def test_no_two_variants_are_the_same():
     assert len({*runs.VARIANTS.values()}) == len(runs.VARIANTS)
 
