@@ -125,8 +125,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # of long self-attention: "plain", "blocked", "splash" (TPU) or "cudnn" (GPU); None: chosen for the device
     config.attention = placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all the others
-    # A CPU counts as this many devices: 2 on 2 cores may train a little faster. But XLA's collectives may then wait
-    # for each other forever (seen once in an hour; NPROC=6 in the environment helps).
+    # A CPU counts as this many devices, to rehearse a mesh: 2 on 2 cores train slower (docs/log.md). XLA's collectives
+    # may then wait for each other forever (seen once in an hour; NPROC=6 in the environment helps).
     config.cpu_devices = 1
     config.compilation_cache = "~/.cache/flaxkd/jax"  # of compiled programs: a restart begins at once
 
