@@ -3,7 +3,8 @@
     python -m flaxkd.train --config configs/teacher_xl.py
 
 It has SDXL's stages and depths, so that the students of SDXL can be cut from it as they are. Autoencoder, tokenizer and
-first text encoder are those of the other embedded teacher, which `config.blank` takes from there.
+first text encoder are those of the other embedded teacher, which `config.blank` takes from there. That teacher was
+trained on afterwards, text encoder too: the folder has the text encoder of its time.
 
 The weights in the package are 4,000 steps of it, about 100 minutes of two CPU cores that did other work beside it. The
 folder `flaxkd/assets/teacher_xl` is the export in float16, without the parts that its model_index.json names under
