@@ -96,13 +96,17 @@ def test_what_the_other_side_has_not_is_refused_before_any_compute(tiny_pipeline
     refused(tiny_pipeline, "of ema_decay", {"ema_decay": 0.9}, against=[torch_works.EAGER])
 
 
-def test_on_a_gpu_torch_is_at_its_best(monkeypatch):
+def test_on_a_gpu_torch_is_at_its_best():
     import torch
 
-    for settings, name in ((torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32")):
-        monkeypatch.setattr(settings, name, getattr(settings, name))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
+    settings = [(torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32")]
+    settings += [(torch.backends.cuda.matmul, "allow_tf32")]
+    before = [getattr(of, name) for of, name in settings]
     conv = torch.nn.Conv2d(4, 8, 3)
-    torch_works._at_its_best(conv)
+    try:
+        torch_works._at_its_best(conv)
+        assert all(getattr(of, name) for of, name in settings)
+    finally:
+        for (of, name), value in zip(settings, before, strict=True):
+            setattr(of, name, value)
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch.backends.cudnn.benchmark and torch.backends.cuda.matmul.allow_tf32
