@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-NOISE = 4e-6  # of float32, as a share of the largest number of the prediction
+NOISE = 1e-5  # of float32, as a share of the largest number of the prediction: from 2e-6 to 5e-6, by the machine
 
 
 @pytest.fixture(scope="module", params=[None, "sd_small"], ids=["teacher", "student"])
