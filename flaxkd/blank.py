@@ -20,8 +20,8 @@ VOCABULARY = 520  # tokens: the letters and a few pairs of them
 @command.reported()
 def main(arguments: list[str] | None = None) -> None:
     parser = command.parser("flaxkd.blank", __doc__)
-    help = "default: %(default)s"
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default="sd15", help=help)
+    add = parser.add_argument
+    add("--architecture", choices=ARCHITECTURES, default="sd15", help="default: %(default)s")
     command.add(parser, "out", required=True, help="the new folder")
     command.add(parser, "seed")
     command.add(parser, "dtype", default="float16", help="of the stored weights; default: %(default)s")

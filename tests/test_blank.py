@@ -22,10 +22,10 @@ def test_a_pipeline_of_an_architecture_with_random_weights(name, configs, tmp_pa
     assert folder.family is FAMILIES[row.family] and folder.config("scheduler") == row.configs["scheduler"]
     for part in folder.parts:
         assert {x.dtype for x in folder.tensors(part).values()} == {np.dtype("float16")}
-        vocabulary = {"vocab_size": blank.VOCABULARY} if "text" in part else {}
         as_asked = jax.tree.map(lambda x: x.shape, folder.shapes(part))
-        assert {key: folder.config(part)[key] for key in vocabulary} == vocabulary
         assert jax.tree.map(np.shape, folder.params(part)) == as_asked
+        if part in folder.family.encoders:
+            assert folder.config(part)["vocab_size"] == blank.VOCABULARY
     assert folder.tokenize(["red apple"])["input_ids"].shape == (1, 16)
 
     with pytest.raises(SystemExit, match="is a pipeline folder already: choose a new one"):

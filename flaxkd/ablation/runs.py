@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, typed: str) -> dict:
     settings |= {"held-out captions": args.examples}
     own = {name: value or "the default" for name, value in drawn_with(config).items()}
     settings |= {"sampler": own["sampler"], "sampler steps": own["steps"], "guidance": own["guidance"]}
-    variants = {name: dict(zip(KEYS, VARIANTS[name], strict=True)) for name in dict.fromkeys(args.variants)}
+    variants = {each.variant: dict(zip(KEYS, VARIANTS[each.variant], strict=True)) for each in runs}
     result = table.result(settings, variants, teacher, rows, curves, as_cut)
     print("\n".join(f"wrote {path}" for path in table.write(args.out, result)))
     return result

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxkd.machine import sharding
 from flaxkd.models import attention
 from tests.device import THERE, apart
 
 pytestmark = pytest.mark.device
 
-PLATFORM = {"cuda": "gpu", "rocm": "gpu"}.get(THERE.platform, THERE.platform)
+PLATFORM = attention.DotProductAttention(sharding.make_mesh(1, 1, [THERE])).platform
 # Channels of a head, queries, keys: the levels of Stable Diffusion 1.x, 2.x and XL, and their text.
 SHAPES = [(c, n, n) for n in (4096, 1024, 256, 64) for c in (40, 64, 80, 160)] + [(40, 4096, 77), (80, 1024, 77)]
 BATCH, HEADS = (8, 8) if PLATFORM != "cpu" else (1, 2)

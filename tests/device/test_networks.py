@@ -1,5 +1,7 @@
 """The miniature on this machine's device, beside the same on its CPU in float32: networks, loss and gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,7 @@ CALLS = {
 }
 
 
+@functools.cache
 def network(name: str, dtype: str, precision: str, device):
     part, method, arguments = CALLS[name]
     module, method = FOLDER.module(part, jnp.dtype(dtype)), {"method": method} if method else {}
@@ -46,28 +49,20 @@ def test_a_network_is_that_of_the_cpu(name, dtype, precision, most):
     assert apart(network(name, dtype, precision, THERE), network(name, "float32", "highest", HERE)) < most
 
 
-@pytest.fixture(scope="module")
-def distillation():
-    """(dtype, precision, device) -> (loss, gradient) of the quick start's step, for the same noise and timesteps."""
-    cached = {}
-
-    def distillation(dtype: str, precision: str, device):
-        if (dtype, precision, device) not in cached:
-            config = load("small")
-            task = tasks.make(config, FOLDER, jnp.dtype(dtype), sharding.make_mesh(1, 1, [device]))
-            batch = {"moments": samples(4, 16, 16, 8)} | FOLDER.tokenize(CAPTIONS)
-            with jax.default_device(HERE):
-                inputs = jax.device_get(task.prepare(jax.random.key(0), batch))
-            with jax.default_device(device), jax.default_matmul_precision(precision):
-                loss = jax.jit(jax.value_and_grad(lambda trained, *rest: task.loss(trained, *rest)[0]))
-                cached[dtype, precision, device] = jax.device_get(loss(task.trained, task.frozen, {}, inputs))
-        return cached[dtype, precision, device]
-
-    return distillation
+@functools.cache
+def distillation(dtype: str, precision: str, device):
+    """(loss, gradient) of the quick start's step, for the same noise and timesteps everywhere."""
+    task = tasks.make(load("small"), FOLDER, jnp.dtype(dtype), sharding.make_mesh(1, 1, [device]))
+    batch = {"moments": samples(4, 16, 16, 8)} | FOLDER.tokenize(CAPTIONS)
+    with jax.default_device(HERE):
+        inputs = jax.device_get(task.prepare(jax.random.key(0), batch))
+    with jax.default_device(device), jax.default_matmul_precision(precision):
+        loss = jax.jit(jax.value_and_grad(lambda trained, *rest: task.loss(trained, *rest)[0]))
+        return jax.device_get(loss(task.trained, task.frozen, {}, inputs))
 
 
 @pytest.mark.parametrize(("dtype", "precision", "most"), COMPUTES)
-def test_a_distillation_has_the_loss_and_the_gradient_of_the_cpu(distillation, dtype, precision, most):
+def test_a_distillation_has_the_loss_and_the_gradient_of_the_cpu(dtype, precision, most):
     ours, true = distillation(dtype, precision, THERE), distillation("float32", "highest", HERE)
     assert apart(ours[0], true[0]) < most
     assert apart(ours[1], true[1]) < 4 * most
