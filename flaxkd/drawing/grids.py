@@ -1,6 +1,7 @@
 """Labelled grids of pictures, as PNG files."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +14,7 @@ from flaxkd.drawing.figures import INK
 from flaxkd.machine import files
 
 GAP, MARGIN, LINE = 6, 10, 17  # pixels
+TITLE = 170  # pixels: a column of narrow pictures is at most so wide, for the sake of its title
 PAPER = "#ffffff"
 
 
@@ -32,12 +34,14 @@ def grid(
     height, width = height * scale, width * scale
     title_font, small = font(14), font(13)
     label = 190
-    size = (2 * MARGIN + label + len(columns) * (width + GAP), 2 * MARGIN + 24 + len(rows) * (height + GAP))
+    longest = max(title_font.getlength(printable(title)) for title in columns)
+    cell = max(width, min(math.ceil(longest), TITLE))
+    size = (2 * MARGIN + label + len(columns) * (cell + GAP), 2 * MARGIN + 24 + len(rows) * (height + GAP))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, (title, images) in enumerate(columns.items()):
-        left = MARGIN + label + i * (width + GAP)
-        title = end_of(draw, printable(title), width, title_font)
+        left = MARGIN + label + i * (cell + GAP) + (cell - width) // 2
+        title = end_of(draw, printable(title), cell, title_font)
         draw.text((left + width / 2, MARGIN + 8), title, INK, title_font, anchor="mm")
         for j, image in enumerate(images):
             tile = Image.fromarray(image).resize((width, height), Image.NEAREST if scale > 1 else Image.LANCZOS)

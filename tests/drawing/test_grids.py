@@ -8,11 +8,11 @@ from flaxkd.drawing import grids
 def test_a_title_that_is_too_long_keeps_its_end_within_its_column(tmp_path):
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), grids.font(14)
     long = "/home/somebody/runs/small-sd15/diffusers"
-    cut = grids.end_of(draw, long, 128, font)
-    assert draw.textlength(cut, font) <= 128 < draw.textlength(f"/{cut}", font) + 8
+    cut = grids.end_of(draw, long, grids.TITLE, font)
+    assert draw.textlength(cut, font) <= grids.TITLE < draw.textlength(f"/{cut}", font) + 8
     assert cut[0] == "…" and long.endswith(cut[1:])
-    for usual in ("teacher", "student as begun", "student, distilled"):
-        assert grids.end_of(draw, usual, 128, font) == usual
+    for usual in ("teacher", "student, distilled", "the embedded teacher"):
+        assert grids.end_of(draw, usual, grids.TITLE, font) == usual
 
     columns = {"teacher": np.zeros((1, 64, 64, 3), np.uint8), long: np.zeros((1, 64, 64, 3), np.uint8)}
     grids.grid(columns, ["red apple"], tmp_path / "grid.png")
@@ -22,6 +22,20 @@ def test_a_title_that_is_too_long_keeps_its_end_within_its_column(tmp_path):
     assert ink.max() < heads.shape[1] - grids.MARGIN  # nothing beyond the last column
     gap = np.flatnonzero(np.diff(ink) > grids.GAP)
     assert gap.size == 1  # and a space between the two titles
+
+
+def test_narrow_pictures_stand_in_columns_as_wide_as_their_titles(tmp_path):
+    black = np.zeros((2, 64, 64, 3), np.uint8)
+    grids.grid({"runs/collages": black, "red": black}, ["red apple", "blue heart"], tmp_path / "grid.png", scale=1)
+    with Image.open(tmp_path / "grid.png") as sheet:
+        ink = np.asarray(sheet.convert("L")) < 128
+    left = grids.MARGIN + 190  # of the first column
+    width = np.ceil(grids.font(14).getlength("runs/collages"))
+    assert 64 < width < grids.TITLE and ink.shape[1] == left + 2 * (width + grids.GAP) + grids.MARGIN
+    pictures = np.flatnonzero(ink[-grids.MARGIN - grids.GAP - 32])
+    pictures = pictures[pictures >= left]
+    assert pictures.size == 128  # both, and their middles are those of their columns
+    assert pictures.reshape(2, 64).mean(1) == pytest.approx([left + width / 2, left + grids.GAP + 1.5 * width], abs=1.0)
 
 
 @pytest.mark.parametrize("text, lines", [("red apple", 1), ("person in motorized wheelchair", 2)])
