@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         rows += [{"model": pipeline.name} | row for row in concepts.shares(asked, concepts.found(found, known))]
     about = {"seed": args.seed, "pictures": args.pictures, "prompts": [prompt.text for prompt in prompts]}
     draw = lambda path: sheet(drawn, prompts, path)
-    results.write(args.out, "concepts", table(rows), about | {"rows": rows}, draw)
+    results.report(args.out, "concepts", table(rows), about | {"rows": rows}, draw)
     return rows
 
 

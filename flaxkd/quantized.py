@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     about = {"examples": len(chosen), "data": args.data, "seed": args.seed, "dtype": dtype.name}
     draw_sheet = lambda path: grids.grid(drawn, seen.captions[: args.pictures], path)
     numbers = about | {"teacher": args.teacher, "rows": rows}
-    results.write(args.out, "quantized", table(rows), numbers, draw_sheet if args.pictures else None)
+    results.report(args.out, "quantized", table(rows), numbers, draw_sheet if args.pictures else None)
     return rows
 
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> list[dict]:
                 shown.setdefault(name, first)[f"{n} step{'s' * (n > 1)}"] = drawn[:SHOWN]
             bar.update()
     numbers = {"captions": args.captions, "seed": args.seed, "rows": rows}
-    results.write(args.out, "steps", table(rows), numbers, lambda path: sheet(shown, captions[:SHOWN], path))
+    results.report(args.out, "steps", table(rows), numbers, lambda path: sheet(shown, captions[:SHOWN], path))
     return rows
 
 

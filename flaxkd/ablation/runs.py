@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from flaxkd import export, students
 from flaxkd.ablation import table
-from flaxkd.evaluate import evaluation
+from flaxkd.evaluate import evaluation, results
 from flaxkd.machine import command, files, progress
 from flaxkd.training import checkpoint, metrics, settings
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, typed: str) -> dict:
     settings |= {"sampler": own["sampler"], "sampler steps": own["steps"], "guidance": own["guidance"]}
     variants = {each.variant: dict(zip(KEYS, VARIANTS[each.variant], strict=True)) for each in runs}
     result = table.result(settings, variants, teacher, rows, curves, as_cut)
-    print("\n".join(f"wrote {path}" for path in table.write(args.out, result)))
+    print(results.said(table.write(args.out, result)))
     return result
 
 

@@ -1,14 +1,12 @@
 """The result of an ablation: means and standard deviations over seeds, as JSON, Markdown and a picture."""
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 from flaxkd.drawing import figures
-from flaxkd.evaluate import table
-from flaxkd.machine import files
+from flaxkd.evaluate import results, table
 
 # What is compared, and whether less or more of it is better. The first three are close to terms of the loss, and a
 # variant trains on some of these terms. The rest measure drawn pictures, and no variant trains on those.
@@ -77,12 +75,8 @@ def result(settings: dict, variants: dict, teacher: dict, rows: dict, curves: di
 
 
 def write(out: Path, result: dict) -> list[Path]:
-    """Writes ablation.json, .md and .png into `out`, and returns their paths."""
-    paths = [Path(out) / f"ablation.{ending}" for ending in ("json", "md", "png")]
-    files.write_text(paths[0], json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    files.write_text(paths[1], markdown(result))
-    picture(result, paths[2])
-    return paths
+    """Writes ablation.md, .json and .png into `out`, and returns their paths."""
+    return results.write(out, "ablation", markdown(result), result, lambda path: picture(result, path))
 
 
 def markdown(result: dict) -> str:

@@ -27,8 +27,8 @@ from flaxkd.bench import torch_works, works
 from flaxkd.bench.works import Prepared, Subject
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import figures
-from flaxkd.evaluate import table
-from flaxkd.machine import files, progress
+from flaxkd.evaluate import results, table
+from flaxkd.machine import progress
 from flaxkd.plan import devices
 from flaxkd.pretrained import Folder, fresh, save, shapes
 
@@ -77,7 +77,7 @@ def run(config, *, names: list[str] | None, against: list[str], unet: dict, roun
     result = {"settings": settings, "rows": derive(rows, config.batch_size, peak)}
     paths = write(out, result)
     print(markdown(result).partition("\n## Settings")[0])
-    print("\n".join(f"wrote {path}" for path in paths))
+    print(results.said(paths))
     return result
 
 
@@ -178,12 +178,8 @@ def derive(rows: list[dict], batch_size: int, peak: float | None) -> list[dict]:
 
 
 def write(out: Path, result: dict) -> list[Path]:
-    """Writes bench.json, .md and .png into `out` and returns their paths. result: {"settings", "rows"}."""
-    paths = [out / f"bench.{ending}" for ending in ("json", "md", "png")]
-    files.write_json(paths[0], result)
-    files.write_text(paths[1], markdown(result))
-    picture(result, paths[2])
-    return paths
+    """Writes bench.md, .json and .png into `out` and returns their paths. result: {"settings", "rows"}."""
+    return results.write(out, "bench", markdown(result), result, lambda path: picture(result, path))
 
 
 def markdown(result: dict) -> str:

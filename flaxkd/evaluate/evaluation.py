@@ -23,7 +23,7 @@ from flaxkd.data import encoding, sources
 from flaxkd.data import prompts as prompts_file
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import batches, grids, resumable
-from flaxkd.evaluate import candidates, fidelity, scores, subject, table
+from flaxkd.evaluate import candidates, fidelity, results, scores, subject, table
 from flaxkd.evaluate.candidates import Candidate
 from flaxkd.machine import command, hosts, sharding
 from flaxkd.models.vae import sample_latents
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict:
     result = {"settings": settings, "notes": notes, "rows": rows}
     written += table.write(args.out, result)
     print(table.markdown(result).partition("\n## ")[0])
-    print("\n".join(f"wrote {path}" for path in written))
+    print(results.said(written))
     return result
 
 

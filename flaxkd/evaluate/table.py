@@ -1,12 +1,11 @@
 """The table of an evaluation, teacher first: as JSON, Markdown and a picture."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
 from flaxkd.drawing import figures
-from flaxkd.machine import files
+from flaxkd.evaluate import results
 
 # (key in a row, title, decimals, meaning)
 COLUMNS = (
@@ -28,16 +27,13 @@ COLUMNS = (
 
 
 def write(out: Path, result: dict) -> list[Path]:
-    """Writes evaluation.json, .md and .png into `out` and returns their paths.
+    """Writes evaluation.md, .json and .png into `out` and returns their paths.
 
     result: {"settings": {...}, "rows": [row, ...], "notes": [str, ...]}, with the teacher's row first. A row has
     "model", the measured keys of COLUMNS, and optionally "by_timestep" {name: [a number per bin]} and "features"
     {module: float}."""
-    paths = [Path(out) / f"evaluation.{ending}" for ending in ("json", "md", "png")]
-    files.write_text(paths[0], json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n")
-    files.write_text(paths[1], markdown(result))
-    picture(result, paths[2])
-    return paths
+    draw = lambda path: picture(result, path)
+    return results.write(out, "evaluation", markdown(result), _finite(result), draw)
 
 
 def _finite(value):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jax
 
-from flaxkd.machine import command, files
+from flaxkd.evaluate import results
+from flaxkd.machine import command
 from flaxkd.plan import devices, table
 from flaxkd.plan.table import largest, markdown, next_size, row
 from flaxkd.training import settings
@@ -36,10 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows += found
         if found:
             rows += next_size(config, target, found[-1]["per_device"] // config.accumulate)
-    files.write_json(args.out / "plan.json", rows)
-    files.write_text(args.out / "plan.md", markdown(rows))
-    print(markdown(rows))
-    print(f"wrote {args.out / 'plan.json'}\nwrote {args.out / 'plan.md'}   ({time.time() - begin:.0f} s)")
+    results.report(args.out, "plan", markdown(rows), rows)
+    print(f"{time.time() - begin:.0f} s")
 
 
 if __name__ == "__main__":

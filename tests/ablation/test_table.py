@@ -40,7 +40,7 @@ def test_the_result_is_tables_and_a_picture(tmp_path):
     }
     settings = {"command": "python", "steps": 300, "batch size": 16, "seeds": 2}
     paths = table.write(tmp_path, table.result(settings, variants, {"loss_noise": 0.25}, rows, curves))
-    text = paths[1].read_text()
+    text = paths[0].read_text()
     assert "| variant | loss_noise | loss_output | features | PSNR |" in text
     assert "| teacher | 0.2500 | – | – | – |" in text
     assert "| noise | 0.3100 ± 0.0141 | 0.3100 ± 0.0141 | 0.3100 ± 0.0141 | 20.50 ± 0.71 |" in text
