@@ -145,7 +145,8 @@ def picture(result: dict, path: Path) -> None:
             axis.plot(spread["values"], [y] * len(spread["values"]), "o", color=color[name], alpha=0.6, ms=5)
             axis.plot([spread["mean"]] * 2, [y - 0.35, y + 0.35], color=color[name], linewidth=2)
         figures.readable(axis, "x", values, log=key not in ("psnr", "ssim"))
-        axis.set_yticks(list(places.values()), [f"{student}  {name}" for student, name in places], fontsize=7)
+        labels = [f"{student}  {name}" if len(found) > 1 else name for student, name in places]
+        axis.set_yticks(list(places.values()), labels, fontsize=7)
         axis.invert_yaxis()
         axis.set_title(f"{title} ({'less' if MEASURES[key] is min else 'more'} is better)", fontsize=10)
     for student, curves in result["curves"].items():
@@ -156,6 +157,7 @@ def picture(result: dict, path: Path) -> None:
         figures.readable(axis, "y", [value for points in curves.values() for _, value in points])
         axis.set_title(f"{student}: loss_output on held-out captions", fontsize=10)
         figures.steps(axis)
-        if axis.lines:
-            axis.legend(fontsize=7)
+    shown = {line.get_label(): line for axis in axes for line in axis.lines if line.get_label() in variants}
+    if shown:  # outside: curves of many variants leave no room
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=8)
     figures.save(figure, path)
