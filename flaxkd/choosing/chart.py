@@ -7,6 +7,7 @@ import numpy as np
 from flaxkd.drawing import figures
 
 WORDS = "#59636e"
+CLOSE = 25  # pixels between two marks whose labels would touch
 FATES = {  # what became of a unit: (color, filled, words)
     "kept": ("#1971c2", True, "kept"),
     "removed": ("#e8590c", False, "removed"),
@@ -33,15 +34,19 @@ def draw(choice, path: Path) -> None:
             mine = fates == fate
             style = dict(facecolors=color if filled else "white", edgecolors=color, s=34, linewidths=1.4, zorder=3)
             axis.scatter(values[mine], rows[mine], label=f"{words} ({mine.sum()})", **style)
-        for row in range(len(places)):
-            here = [i for i in np.argsort(values) if rows[i] == row]
-            for above, i in enumerate(here):  # labels of neighbours are above and below the line
-                style = dict(textcoords="offset points", ha="center", va="center", fontsize=6.5, color=WORDS)
-                axis.annotate(choice.units[i].label, (values[i], row), (0, 7 if above % 2 == 0 else -8), **style)
         axis.set_title(title, fontsize=10)
         axis.set_ylim(len(places) - 0.4, -0.6)
         axis.set_yticks(range(len(places)), places if axis is axes[0] else [""] * len(places))
         figures.readable(axis, "x", values)
+        for row in range(len(places)):
+            here = [i for i in np.argsort(values) if rows[i] == row]
+            for side, height in ((here[::2], 7), (here[1::2], -8)):  # neighbours are above and below the line
+                at = axis.transData.transform([(values[i], row) for i in side] or np.empty((0, 2)))[:, 0]
+                close = [False, *(np.diff(at) < CLOSE), False]  # to the one before: two such lean away from each other
+                for k, i in enumerate(side):
+                    leans = {(True, False): "left", (False, True): "right"}.get((close[k], close[k + 1]), "center")
+                    style = dict(textcoords="offset points", ha=leans, va="center", fontsize=6.5, color=WORDS)
+                    axis.annotate(choice.units[i].label, (values[i], row), (0, height), **style)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     share, ratio = choice.shares[0], choice.measured / choice.expected if choice.expected else 1
     figure.suptitle(
