@@ -41,12 +41,7 @@ def draw(choice, path: Path) -> None:
         for row in range(len(places)):
             here = [i for i in np.argsort(values) if rows[i] == row]
             for side, height in ((here[::2], 7), (here[1::2], -8)):  # neighbours are above and below the line
-                at = axis.transData.transform([(values[i], row) for i in side] or np.empty((0, 2)))[:, 0]
-                close = [False, *(np.diff(at) < CLOSE), False]  # to the one before: two such lean away from each other
-                for k, i in enumerate(side):
-                    leans = {(True, False): "left", (False, True): "right"}.get((close[k], close[k + 1]), "center")
-                    style = dict(textcoords="offset points", ha=leans, va="center", fontsize=6.5, color=WORDS)
-                    axis.annotate(choice.units[i].label, (values[i], row), (0, height), **style)
+                annotate(axis, [choice.units[i].label for i in side], values[side], row, height)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     share, ratio = choice.shares[0], choice.measured / choice.expected if choice.expected else 1
     figure.suptitle(
@@ -55,3 +50,13 @@ def draw(choice, path: Path) -> None:
         fontsize=11, color=figures.INK,
     )  # fmt: skip
     figures.save(figure, path)
+
+
+def annotate(axis, labels: list[str], values: np.ndarray, row: int, height: int) -> None:
+    """Writes labels at marks of ascending values, `height` points above the row. Two that would touch lean apart."""
+    at = axis.transData.transform(np.stack([values, np.full(len(values), row)], axis=-1))[:, 0]
+    close = [False, *(np.diff(at) < CLOSE), False]
+    for label, value, before, after in zip(labels, values, close, close[1:], strict=False):
+        leans = {(True, False): "left", (False, True): "right"}.get((before, after), "center")
+        style = dict(textcoords="offset points", ha=leans, va="center", fontsize=6.5, color=WORDS)
+        axis.annotate(label, (value, row), (0, height), **style)

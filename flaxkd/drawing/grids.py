@@ -34,14 +34,14 @@ def grid(
     height, width = height * scale, width * scale
     title_font, small = font(14), font(13)
     label = 190
-    longest = max(title_font.getlength(printable(title)) for title in columns)
-    cell = max(width, min(math.ceil(longest), TITLE))
+    columns = {printable(title): images for title, images in columns.items()}
+    cell = max(width, min(math.ceil(max(map(title_font.getlength, columns))), TITLE))
     size = (2 * MARGIN + label + len(columns) * (cell + GAP), 2 * MARGIN + 24 + len(rows) * (height + GAP))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, (title, images) in enumerate(columns.items()):
         left = MARGIN + label + i * (cell + GAP) + (cell - width) // 2
-        title = end_of(draw, printable(title), cell, title_font)
+        title = end_of(draw, title, cell, title_font)
         draw.text((left + width / 2, MARGIN + 8), title, INK, title_font, anchor="mm")
         for j, image in enumerate(images):
             tile = Image.fromarray(image).resize((width, height), Image.NEAREST if scale > 1 else Image.LANCZOS)

@@ -11,7 +11,7 @@ def test_a_title_that_is_too_long_keeps_its_end_within_its_column(tmp_path):
     cut = grids.end_of(draw, long, grids.TITLE, font)
     assert draw.textlength(cut, font) <= grids.TITLE < draw.textlength(f"/{cut}", font) + 8
     assert cut[0] == "…" and long.endswith(cut[1:])
-    for usual in ("teacher", "student, distilled", "the embedded teacher"):
+    for usual in ("teacher", "student as begun", "student, distilled", "the embedded teacher"):
         assert grids.end_of(draw, usual, grids.TITLE, font) == usual
 
     columns = {"teacher": np.zeros((1, 64, 64, 3), np.uint8), long: np.zeros((1, 64, 64, 3), np.uint8)}
