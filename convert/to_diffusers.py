@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add(parser, "out", help="new folder, or an earlier export to replace")
     add("--single-file", type=Path, metavar="FILE", help="new file *.safetensors by the original names")
     add("--for", dest="program", choices=single_file.PROGRAMS, help="the program that must read the single file")
-    half = "of the trained parts, or of the whole single file; default: unchanged"
+    half = "of a workdir's trained parts, or of all of a --model or single file; default: unchanged"
     command.add(parser, "dtype", choices=["float16", "float32"], help=half)
     add("--ema", action=argparse.BooleanOptionalAction, help="the moving average; default: if there is one")
     rounding = "round the UNet's weights, as flaxkd.train --config.quantize does; docs/quantization.md"
@@ -48,6 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("give --out DIR" + " or --single-file FILE" * (args.push_to_hub is None))
     if args.sdnq and args.single_file is not None:
         parser.error("--sdnq writes a folder, and no --single-file")
+    if args.workdir is None and not (args.ema is None and args.source is None):
+        parser.error("--ema, --no-ema and --source are for a --workdir: a --model is one set of whole parts")
+    if args.program and args.single_file is None:
+        parser.error("--for is for --single-file")
+    if args.private and not args.push_to_hub:
+        parser.error("--private is for --push-to-hub")
     dtype = None if args.dtype is None else np.dtype(args.dtype)
     if args.out is not None:
         write_folder(args, dtype)
@@ -60,7 +66,7 @@ def write_folder(args: argparse.Namespace, dtype) -> None:
     if args.sdnq:
         sdnq.write(args.out, opened(args), args.quantize, dtype)
     elif args.workdir is None:
-        save(args.out, source=rounded(opened(args), args.quantize), parts={})
+        save(args.out, source=rounded(opened(args), args.quantize, dtype), parts={}, source_dtype=dtype)
     else:
         export.export(args.workdir, args.out, dtype, args.ema, args.source, args.vae, args.quantize)
     address = upload(args.out) if upload else None
@@ -73,7 +79,7 @@ def write_folder(args: argparse.Namespace, dtype) -> None:
 
 
 def write_single_file(args: argparse.Namespace, dtype) -> None:
-    folder = rounded(opened(args), args.quantize)
+    folder = rounded(opened(args), args.quantize, dtype)
     able = single_file.write(args.single_file, folder, program=args.program, dtype=dtype)
     titles = ", ".join(single_file.PROGRAMS[name].title for name in able)
     print(f"wrote {args.single_file}, {args.single_file.stat().st_size / 1e6:,.1f} MB, read by: {titles or 'flaxkd'}")
@@ -85,8 +91,9 @@ def opened(args: argparse.Namespace) -> Folder:
     return export.checkpoint(args.workdir, args.ema, args.source, args.vae)
 
 
-def rounded(folder: Folder, scheme: str | None) -> Folder:
-    return folder if scheme is None else export.rounded(folder, scheme)
+def rounded(folder: Folder, scheme: str | None, dtype) -> Folder:
+    """Rounded in float32 where a dtype is asked for: a scale in float16 would round once more."""
+    return folder if scheme is None else export.rounded(folder, scheme, None if dtype is None else np.float32)
 
 
 def uploader(name: str, private: bool) -> Callable[[Path], str]:

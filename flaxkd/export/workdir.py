@@ -172,13 +172,13 @@ def as_drawn(folder: Folder) -> Folder:
     return rounded(folder, scheme) if scheme else folder
 
 
-def rounded(folder: Folder, scheme: str) -> Folder:
+def rounded(folder: Folder, scheme: str, dtype=None) -> Folder:
     """The same pipeline with the weights of its UNet rounded for good: they need no qwix to be drawn with.
 
-    Layers in full precision are those it was trained with, else the usual ones. Raises ValueError, as `rounding` and
-    `quantize.layers` do."""
+    Layers in full precision are those it was trained with, else the usual ones. dtype: of the UNet's parameters; None:
+    unchanged. Raises ValueError, as `rounding` and `quantize.layers` do."""
     how, unet = rounding(folder, scheme), folder.config("unet")
-    weights = lambda: on_grid(folder.stored("unet"), how)
+    weights = lambda: on_grid(folder.stored("unet") if dtype is None else folder.params("unet", dtype), how)
     return folder.replace({"unet": unet}, {"unet": weights}, folder.step).as_quantized(how)
 
 

@@ -21,17 +21,18 @@ def save(
     source: Folder,
     parts: Mapping[str, tuple[dict, dict]],
     dtype=None,
+    source_dtype=None,
     card: str | None = None,
     beside: Mapping[str, Path] | None = None,
 ) -> Path:
     """Writes a whole pipeline folder, and returns `out`.
 
     parts: {part: (config.json as a dict, params)} of the new parts, written in `dtype` (None: unchanged). The other
-    networks come from the pipeline folder `source` in their own dtype, under current names; tokenizer and scheduler
-    are copied. card: the text of README.md. beside: {name: path} of files to copy beside it. Everything is written
-    under another name and then renamed: a killed export leaves nothing half-written. An earlier export at `out` is
-    replaced. Raises ValueError if `out` is anything else or holds `source`, if `source` belongs to no family, if
-    parameters and configuration do not fit, or if a number is too large for `dtype`."""
+    networks come from the pipeline folder `source` in `source_dtype` (None: unchanged), under current names; tokenizer
+    and scheduler are copied. card: the text of README.md. beside: {name: path} of files to copy beside it. Everything
+    is written under another name and then renamed: a killed export leaves nothing half-written. An earlier export at
+    `out` is replaced. Raises ValueError if `out` is anything else or holds `source`, if `source` belongs to no family,
+    if parameters and configuration do not fit, or if a number is too large for its dtype."""
     out = Path(out).absolute()
     check_replaceable(out, source)
     family = source.family
@@ -41,7 +42,7 @@ def save(
                 config, params = parts[part]
                 tensors = cast(keys.to_tensors(params), dtype, part)
             else:
-                config, tensors = source.config(part), source.tensors(part)
+                config, tensors = source.config(part), cast(source.tensors(part), source_dtype, part)
             # There and back: the written tensors fit their configuration and have current names.
             params = keys.from_tensors(tensors, families.shapes(part, config), f"{part} of {source.path}")
             _write_part(new / part, part, config, keys.to_tensors(params))
@@ -99,9 +100,11 @@ def check_replaceable(out: Path, source: Folder) -> None:
 
 def cast(tensors: dict[str, np.ndarray], dtype, part: str) -> dict[str, np.ndarray]:
     """The tensors of a part in `dtype` (None: unchanged). Raises ValueError if a number is too large for it."""
+    if dtype is None:
+        return tensors
     try:
         with np.errstate(over="raise"):
-            return {key: x.astype(x.dtype if dtype is None else dtype) for key, x in tensors.items()}
+            return {key: x.astype(dtype) for key, x in tensors.items()}
     except FloatingPointError:
         raise ValueError(f"{part} has numbers too large for {np.dtype(dtype)}: export as float32") from None
 

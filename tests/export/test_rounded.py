@@ -59,6 +59,27 @@ def test_any_model_is_rounded_as_a_folder_and_as_a_single_file(tiny_pipeline, tm
         export.rounded(Folder.open(tmp_path / "new"), "w4")
 
 
+def test_a_model_is_written_in_the_dtype_that_was_asked_for(tiny_pipeline, tmp_path):
+    convert("--model", tiny_pipeline, "--out", tmp_path / "half", "--dtype", "float16")
+    half = Folder.open(tmp_path / "half")
+    assert {x.dtype for part in half.parts for x in half.tensors(part).values()} == {np.dtype(np.float16)}
+    for option, name in {"--out": "new", "--single-file": "new.safetensors"}.items():
+        convert("--model", half.path, option, tmp_path / name, "--quantize", "w4", "--dtype", "float32")
+    expected = quantize.on_grid(half.params("unet"), Quantization("w4"))
+    for name in ("new", "new.safetensors"):
+        new = Folder.open(tmp_path / name)
+        assert same(new.stored("unet"), expected)
+        assert {x.dtype for part in new.parts for x in jax.tree.leaves(new.stored(part))} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("ignored", [["--ema"], ["--no-ema"], ["--source", "x"], ["--for", "comfyui"], ["--private"]])
+def test_an_option_that_would_be_ignored_is_refused(ignored, tiny_pipeline, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert("--model", tiny_pipeline, "--out", tmp_path / "new", *ignored)
+    assert f"{ignored[0]} " in capsys.readouterr().err.replace(",", " ").splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
 def test_single_files_hold_what_is_drawn_with(tiny_pipeline, tmp_path):
     """Of a model that was trained to be rounded, and whose folder holds the weights before that."""
     folder = Folder.open(tiny_pipeline).as_quantized(HOW)
