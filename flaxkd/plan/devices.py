@@ -58,6 +58,7 @@ KINDS = {
     "a100-40": Kind("gpu", "A100", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached latents"),
     "a100-80": Kind("gpu", "A100 80GB", 0.27, "mosaicml/diffusion README: 36.3 images/s an A100, 512 px, cached"),
     "h100": Kind("gpu", "H100", 0.33, f"{MLPERF}: 8 H100, NeMo, 137.4 images/s a GPU"),
+    "h200": Kind("gpu", "H200", 0.33, "that of the H100, which computes alike: no figure is published for it"),
 }
 
 
@@ -98,13 +99,13 @@ def check_slice(kind: str, topology: str) -> None:
 def target(name: str) -> Target:
     """The machine of that name. Raises ValueError with examples for an unknown name."""
     tpu = re.fullmatch(r"(v\d[ep]?):(\d+(?:x\d+){1,2})", name)
-    gpu = re.fullmatch(r"([a-z]+100(?:-\d+)?)(?:x([1-9]\d*))?", name)
+    gpu = re.fullmatch(r"([a-z]+\d00(?:-\d+)?)(?:x([1-9]\d*))?", name)
     kind = (tpu or gpu)[1] if tpu or gpu else None
     kind = "a100-80" if kind == "a100" else kind
     if kind not in KINDS or (KINDS[kind].platform == "tpu") != bool(tpu):
         raise ValueError(
             f"unknown device {name!r}: TPUs are KIND:TOPOLOGY (v5e:4x8, v5p:2x2x1, v6e:2x2, v4:2x2x1), GPUs "
-            f"KINDxCOUNT (a100-40x8, a100-80x8, h100x8); the kinds are {', '.join(KINDS)}"
+            f"KINDxCOUNT (a100-40x8, a100-80x8, h100x8, h200x8); the kinds are {', '.join(KINDS)}"
         )
     if tpu:
         check_slice(kind, tpu[2])
@@ -149,4 +150,5 @@ GPUS = {
     "a100-40": Gpu("NVIDIA A100-SXM4-40GB", 8, 108, 64, 1.41, 1.555e12, 40 * 2**20, 164 * 2**10),
     "a100-80": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 2.039e12, 40 * 2**20, 164 * 2**10),
     "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 1.98, 3.352e12, 50 * 2**20, 228 * 2**10),
+    "h200": Gpu("NVIDIA H200", 9, 132, 128, 1.98, 4.8e12, 50 * 2**20, 228 * 2**10),
 }

@@ -87,7 +87,7 @@ def image_flops(lowered: compiling.Lowered) -> float:
     """The least FLOPs of training on one image, by the passes of its task; for a task without UNets, XLA's count."""
     if not lowered.passes:
         return lowered.program.cost_analysis()["flops"] / lowered.batch_size
-    return sum(times * students.cost(unet)[1] for unet, times in lowered.passes)
+    return students.image_flops(lowered.passes)
 
 
 def per_device(config, target: devices.Target, images: int):

@@ -1,5 +1,7 @@
 """A student as cut from its teacher: its `unet/config.json`, its weights, its size and cost."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -191,13 +193,29 @@ def cost(unet_config: dict) -> tuple[int, float]:
     """(parameters, FLOPs of a forward pass at its sample_size, batch 1, 77 text tokens) of a UNet. Takes 2 s.
 
     XLA counts the program before compilation. A multiply-add is two FLOPs. Attention and elementwise operations
-    count; products with padding zeros do not.
+    count; products with padding zeros do not. Raises ValueError where JAX has no CPU.
     """
     model, inputs = _program(unet_config)
     params = shapes(unet_config)["params"]
-    traced = jax.jit(model.apply).trace({"params": params}, *inputs)
-    program = traced.lower(lowering_platforms=("tpu",))  # on a CPU some layers take other forms, with loops
+    with jax.default_device(_cpu()):  # JAX counts for no other device before compilation
+        traced = jax.jit(model.apply).trace({"params": params}, *inputs)
+        program = traced.lower(lowering_platforms=("tpu",))  # on a CPU some layers take other forms, with loops
     return sum(x.size for x in jax.tree.leaves(params)), program.cost_analysis()["flops"]
+
+
+def image_flops(passes: Sequence[tuple[dict, int]]) -> float:
+    """The least FLOPs of training on one image, by `Task.passes`. Raises ValueError, as `cost` does."""
+    return sum(times * cost(unet_config)[1] for unet_config, times in passes)
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        platforms = jax.config.jax_platforms
+        raise ValueError(
+            f"JAX_PLATFORMS is {platforms}, and counting FLOPs needs the CPU too: set it to {platforms},cpu or unset it"
+        ) from None
 
 
 def _program(unet_config: dict):
