@@ -24,7 +24,7 @@ from PIL import Image
 from flaxkd import choosing, export, tasks
 from flaxkd.data import collages, encoding, loader, sources
 from flaxkd.drawing import class_pictures, grids
-from flaxkd.machine import checkpoints, command, configuration, cpu, hosts, progress, sharding, streams
+from flaxkd.machine import checkpoints, command, configuration, cpu, gpu, hosts, progress, sharding, streams
 from flaxkd.pretrained import Folder, fresh
 from flaxkd.tasks.samples import Sheet
 from flaxkd.training import checkpoint, curves, metrics, settings
@@ -456,6 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
     typed = shlex.join(["python", "-m", "flaxkd.train", *(sys.argv[1:] if arguments is None else arguments)])
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every file, and every error that is reported here
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    gpu.take_memory()
     if config.compilation_cache:
         command.keep_compiled_programs(config.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -7,7 +7,7 @@ import jax
 
 from flaxkd.bench import benchmark, torch_works
 from flaxkd.diffusion import samplers
-from flaxkd.machine import command, cpu
+from flaxkd.machine import command, cpu, gpu
 from flaxkd.training import settings
 
 RIVALS = {None: [], "eager": [torch_works.EAGER], "torch": [torch_works.EAGER, torch_works.COMPILED]}
@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     args, config = command.parse(parser, arguments)
     if args.against:  # PyTorch needs memory of the same GPU, of which JAX would reserve three quarters
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    else:
+        gpu.take_memory()
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)  # before anything computes, as the check does
     settings.check(config)
     command.keep_compiled_programs()

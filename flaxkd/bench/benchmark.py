@@ -5,10 +5,11 @@
     python -m flaxkd.bench --against torch                   the same work in PyTorch, eager and torch.compile
     python -m flaxkd.bench --unet block_out_channels=[64,128,256,256] --unet sample_size=32
 
-Three things are timed: a denoising step (the UNet on twice the batch, as guidance needs it), a batch of pictures (from
-text to pixels), and the training step of the configuration. The teacher trains on the noise alone. Each time is the
-median of --rounds, and the compared programs take turns. Weights do not affect it: students are as cut. With --unet,
-which replaces keys of the teacher's unet/config.json, weights are random.
+Four things are timed: a denoising step (the UNet on twice the batch, as guidance needs it), a batch of pictures (from
+text to pixels), the same in few steps, and the training step of the configuration. The teacher trains on the noise
+alone. Each time is the median of --rounds, and the compared programs take turns. Weights do not affect it: students are
+as cut. With --unet, which replaces keys of the teacher's unet/config.json, weights are random. The results are written
+after each model. What fails, such as for memory, is listed, and the others go on.
 """
 
 import importlib.metadata
@@ -55,30 +56,39 @@ def run(config, *, names: list[str] | None, against: list[str], unet: dict, roun
             names = [student.names[0] for student in students.of(folder.family)]
         for name in names:
             students.config(students.get(name), teacher_config)
-        rows = []
+        rows: list[dict] = []
         with progress.Bar((1 + len(names)) * len(works.WORKS) * (1 + len(against)) * rounds, unit=" runs") as bar:
             for name in ("teacher", *names):
                 subject = works.subject(name, config, folder, steps=steps)
                 rows += measure(subject, [OURS, *against], rounds, bar)
-    settings = {
-        "teacher": config.teacher or "the embedded miniature",
-        "unet": ", ".join(f"{key} {value}" for key, value in unet.items()) or "the teacher's",
-        "latents": "{0} x {0} x {1}".format(teacher_config["sample_size"], teacher_config["in_channels"]),
-        "batch": f"{config.batch_size} images, twice that in a denoising step",
-        "sampler": f"{steps} steps of {samplers.DEFAULT}, guidance {folder.guidance:g}",
-        "sampler of few steps": f"{samplers.SAMPLERS[works.FEW].steps} steps of {works.FEW}, without guidance",
-        "timing": f"median of {rounds}" + ", in turns" * bool(against),
-        "precision": str(subject.dtype),
-        "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions(against).items()),
-    }
-    one = devices.peak(jax.devices()[0])
-    peak = one and one.flops_per_second * jax.device_count()
-    result = {"settings": settings, "rows": derive(rows, config.batch_size, peak)}
-    paths = write(out, result)
+                settings = {
+                    "teacher": config.teacher or "the embedded miniature",
+                    "unet": ", ".join(f"{key} {value}" for key, value in unet.items()) or "the teacher's",
+                    "latents": "{0} x {0} x {1}".format(teacher_config["sample_size"], teacher_config["in_channels"]),
+                    "batch": f"{config.batch_size} images, twice that in a denoising step",
+                    "sampler": f"{steps} steps of {samplers.DEFAULT}, guidance {folder.guidance:g}",
+                    "sampler of few steps": f"{samplers.SAMPLERS[works.FEW].steps} steps of {works.FEW}, "
+                    "without guidance",
+                    "timing": f"median of {rounds}" + ", in turns" * bool(against),
+                    "precision": str(subject.dtype),
+                    "machine": machine(),
+                    "versions": ", ".join(f"{name} {version}" for name, version in versions(against).items()),
+                } | ({"PyTorch's device": torch_works.machine()} if against else {})
+                result = {"settings": settings, "rows": derive(rows, config.batch_size, peak())}
+                paths = write(out, result)  # after each model: what is measured is not lost with the next one
     print(markdown(result).partition("\n## Settings")[0])
     print(results.said(paths))
     return result
+
+
+def machine() -> str:
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+
+
+def peak() -> float | None:
+    """FLOP/s of all devices at most; None if unknown."""
+    one = devices.peak(jax.devices()[0])
+    return one and one.flops_per_second * jax.device_count()
 
 
 def versions(against: list[str]) -> dict[str, str]:
@@ -100,27 +110,32 @@ def other_architecture(folder: Folder, changes: dict, out: Path, seed: int) -> F
 
 
 def measure(subject: Subject, rivals: list[str], rounds: int, bar: progress.Bar) -> list[dict]:
-    """A row {"model", "by", "parameters", work: {"seconds", ...}} per rival, for every work of `works.WORKS`."""
+    """A row {"model", "by", "parameters", "image_flops", work: {"seconds", ...}} per rival, for every work of
+    `works.WORKS`. One that fails, such as for memory, has None for its seconds, and "failed" says why."""
     size = sum(x.size for x in jax.tree.leaves(subject.unet))
-    rows = {by: {"model": subject.name, "by": by, "parameters": size} for by in rivals}
+    about = {"parameters": size, "image_flops": students.image_flops(subject.task.passes)}
+    rows = {by: {"model": subject.name, "by": by, **about} for by in rivals}
     for work in works.WORKS:
         ready: dict[str, Prepared] = {}
         for by in rivals:
             bar.describe(f"{subject.name}, {work}" + f", {by}" * (len(rivals) > 1))
-            with bar.during(progress.COMPILING):
-                ours = by == OURS
-                ready[by] = works.prepare(subject, work) if ours else torch_works.prepare(subject, work, by)
+            try:
+                with bar.during(progress.COMPILING):
+                    ours = by == OURS
+                    ready[by] = works.prepare(subject, work) if ours else torch_works.prepare(subject, work, by)
+            except RuntimeError as error:  # of XLA's and PyTorch's allocators and compilers
+                rows[by][work] = dict.fromkeys(MEASURED) | {"failed": first_line(error)}
+                bar.update(rounds)
         bar.describe(f"{subject.name}, {work}")
         seconds = interleaved(ready, rounds, bar)
         for by, prepared in ready.items():
-            rows[by][work] = {
-                "seconds": statistics.median(seconds[by]),
-                "all_seconds": seconds[by],
-                "first_seconds": prepared.first,
-                "flops": prepared.flops,
-                "peak_bytes": prepared.peak_bytes,
-            }
+            numbers = statistics.median(seconds[by]), seconds[by], prepared.first, prepared.flops, prepared.peak_bytes
+            rows[by][work] = dict(zip(MEASURED, numbers, strict=True))
     return list(rows.values())
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def interleaved(ready: dict[str, Prepared], rounds: int, bar) -> dict[str, list[float]]:
@@ -155,25 +170,25 @@ TITLES = {
     "train": "training step",
 }
 BATCHES = ("image", "few_steps", "train")  # works of a batch of pictures
+MEASURED = ("seconds", "all_seconds", "first_seconds", "flops", "peak_bytes")  # of a work
 
 
 def derive(rows: list[dict], batch_size: int, peak: float | None) -> list[dict]:
-    """The rows with derived figures: images/s, and for flaxkd the cost of training relative to its least cost.
+    """The rows with derived figures: images/s, and what training takes relative to the least FLOPs of its passes.
 
-    A training step needs at least the teacher's forward pass and three of the student: forward, and twice that much
-    backward. "of_least" is its FLOPs in units of that. "of_peak" is its FLOP/s in units of `peak`, the most that the
-    devices can do.
-    """
-    forward = {row["model"]: row["denoise"]["flops"] / 2 for row in rows if row["denoise"]["flops"]}
+    "of_least" is XLA's count of a training step in units of that. "of_peak" is the least FLOPs per second in units of
+    `peak`, the most that the devices can do: what others call model FLOPs utilisation."""
     for row in rows:
         for work in BATCHES:
-            row[work]["images_per_second"] = batch_size / row[work]["seconds"]
-        if (flops := row["train"]["flops"]) is None:
+            seconds = row[work]["seconds"]
+            row[work]["images_per_second"] = seconds and batch_size / seconds
+        train, least = row["train"], row["image_flops"]
+        if not least:  # a task without UNets
             continue
-        least = 3 * forward[row["model"]] + (forward["teacher"] if row["model"] != "teacher" else 0)
-        row["train"]["of_least"] = flops / least
-        if peak is not None:
-            row["train"]["of_peak"] = flops / row["train"]["seconds"] / peak
+        if train["flops"] is not None:
+            train["of_least"] = train["flops"] / (least * batch_size)
+        if peak is not None and train["seconds"] is not None:
+            train["of_peak"] = least * train["images_per_second"] / peak
     return rows
 
 
@@ -183,9 +198,9 @@ def write(out: Path, result: dict) -> list[Path]:
 
 
 def markdown(result: dict) -> str:
-    """The tables: time of each work; size and cost; the others' times relative to flaxkd's; the settings."""
+    """The tables: time of each work; size and cost; the others' times relative to flaxkd's; failures; the settings."""
     rows = result["rows"]
-    blocks = ["# Benchmark", times(rows), costs(rows), ratios(rows)]
+    blocks = ["# Benchmark", times(rows), costs(rows), ratios(rows), failures(rows)]
     blocks += ["## Settings", table.settings_table(result["settings"])]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -193,8 +208,10 @@ def markdown(result: dict) -> str:
 def times(rows: list[dict]) -> str:
     """Seconds are medians. images/s are for drawing whole pictures, and for training."""
     several = len({row["by"] for row in rows}) > 1
+    peak = any("of_peak" in row["train"] for row in rows)
     denoise, *batches = (f"s / {work}" for work in TITLES.values())
     cells = [["by"] * several + [denoise, *(title for batch in batches for title in (batch, "images/s"))]]
+    cells[0] += ["of the device's peak"] * peak
     for row in rows:
         cells.append([row["by"]] * several)
         cells[-1] += [table.number(row["denoise"]["seconds"], 3)]
@@ -203,43 +220,43 @@ def times(rows: list[dict]) -> str:
                 table.number(row[work]["seconds"], 3),
                 table.number(row[work]["images_per_second"], 2),
             ]
+        cells[-1] += [f"{row['train']['of_peak']:.1%}" if "of_peak" in row["train"] else table.number(None, 0)] * peak
     return table.aligned(["model", *(row["model"] for row in rows)], cells)
 
 
 def costs(rows: list[dict]) -> str:
     """The counts of XLA, for flaxkd alone."""
-    rows = [row for row in rows if row["train"]["flops"] is not None]
-    if not rows:
-        return ""
-    peak = any("of_peak" in row["train"] for row in rows)
+    rows = [row for row in rows if row["by"] == OURS]
     cells = [["parameters", "GFLOPs / denoising step", "MiB", "GFLOPs / training step", "of the least", "MiB"]]
-    cells[0] += ["of the device's peak"] * peak
+    cells[0] += ["s / first training step"]
     for row in rows:
         cells.append([table.number(row["parameters"], 0)])
         for work in ("denoise", "train"):
-            cells[-1].append(table.number(row[work]["flops"] / 1e9, 1))
-            cells[-1] += [table.number(row["train"]["of_least"], 3)] * (work == "train")
-            bytes_ = row[work]["peak_bytes"]
+            flops, bytes_ = row[work]["flops"], row[work]["peak_bytes"]
+            cells[-1].append(table.number(flops and flops / 1e9, 1))
+            cells[-1] += [table.number(row["train"].get("of_least"), 3)] * (work == "train")
             cells[-1].append(table.number(bytes_ and bytes_ / 2**20, 0))
-        cells[-1] += [f"{row['train'].get('of_peak', 0):.1%}"] * peak
+        cells[-1].append(table.number(row["train"]["first_seconds"], 1))
     text = (
         "FLOPs and memory (arguments, results and temporaries of one device) are XLA's, for the compiled program. "
-        "XLA counts the body of a loop once, such as long attention on a CPU. "
-        "A training step needs at least the teacher's forward pass and three of the student's."
+        "XLA counts the body of a loop once, such as long attention on a CPU, and on a GPU nothing of cuDNN and "
+        "cuBLAS: there, FLOPs are left out. The least of a training step, also in the share of the device's peak, are "
+        "the teacher's forward pass and three of the student's. The first training step compiles, or loads what an "
+        "earlier run compiled."
     )
     return "\n\n".join(["## Size and cost", table.aligned(["model", *(row["model"] for row in rows)], cells), text])
 
 
 def ratios(rows: list[dict]) -> str:
     """The others' times divided by flaxkd's."""
-    ours = {row["model"]: row for row in rows if row["train"]["flops"] is not None}
-    others = [row for row in rows if row["train"]["flops"] is None]
+    ours = {row["model"]: row for row in rows if row["by"] == OURS}
+    others = [row for row in rows if row["by"] != OURS]
     if not others:
         return ""
     cells = [["by", *TITLES.values()]]
     for row in others:
-        ratio = [row[work]["seconds"] / ours[row["model"]][work]["seconds"] for work in TITLES]
-        cells.append([row["by"], *(table.number(x, 2) for x in ratio)])
+        both = [(row[work]["seconds"], ours[row["model"]][work]["seconds"]) for work in TITLES]
+        cells.append([row["by"], *(table.number(None if None in pair else pair[0] / pair[1], 2) for pair in both)])
     text = "Above 1, flaxkd is faster."
     return "\n\n".join(
         [
@@ -250,6 +267,12 @@ def ratios(rows: list[dict]) -> str:
     )
 
 
+def failures(rows: list[dict]) -> str:
+    found = [f"- {row['model']}, {work}, {row['by']}: {row[work]['failed']}" for row in rows for work in TITLES
+             if "failed" in row[work]]  # fmt: skip
+    return "\n\n".join(["## What failed", "\n".join(found)]) if found else ""
+
+
 def picture(result: dict, path: Path) -> None:
     """Bars of the three times, one colour per program."""
     rows = result["rows"]
@@ -258,7 +281,7 @@ def picture(result: dict, path: Path) -> None:
     figure, axes = figures.panels(len(TITLES), height=1.2 + 0.28 * len(rows))
     for axis, (work, title) in zip(axes, TITLES.items(), strict=True):
         for i, by in enumerate(who):
-            own = [row for row in rows if row["by"] == by]
+            own = [row for row in rows if row["by"] == by and row[work]["seconds"] is not None]
             places = [models.index(row["model"]) + 0.8 * (i + 0.5) / len(who) - 0.4 for row in own]
             seconds = [row[work]["seconds"] for row in own]
             drawn = axis.barh(places, seconds, 0.8 / len(who), color=figures.LINES[i], label=by)

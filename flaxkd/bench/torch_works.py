@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from flaxkd import students
@@ -33,10 +34,11 @@ class Networks(NamedTuple):
 
 
 def check(config) -> None:
-    """Raises ValueError for settings that distill-sd lacks, and ModuleNotFoundError without torch or diffusers."""
+    """Raises ValueError for settings that distill-sd lacks, or if PyTorch would compute on another kind of device than
+    JAX, and ModuleNotFoundError without torch or diffusers."""
     try:
         import diffusers  # noqa: F401
-        import torch  # noqa: F401
+        import torch
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error.name} is not installed: pip install -e ".[test]"') from error
     wrong = {
@@ -55,6 +57,22 @@ def check(config) -> None:
         raise ValueError(
             f"the training step in PyTorch does not support the configuration's setting of {', '.join(found)}"
         )
+    ours, theirs = jax.default_backend(), {"cuda": "gpu"}.get(device(), device())
+    if ours != theirs:
+        raise ValueError(
+            f"JAX would compute on a {ours}, and PyTorch {torch.__version__} on a {theirs}: install a PyTorch for this "
+            "machine's accelerator and driver, or time without --against"
+        )
+
+
+def machine() -> str:
+    """The device of PyTorch, and the versions that its speed depends on."""
+    import torch
+
+    if device() == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    cudnn = torch.backends.cudnn.version()
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
 
 
 def prepare(subject: Subject, work: str, by: str) -> Prepared:

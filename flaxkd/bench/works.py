@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
 
     call: Callable[[], Any]
     first: float  # seconds until the end of the first run: tracing, and compiling or loading the program
-    flops: float | None = None  # of the compiled program on all devices, by XLA's count: a multiply-add counts as two
+    flops: float | None = None  # of the compiled program on all devices, as `facts` gives them
     peak_bytes: int | None = None  # arguments, results and temporaries on one device, as assigned by XLA
 
 
@@ -93,11 +93,14 @@ def prepare(subject: Subject, work: str) -> Prepared:
 
 
 def facts(compiled: jax.stages.Compiled | None) -> tuple[float | None, int | None]:
-    """(FLOPs on all devices, peak bytes on one) of a compiled program; None where the backend reports nothing."""
+    """(FLOPs on all devices, peak bytes on one) of a compiled program; None where the backend reports nothing.
+
+    A multiply-add counts as two. On a GPU, XLA counts none of those in cuDNN and cuBLAS: None."""
     if compiled is None:
         return None, None
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    devices = len(jax.tree.leaves(compiled.input_shardings)[0].device_set)
+    devices = jax.tree.leaves(compiled.input_shardings)[0].device_set
+    cost = {} if next(iter(devices)).platform in ("gpu", "cuda", "rocm") else cost
     needed = memory and sum(
         (
             memory.argument_size_in_bytes,
@@ -106,7 +109,7 @@ def facts(compiled: jax.stages.Compiled | None) -> tuple[float | None, int | Non
             -memory.alias_size_in_bytes,
         )
     )
-    return (cost["flops"] * devices if "flops" in cost else None), needed
+    return (cost["flops"] * len(devices) if "flops" in cost else None), needed
 
 
 def _pipeline(subject: Subject) -> Pipeline:

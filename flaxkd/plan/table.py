@@ -13,12 +13,11 @@ bytes of the machine code. Needs `pip install "flaxkd[plan]"`.
 import math
 
 from flaxkd import students
-from flaxkd.machine import progress
+from flaxkd.machine import gpu, progress
 from flaxkd.models.unet import REMAT
 from flaxkd.plan import compiling, devices
 
 GIB = 2**30
-SPARE = 0.93  # of a GPU's memory: the rest is for its context, cuDNN and NCCL
 USABLE = 0.984  # of a TPU's: libtpu reports 15.75 of a v5e's 16 GiB
 CODE = GIB  # reserved for a TPU's machine code, if not compiled to the end. Complete programs had at most 0.85 GiB
 ATTEMPTS = 5  # compilations per search
@@ -79,7 +78,7 @@ def row(config, target: devices.Target, whole: bool = False) -> dict:
 def room(target: devices.Target, whole: bool = False) -> float:
     """Bytes that a step may need on a device. whole: as reported by `compiling.whole`, machine code included."""
     if target.platform == "gpu":
-        return SPARE * target.peak.memory
+        return gpu.MEMORY * target.peak.memory
     return USABLE * target.peak.memory - (0 if whole else CODE)
 
 

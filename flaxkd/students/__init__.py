@@ -1,6 +1,16 @@
 """Students: THE TABLE (table) and what a row says (row), cutting one from its teacher, feature pairs, a picture."""
 
-from flaxkd.students.cutting import config, cost, give_adapter, image_flops, shapes, take, take_adapter, teacher_path, view
+from flaxkd.students.cutting import (
+    config,
+    cost,
+    give_adapter,
+    image_flops,
+    shapes,
+    take,
+    take_adapter,
+    teacher_path,
+    view,
+)
 from flaxkd.students.pairs import PAIRINGS, feature_pairs
 from flaxkd.students.row import CHOSEN, Published, Student, read, write
 from flaxkd.students.table import CLASH, STUDENTS, TABLE, diagram, get, of
@@ -15,11 +25,11 @@ __all__ = [
     "Student",
     "config",
     "cost",
-    "image_flops",
     "diagram",
     "feature_pairs",
     "get",
     "give_adapter",
+    "image_flops",
     "of",
     "read",
     "shapes",

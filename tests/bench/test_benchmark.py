@@ -46,6 +46,7 @@ def rows() -> list[dict]:
             "model": model,
             "by": by,
             "parameters": 1234567,
+            "image_flops": 1.5e9 if model == "teacher" else 2e9,
             "denoise": of(flops and 4e9),
             "image": of(None),
             "few_steps": of(None),
@@ -58,9 +59,10 @@ def rows() -> list[dict]:
 
 def test_what_follows_from_the_measures():
     teacher, student, torch = benchmark.derive(rows(), 4, peak=84e9)
-    assert teacher["train"]["of_least"] == pytest.approx(6 / (3 * 2))
-    assert student["train"]["of_least"] == pytest.approx(8.4 / (2 + 3 * 2))
-    assert student["train"]["of_peak"] == pytest.approx(0.1) and "of_peak" not in torch["train"]
+    assert teacher["train"]["of_least"] == pytest.approx(6 / (4 * 1.5))
+    assert student["train"]["of_least"] == pytest.approx(8.4 / (4 * 2))
+    assert student["train"]["of_peak"] == pytest.approx(8 / 84)
+    assert torch["train"]["of_peak"] == pytest.approx(8 / 84 / 1.5) and "of_least" not in torch["train"]
     assert student["image"]["images_per_second"] == student["few_steps"]["images_per_second"] == 4
     assert torch["train"]["images_per_second"] == 4 / 1.5
 
@@ -69,7 +71,7 @@ def test_the_table_has_ratios_only_against_somebody(tmp_path):
     every = benchmark.derive(rows(), 4, None)
     text = benchmark.markdown({"settings": {"machine": "two cores"}, "rows": every})
     assert "| sd_small | torch eager | 1.50 | 1.50 | 1.50 | 1.50 |" in text
-    assert "| sd_small | 1,234,567 | 4.0 | 3 | 8.4 | 1.050 | 3 |" in text and "peak |" not in text
+    assert "| sd_small | 1,234,567 | 4.0 | 3 | 8.4 | 1.050 | 3 | 9.0 |" in text and "peak |" not in text
     alone = benchmark.markdown({"settings": {}, "rows": every[:2]})
     assert "divided" not in alone and "| by |" not in alone
     benchmark.write(tmp_path, {"settings": {}, "rows": every})

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxkd import tasks
+from flaxkd import pretrained, students, tasks
 from flaxkd.machine import sharding
-from flaxkd.pretrained import Folder
+from flaxkd.models.attention import DotProductAttention
+from flaxkd.pretrained import Folder, families
+from tests import tiny
 from tests.device import HERE, THERE, apart
 from tests.test_configs import load
 
@@ -49,6 +51,13 @@ def test_a_network_is_that_of_the_cpu(name, dtype, precision, most):
     assert apart(network(name, dtype, precision, THERE), network(name, "float32", "highest", HERE)) < most
 
 
+def test_flops_are_counted_beside_any_device():
+    config = FOLDER.config("unet")
+    with jax.default_device(THERE):
+        parameters, flops = students.cost(config)
+    assert parameters == sum(x.size for x in jax.tree.leaves(FOLDER.shapes("unet"))) and flops > parameters
+
+
 @functools.cache
 def distillation(dtype: str, precision: str, device):
     """(loss, gradient) of the quick start's step, for the same noise and timesteps everywhere."""
@@ -66,3 +75,43 @@ def test_a_distillation_has_the_loss_and_the_gradient_of_the_cpu(dtype, precisio
     ours, true = distillation(dtype, precision, THERE), distillation("float32", "highest", HERE)
     assert apart(ours[0], true[0]) < most
     assert apart(ours[1], true[1]) < 4 * most
+
+
+# Two stages of 4,096 and 1,024 tokens, 4 heads of 8 channels: the kernel of long attention, on a device that has one.
+LONG = {"sample_size": 64, "block_out_channels": (32, 32), "layers_per_block": 1, "attention_head_dim": 4}
+LONG |= {"norm_num_groups": 4, "cross_attention_dim": 16, "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+LONG |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+
+
+@functools.cache
+def long_attention(dtype: str, device):
+    """A call of a UNet's prediction and gradient, which returns numpy arrays."""
+    config = families.SD15 | LONG
+    attend = DotProductAttention(sharding.make_mesh(1, 1, [device]))
+    module = families.build("unet", config, jnp.dtype(dtype), attend=attend)
+    params = tiny.weights(pretrained.shapes("unet", config), 0)
+    inputs = samples(2, 64, 64, 4), np.array([1, 900]), samples(2, 16, 16)
+
+    def squares(params):
+        y = module.apply({"params": params}, *inputs).astype(jnp.float32)
+        return jnp.mean(y**2), y
+
+    precision = "highest" if dtype == "float32" else "default"
+    program = jax.jit(jax.value_and_grad(squares, has_aux=True))
+
+    def call():
+        with jax.default_device(device), jax.default_matmul_precision(precision):
+            return jax.device_get(program(params))
+
+    return call
+
+
+def test_long_attention_in_a_network_is_that_of_the_cpu_and_repeats_bit_for_bit():
+    ours, true = long_attention("bfloat16", THERE), long_attention("float32", HERE)()
+    first, second = ours(), ours()
+    assert apart(first[0], true[0]) < 5e-2
+    assert apart(first[1], true[1]) < 4 * 5e-2
+    different = [
+        a.shape for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True) if not np.array_equal(a, b)
+    ]
+    assert not different, f"{len(different)} of {len(jax.tree.leaves(first))} arrays differ in a second run"
