@@ -144,6 +144,16 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not args.lora and not args.extract:
         raise ValueError("there is nothing to read: give --lora FILE, or --extract BASE TUNED")
+    if args.extract:
+        command.refuse(parser, args, ["--lora", "--model"], "not of --extract, which reads BASE and TUNED alone")
+    else:
+        command.refuse(parser, args, ["--rank", "--targets"], "of --extract")
+    if args.fuse:
+        command.refuse(parser, args, ["--to"], "not of --fuse, which writes a model")
+    elif args.out.suffix != ".safetensors":
+        parser.error(f"--out {args.out} must end in .safetensors")
+    if args.rank < 1:
+        parser.error(f"--rank {args.rank} must be at least 1")
     if args.fuse:
         fuse(args)
     else:

@@ -48,12 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("give --out DIR" + " or --single-file FILE" * (args.push_to_hub is None))
     if args.sdnq and args.single_file is not None:
         parser.error("--sdnq writes a folder, and no --single-file")
-    if args.workdir is None and not (args.ema is None and args.source is None):
-        parser.error("--ema, --no-ema and --source are for a --workdir: a --model is one set of whole parts")
-    if args.program and args.single_file is None:
-        parser.error("--for is for --single-file")
-    if args.private and not args.push_to_hub:
-        parser.error("--private is for --push-to-hub")
+    if args.workdir is None:
+        command.refuse(parser, args, ["--ema", "--source"], "of --workdir, and not of --model")
+    if args.push_to_hub is None:
+        command.refuse(parser, args, ["--private"], "of --push-to-hub")
+    if args.single_file is None and args.program:
+        parser.error("--for: of --single-file")
+    if args.single_file is not None and args.single_file.suffix != ".safetensors":
+        parser.error(f"--single-file {args.single_file} must end in .safetensors")
     dtype = None if args.dtype is None else np.dtype(args.dtype)
     if args.out is not None:
         write_folder(args, dtype)
@@ -64,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
 def write_folder(args: argparse.Namespace, dtype) -> None:
     upload = uploader(args.push_to_hub, args.private) if args.push_to_hub else None
     if args.sdnq:
-        sdnq.write(args.out, opened(args), args.quantize, dtype)
+        others = dtype if args.workdir is None else None
+        sdnq.write(args.out, opened(args), args.quantize, dtype, source_dtype=others)
     elif args.workdir is None:
         save(args.out, source=rounded(opened(args), args.quantize, dtype), parts={}, source_dtype=dtype)
     else:

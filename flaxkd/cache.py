@@ -141,7 +141,8 @@ def draw(args: argparse.Namespace) -> list[Path]:
     if args.prompts is not None:
         found = prompts.read(args.prompts)
     else:
-        source = sources.open_source(args.source or "openmoji", args.split, resolution=resolution)
+        columns = {"caption_column": args.caption_column, "image_column": args.image_column}
+        source = sources.open_source(args.source or "openmoji", args.split, resolution=resolution, **columns)
         captions = source.all_captions()
         order = np.random.default_rng(args.seed).permutation(len(captions))
         found = [captions[i] for i in order]
@@ -213,6 +214,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.bench and not (args.out and (args.source or args.draw is not None)):
         parser.error("give --source and --out, --draw N and --out, or --bench DIR")
+    if args.bench:
+        return args
+    if args.draw is None:
+        drawing = ["--prompts", "--lora", "--sampler", "--steps", "--guidance", "--seed"]
+        command.refuse(parser, args, drawing, "of --draw")
+    else:
+        reading = ["--buckets", "--flip", "--validation", "--batch-size", "--threads"]
+        reading += ["--min-aesthetic", "--min-size", "--aesthetic-column"]
+        command.refuse(parser, args, reading, "not of --draw, which encodes nothing")
+        if args.prompts is not None:
+            command.refuse(parser, args, ["--source", "--caption-column", "--image-column"], "not beside --prompts")
     return args
 
 

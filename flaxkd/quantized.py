@@ -46,6 +46,10 @@ class Seen(NamedTuple):
 
 def run(args: argparse.Namespace) -> list[dict]:
     """The rows of the table, written to `args.out`. Raises ValueError and FileNotFoundError before any compute."""
+    if args.examples < 1 or not 0 <= args.pictures <= args.examples:
+        raise ValueError(
+            f"--examples {args.examples} must be at least 1, and --pictures {args.pictures} from 0 to that"
+        )
     mesh, dtype = sharding.local_mesh(), sharding.compute_dtype(args.dtype)
     sharding.check_batch(mesh, args.batch_size, 1)
     teacher, models = candidates.find(args.teacher), []
@@ -53,6 +57,10 @@ def run(args: argparse.Namespace) -> list[dict]:
         found = candidates.find(model, tuple(m.name for m in models))
         candidates.check(found, teacher)
         schemes_of(found, args)
+        if found.folder.beside:
+            raise ValueError(
+                f"{found.name} is for inpainting: flaxkd.evaluate measures such a model as it is drawn with"
+            )
         models.append(found)
     latents, resolution = candidates.sizes(teacher, args.resolution)
     source = sources.open_source(args.data, "validation", resolution=resolution)

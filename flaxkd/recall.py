@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     captions, known = originals.read(args.captions, args.originals, args.seed)
     pipeline = Pipeline.from_pretrained(args.model, vae=args.vae)
+    originals.check(pipeline.name, pipeline.folder.resolution, known)
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     drawn = same_noise.draw(pipeline, captions, args.seed, **options)
     order = originals.nearest(drawn, known)

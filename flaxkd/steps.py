@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> list[dict]:
     """The rows of the table, written to `args.out`. Raises ValueError for wrong numbers."""
     captions, known = originals.read(args.captions, args.originals, args.seed)
     pipelines = [Pipeline.from_pretrained(model) for model in [args.teacher, *(args.model or [])]]
+    for pipeline in pipelines:
+        originals.check(pipeline.name, pipeline.folder.resolution, known)
     teacher, wanted, rows, shown = pipelines[0], None, [], {}
     asked = [(teacher, samplers.own(teacher.scheduler_config), samplers.STEPS)]
     asked += [(p, kind, n) for p in pipelines for kind in samplers_of(p) for n in args.steps or (1, 2, 4, 8)]

@@ -153,3 +153,17 @@ def test_a_set_that_the_teacher_draws(tiny_pipeline, tmp_path, capsys):
     assert (foreign / "metadata.jsonl").read_text() == "mine"
     with pytest.raises(SystemExit, match="--draw is 0, must be at least 1"):
         cache.main([*flags, "--draw", "0"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--draw", "1", "--flip", "--min-size", "9"], "--flip, --min-size: not of --draw"),
+        (["--draw", "1", "--prompts", "p.txt", "--caption-column", "long"], "--caption-column: not beside --prompts"),
+        (["--source", "set", "--steps", "3", "--seed", "1"], "--steps, --seed: of --draw"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cache.main(["--out", "nowhere", *arguments])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from flaxkd import recall
 from flaxkd.evaluate import originals as known
 
 
@@ -15,3 +16,8 @@ def test_recall_counts_originals_among_the_nearest():
     assert known.recall(order, 2) == pytest.approx(2 / 3)
     assert known.recall(order, 3) == pytest.approx(2 / 3)
     assert known.recall(order, 4) == 1.0
+
+
+def test_a_model_of_another_size_is_refused_before_it_draws(tiny_pipeline):
+    with pytest.raises(SystemExit, match="draws 32 x 32 pixels, and OpenMoji's originals have 64 x 64"):
+        recall.main(["--model", str(tiny_pipeline), "--captions", "1", "--originals", "2"])

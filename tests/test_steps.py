@@ -23,6 +23,8 @@ def asked(monkeypatch):
             self.scheduler_config = {"_class_name": kind, "timestep_spacing": "leading"}
             self.scheduler_config |= {samplers.OWN_STEPS: 4} if model == "phased" else {}
 
+        resolution = 32
+
         def latent_shape(self):
             return 4, 4, 4
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from flaxkd import students
+from flaxkd import export, students
 from flaxkd.bench import torch_works, works
 from flaxkd.bench.works import Prepared, Subject
 from flaxkd.diffusion import samplers
@@ -48,7 +48,7 @@ def run(config, *, names: list[str] | None, against: list[str], unet: dict, roun
     if against:
         torch_works.check(config)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Folder.open(config.teacher, config.vae, config.clip_skip)
+        folder = export.open_model(config.teacher, config.vae).skip_layers(config.clip_skip)
         if unet:
             folder = other_architecture(folder, unet, Path(scratch) / "pipeline", config.seed)
         teacher_config = folder.config("unet")

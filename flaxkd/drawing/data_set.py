@@ -56,7 +56,7 @@ def draw(
     steps = how.steps or samplers.usual_steps(kind, scheduler)
     guidance = folder.guidance if how.guidance is None else how.guidance
     schedule, shape = samplers.schedule(kind, scheduler, steps), folder.latent_shape(how.resolution)
-    made = {**about, "model": str(folder.path), "weights": resumable.fingerprint(pipeline.params)}
+    made = {**about, "model": str(folder.path), "weights": resumable.fingerprint(pipeline.params, folder)}
     made |= {"sampler": kind, "steps": steps, "guidance": guidance, "seed": how.seed}
     made |= {"pixels": how.resolution, "dtype": np.dtype(pipeline.modules["unet"].dtype).name}
     if hosts.is_first():

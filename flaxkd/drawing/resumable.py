@@ -7,6 +7,7 @@ The pictures depend neither on the batch, nor on the number of devices or proces
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from flaxkd.machine import files
+from flaxkd.pretrained import Folder
 
 SETTINGS = "settings.json"
 
@@ -86,9 +88,15 @@ def read(path: Path, size: int | None = None) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as a picture ({error}): remove it and run again") from error
 
 
-def fingerprint(params: dict) -> str:
-    """A hash of all weights {part: tree}: it tells pictures of an older checkpoint from new ones."""
+def fingerprint(params: dict, folder: Folder | None = None) -> str:
+    """A hash of all weights {part: tree}: it tells pictures of an older checkpoint from new ones.
+
+    folder: its configurations are hashed too, such as the layers of a text encoder that are left out."""
     digest = hashlib.sha256()
+    if folder is not None:
+        configs = [folder.config(part) for part in (*folder.parts, "scheduler")]
+        shown = [{key: value for key, value in config.items() if not key.startswith("_")} for config in configs]
+        digest.update(json.dumps([shown, str(folder.quantization)], sort_keys=True, default=str).encode())
     for path, x in sorted(flatten_dict(jax.device_get(params)).items()):
         digest.update("/".join(path).encode() + np.ascontiguousarray(x).view(np.uint8).tobytes())
     return digest.hexdigest()[:16]

@@ -112,7 +112,7 @@ def sizes(teacher: Candidate, resolution: int | None) -> tuple[tuple[int, int, i
 def load(model: Candidate, dtype, mesh) -> Candidate:
     """The model with its weights on every device of the mesh."""
     pipeline = Pipeline.from_folder(model.folder, model.name, dtype, mesh)
-    return model._replace(pipeline=pipeline, fingerprint=resumable.fingerprint(pipeline.params))
+    return model._replace(pipeline=pipeline, fingerprint=resumable.fingerprint(pipeline.params, model.folder))
 
 
 def network(model: Candidate, captions: list[str], resolution: int, beside: dict) -> fidelity.Network:

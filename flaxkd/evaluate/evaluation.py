@@ -317,4 +317,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--subject", type=Path, help=like)
     group.add_argument("--dino", default=subject.DINO, help="ViT of transformers (default: %(default)s)")
     group.add_argument("--clip", default=scores.CLIP, help="CLIP of transformers (default: %(default)s)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.prompts is None:
+        protocol = ["--limit", "--real", "--inception", "--subject", "--dino", "--clip"]
+        command.refuse(parser, args, protocol, "of the published protocol, which needs --prompts FILE")
+    elif args.subject is None:
+        command.refuse(parser, args, ["--dino"], "of --subject")
+    return args

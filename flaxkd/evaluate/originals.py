@@ -15,6 +15,15 @@ def read(captions: int, originals: int, seed: int) -> tuple[list[str], np.ndarra
     return [example["caption"] for example in examples[:captions]], np.stack([x["image"] for x in examples])
 
 
+def check(name: str, pixels: int, originals: np.ndarray) -> None:
+    """Raises ValueError for a model that draws pictures of another size than the originals uint8[m, H, W, 3]."""
+    if (pixels, pixels) != originals.shape[1:3]:
+        raise ValueError(
+            f"{name} draws {pixels} x {pixels} pixels, and OpenMoji's originals have {originals.shape[2]} x "
+            f"{originals.shape[1]}: flaxkd.evaluate compares models of other sizes"
+        )
+
+
 def nearest(drawn: np.ndarray, originals: np.ndarray) -> np.ndarray:
     """Indices int[n, m]: for each picture uint8[n, H, W, 3] the originals uint8[m, H, W, 3], nearest first."""
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (drawn, originals))

@@ -21,18 +21,19 @@ from flaxkd.pretrained.writing import cast, check_replaceable
 from flaxkd.weights import quantize
 
 
-def write(out: Path, folder: Folder, scheme: str | None = None, dtype=None) -> Path:
+def write(out: Path, folder: Folder, scheme: str | None = None, dtype=None, *, source_dtype=None) -> Path:
     """Writes a pipeline to a new folder, or in place of an earlier export; returns `out`.
 
-    scheme: a row of quantize.SCHEMES; None for the one it was trained for. dtype: of the UNet's other weights; None:
-    unchanged. Raises ValueError without a scheme, and as `integers.weights` and `pretrained.save` do."""
+    scheme: a row of quantize.SCHEMES; None for the one it was trained for. dtype: of the UNet's other weights,
+    source_dtype: of the other networks; None: unchanged. Raises ValueError without a scheme, and as `integers.weights`
+    and `pretrained.save` do."""
     out = Path(out).absolute()
     check_replaceable(out, folder)
     found, scheme = weights(folder, scheme), scheme_of(folder, scheme)
     if scheme is None:
         raise ValueError("this UNet was not trained to be rounded: say how, such as --quantize w8")
     with files.whole_folder(out) as new:
-        save(new, source=folder.as_quantized(rounding(folder, scheme)), parts={})
+        save(new, source=folder.as_quantized(rounding(folder, scheme)), parts={}, source_dtype=source_dtype)
         config = new / "unet" / CONFIGS["unet"]
         file = config.with_name(f"{families.PARTS['unet'].stem}.safetensors")
         tensors = load_file(file)

@@ -152,6 +152,13 @@ def add(to: argparse._ActionsContainer, *names: str, **options) -> None:
         to.add_argument(f"--{name}", **FLAGS[name] | options)
 
 
+def refuse(parser: Parser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Ends with a usage error if one of these options, by their long names, was given where it does nothing."""
+    dest = lambda name: name.removeprefix("--").replace("-", "_")
+    if given := [name for name in names if getattr(args, dest(name)) != parser.get_default(dest(name))]:
+        parser.error(f"{', '.join(given)}: {why}")
+
+
 def parse(parser: Parser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
     """The flags of a command with --config, and the configuration with its overrides `--config.key=value`.
 

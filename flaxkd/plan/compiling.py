@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from flaxkd import tasks
+from flaxkd import export, tasks
 from flaxkd.machine import files, sharding
 from flaxkd.models.attention import DotProductAttention
 from flaxkd.plan import devices
@@ -93,7 +93,7 @@ def topology(target: devices.Target) -> list:
 def teacher(config, scratch: Path) -> Folder:
     """The teacher's pipeline folder; for a published teacher, a folder without weights and without a download."""
     known = published(config.teacher)
-    folder = fresh.skeleton(scratch, known) if known else Folder.open(config.teacher, config.vae)
+    folder = fresh.skeleton(scratch, known) if known else export.open_model(config.teacher, config.vae)
     return folder.skip_layers(config.clip_skip)
 
 

@@ -83,6 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--host {args.host} can be reached from other machines: set {TOKEN} or --token")
     if min(args.queue, args.most_steps, args.most_pictures, args.batch_size or 1) < 1:
         raise ValueError("--queue, --most-steps, --most-pictures and --batch-size must be at least 1")
+    if args.queue < args.most_pictures:
+        raise ValueError(
+            f"--queue {args.queue} has no room for the --most-pictures {args.most_pictures} of one request"
+        )
+    if empty := [text for text in args.lora if named(text)[1] is None]:
+        raise ValueError(f"--lora {empty[0]}: give it a file, as --lora NAME=FILE")
     command.keep_compiled_programs()
     serve(args)
 

@@ -120,3 +120,24 @@ def test_the_training_step_costs_little_more_than_it_must(monkeypatch):
         flops[name] = works._denoise(student)[1].cost_analysis()["flops"] / 2
     # 1.067 with attention in one stage, since the optimizer's share is larger there; one more forward pass is 1.2.
     assert 1 < flops["step"] / (flops["teacher"] + 3 * flops["sd_small"]) < 1.1
+
+
+def test_what_fails_is_listed_and_the_others_go_on(tiny_pipeline, tmp_path, monkeypatch):
+    """PyTorch's and XLA's allocators raise RuntimeError."""
+
+    def prepare(subject, work, by=None):
+        if by is None:
+            return Prepared(lambda: None, 3.0, 7e9, 2**20)
+        raise RuntimeError("out of memory\nmuch more")
+
+    monkeypatch.setattr(benchmark.works, "prepare", prepare)
+    monkeypatch.setattr(benchmark.torch_works, "prepare", prepare)
+    monkeypatch.setattr(benchmark.torch_works, "check", lambda config: None)
+    monkeypatch.setattr(benchmark.torch_works, "machine", lambda: "a GPU")
+    monkeypatch.setattr(benchmark, "versions", lambda against: {})
+    arguments = dict(names=[], against=["torch eager"], unet={}, rounds=5, steps=2, out=tmp_path)
+    rows = benchmark.run(small(tiny_pipeline), **arguments)["rows"]
+    assert rows[1]["train"]["seconds"] is None and rows[0]["train"]["seconds"] is not None
+    text = (tmp_path / "bench.md").read_text()
+    assert "- teacher, train, torch eager: RuntimeError: out of memory\n" in text
+    assert "| teacher | torch eager | – | – | – | – | – | – | – |" in text

@@ -141,3 +141,19 @@ def test_without_a_file_there_is_nothing_to_write(tiny_pipeline, tmp_path):
         with pytest.raises(SystemExit, match="there is nothing to read: give --lora FILE"):
             convert.main([*flags, "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--extract", "A", "B", "--out", "ink.pt"], "--out ink.pt must end in .safetensors"),
+        (["--extract", "A", "B", "--rank", "0"], "--rank 0 must be at least 1"),
+        (["--extract", "A", "B", "--lora", "x", "--model", "y"], "--lora, --model: not of --extract"),
+        (["--lora", "x", "--rank", "4", "--targets", "attention"], "--rank, --targets: of --extract"),
+        (["--lora", "x", "--fuse", "--to", "peft"], "--to: not of --fuse"),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        convert.main(["--out", "ink.safetensors", *arguments] if "--out" not in arguments else arguments)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")

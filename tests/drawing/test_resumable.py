@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from flaxkd.drawing import resumable
+from flaxkd.pretrained import Folder
+from flaxkd.weights.quantize import Quantization
 
 PROMPTS = [f"picture {i}" for i in range(7)]
 SETTINGS = {"sampler": "ddim", "steps": 2}
@@ -78,3 +80,12 @@ def test_another_weight_is_another_fingerprint():
     assert resumable.fingerprint(params) == resumable.fingerprint(same)
     same["unet"]["a"] = np.float32([1, 1, 1.0001])
     assert resumable.fingerprint(params) != resumable.fingerprint(same)
+
+
+def test_a_fingerprint_tells_what_leaves_the_weights_alone(tiny_xl):
+    """The layers of SDXL's text encoders that are left out are in their configuration alone."""
+    folder = Folder.open(tiny_xl)
+    skips = folder.replace({"text_encoder_2": folder.family.skip(folder.config("text_encoder_2"), 1)}, {})
+    models = folder, Folder.open(tiny_xl), skips, folder.as_quantized(Quantization("w8"))
+    marks = [resumable.fingerprint({}, model) for model in models]
+    assert marks[0] == marks[1] and len({*marks}) == 3

@@ -200,3 +200,9 @@ def test_mistakes_are_found_before_any_compute(home, tiny_pipeline, arguments, m
     with pytest.raises(SystemExit, match=f"^error: (?s:.*){message}"):
         main([*data, *arguments])
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_the_protocol_need_its_prompts(capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "x", "--real", "nowhere", "--clip", "other"])
+    assert "error: --real, --clip: of the published protocol, which needs --prompts FILE" in capsys.readouterr().err

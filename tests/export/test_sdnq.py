@@ -48,3 +48,9 @@ def test_what_cannot_be_written_or_read_is_refused(tiny_pipeline, tmp_path):
     write(tiny_pipeline, tmp_path / "out", "--quantize", "w8")
     with pytest.raises(ValueError, match="is of weights in few bits, and flaxkd reads floats"):
         Folder.open(tmp_path / "out").module("unet")
+
+
+def test_all_networks_have_the_dtype_that_was_asked_for(tiny_pipeline, tmp_path):
+    write(tiny_pipeline, tmp_path / "out", "--quantize", "w8", "--dtype", "float16")
+    found = Folder.open(tmp_path / "out")
+    assert {x.dtype for part in ("vae", "text_encoder") for x in found.tensors(part).values()} == {np.dtype(np.float16)}

@@ -49,6 +49,8 @@ def test_a_lora_is_a_further_model_beside_each(tiny_pipeline, tmp_path):
         (["--model", "a/b=runs/small"], "give it a name"),
         (["--model", "x=", "--model", "x="], "two models are called 'x'"),
         (["--size", "big"], "is no size"),
+        (["--queue", "5"], "--queue 5 has no room for the --most-pictures 10 of one request"),
+        (["--lora", "ink="], "--lora ink=: give it a file, as --lora NAME=FILE"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, monkeypatch, capsys):
