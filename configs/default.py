@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # LoRA: with a rank, small adapters learn beside the kernels of `train`, which stay. Any task may.
     config.lora = ConfigDict()
     config.lora.rank = placeholder(int)  # 4 is usual for a style or a subject, 64 for few steps; None: no adapters
-    config.lora.alpha = placeholder(float)  # an adapter counts alpha / rank; None: 1, as in diffusers' scripts
+    config.lora.alpha = placeholder(float)  # an adapter is scaled by alpha / rank; None: by 1, as in diffusers
     # rows of flaxkd/weights/lora.py: "attention", "feed_forward" (kohya's), "convolutions", "all"; or ends of names
     config.lora.targets = ("attention",)
     # a LoRA file to go on from, FILE or FILE:SCALE. For a student it is its teacher's: the teacher wears it, and the
@@ -126,7 +126,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.attention = placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all the others
     # A CPU counts as this many devices, to rehearse a mesh: 2 on 2 cores train slower (docs/log.md). XLA's collectives
-    # may then wait for each other forever (seen once in an hour; NPROC=6 in the environment helps).
+    # may then wait for each other forever (once in 2,500 steps; with NPROC=8 in the environment never).
     config.cpu_devices = 1
     config.compilation_cache = "~/.cache/flaxkd/jax"  # of compiled programs: a restart begins at once
 

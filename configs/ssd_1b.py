@@ -3,8 +3,8 @@
 The transformer blocks it keeps are an estimate from its weights: `python -m flaxkd.students`.
 
     python -m flaxkd.train --config configs/ssd_1b.py          the embedded miniature of SDXL, on a laptop
-    python -m flaxkd.train --config configs/ssd_1b.py:sdxl     Segmind's recipe, for TPU or GPU
-    python -m flaxkd.train --config configs/ssd_1b.py --config.teacher=DIR|HUB_ID    another SDXL
+    python -m flaxkd.train --config configs/ssd_1b.py:sdxl --config.data.source=DIR    Segmind's recipe, for TPU or GPU
+    python -m flaxkd.train --config configs/ssd_1b.py:sdxl --config.data.source=DIR --config.teacher=DIR|HUB_ID    another SDXL
 """
 
 from configs import default, recipes

@@ -3,8 +3,8 @@
 Published are its numbers of layers and transformer blocks. Loss, steps and learning rate are SSD-1B's here.
 
     python -m flaxkd.train --config configs/vega.py          the embedded miniature of SDXL, on a laptop
-    python -m flaxkd.train --config configs/vega.py:sdxl     SSD-1B's recipe, for TPU or GPU
-    python -m flaxkd.train --config configs/vega.py --config.teacher=DIR|HUB_ID    another SDXL
+    python -m flaxkd.train --config configs/vega.py:sdxl --config.data.source=DIR    SSD-1B's recipe, for TPU or GPU
+    python -m flaxkd.train --config configs/vega.py:sdxl --config.data.source=DIR --config.teacher=DIR|HUB_ID    another SDXL
 """
 
 from configs import default, recipes

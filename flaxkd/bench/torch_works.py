@@ -2,8 +2,8 @@
 
 The training step follows Segmind's distill-sd: forward hooks on whole blocks, a sum of mean squared errors,
 `clip_grad_norm_` and AdamW; under autocast if the compute is not float32. On a GPU, PyTorch has what its users advise
-for speed (`_at_its_best`, and a fused AdamW). No other file of flaxkd imports diffusers, and only evaluate/scores.py
-also imports torch. Both packages are in the extra `test`.
+for speed (`_at_its_best`, and a fused AdamW). No other file of flaxkd imports diffusers. evaluate/ imports torch for
+its scores. Both packages are in the extra `test`.
 """
 
 import tempfile
