@@ -3,8 +3,9 @@
 Published are its numbers of layers and transformer blocks; which blocks it keeps is our choice.
 
     python -m flaxkd.train --config configs/koala_700m.py          the embedded miniature of SDXL, on a laptop
-    python -m flaxkd.train --config configs/koala_700m.py:sdxl --config.data.source=DIR    KOALA's recipe, for TPU or GPU
-    python -m flaxkd.train --config configs/koala_700m.py:sdxl --config.data.source=DIR --config.teacher=DIR|HUB_ID    another SDXL
+    python -m flaxkd.train --config configs/koala_700m.py:sdxl --config.data.source=DIR    KOALA's recipe, for TPU, GPU
+
+With the latter, `--config.teacher=DIR|HUB_ID` takes another SDXL.
 """
 
 from configs import default, recipes

@@ -4,7 +4,8 @@ The name clashes: this network is BK-SDM-*Base*; BK-SDM-Small lacks the mid bloc
 
     python -m flaxkd.train --config configs/small.py           the embedded miniature teacher, on a laptop
     python -m flaxkd.train --config configs/small.py:sd15 --config.data.source=DIR    Segmind's recipe, for TPU or GPU
-    python -m flaxkd.train --config configs/small.py:sd15 --config.data.source=DIR --config.teacher=DIR|HUB_ID    any other teacher
+
+With the latter, `--config.teacher=DIR|HUB_ID` takes any other teacher.
 """
 
 from configs import default, recipes

@@ -4,7 +4,8 @@ The transformer blocks it keeps are an estimate from its weights: `python -m fla
 
     python -m flaxkd.train --config configs/ssd_1b.py          the embedded miniature of SDXL, on a laptop
     python -m flaxkd.train --config configs/ssd_1b.py:sdxl --config.data.source=DIR    Segmind's recipe, for TPU or GPU
-    python -m flaxkd.train --config configs/ssd_1b.py:sdxl --config.data.source=DIR --config.teacher=DIR|HUB_ID    another SDXL
+
+With the latter, `--config.teacher=DIR|HUB_ID` takes another SDXL.
 """
 
 from configs import default, recipes

@@ -4,7 +4,8 @@ The two differ in the compared features; the other is `configs/bk_tiny.py`.
 
     python -m flaxkd.train --config configs/tiny.py            the embedded miniature teacher, on a laptop
     python -m flaxkd.train --config configs/tiny.py:sd15 --config.data.source=DIR    Segmind's recipe, for TPU or GPU
-    python -m flaxkd.train --config configs/tiny.py:sd15 --config.data.source=DIR --config.teacher=DIR|HUB_ID    any other teacher
+
+With the latter, `--config.teacher=DIR|HUB_ID` takes any other teacher.
 """
 
 from configs import default, recipes

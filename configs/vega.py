@@ -4,7 +4,8 @@ Published are its numbers of layers and transformer blocks. Loss, steps and lear
 
     python -m flaxkd.train --config configs/vega.py          the embedded miniature of SDXL, on a laptop
     python -m flaxkd.train --config configs/vega.py:sdxl --config.data.source=DIR    SSD-1B's recipe, for TPU or GPU
-    python -m flaxkd.train --config configs/vega.py:sdxl --config.data.source=DIR --config.teacher=DIR|HUB_ID    another SDXL
+
+With the latter, `--config.teacher=DIR|HUB_ID` takes another SDXL.
 """
 
 from configs import default, recipes
