@@ -43,6 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # features compared: "segmind" (9 or 6 pairs) or "bksdm" (8 or 6); of SDXL "segmind_sdxl" (26) or "koala" (30 or 21)
     config.pairing = "segmind"
     # divide each pair by the teacher's mean square (LAPTOP-Diff); neither original does; docs/ablation.md says why.
+    # The mean is over a batch, or over each part of `accumulate`: loss_feature is larger with small parts.
     # "token": compare positions scaled to unit length (PPCL)
     config.normalize_features = True
     # "epsilon" or "v_prediction"; None: as in the teacher's scheduler

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> dict | None:
     resolution = args.resolution or folder.resolution
     sizes = buckets.sizes(args.buckets, resolution)
     encoding.check_sizes(folder, resolution, sizes, "--")
+    args.batch_size = args.batch_size or encoding.at_a_time(sizes)
     recipe = Recipe(
         resolution=resolution,
         buckets=args.buckets and sizes,
@@ -190,7 +191,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     share = {"type": float, "default": openmoji.VALIDATION_SHARE}
     add("--validation", **share, help="held-out share of the captions (default: %(default)s)")
     add("--split", default="train", help="of the source, if it has several (default: %(default)s)")
-    command.add(parser, "batch-size", default=encoding.BATCH, help="pictures on a device at a time")
+    most = f"pictures on a device at a time; default: {encoding.BATCH}, and fewer of more than 512 x 512 pixels"
+    command.add(parser, "batch-size", default=None, help=most)
     command.add(parser, "dtype")
     add("--threads", type=int, help="threads that decode pictures (default: one per core)")
     hosts.add_arguments(parser)

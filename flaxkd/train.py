@@ -26,6 +26,7 @@ from flaxkd.data import collages, encoding, loader, sources
 from flaxkd.drawing import class_pictures, grids
 from flaxkd.machine import checkpoints, command, configuration, cpu, gpu, hosts, progress, sharding, streams
 from flaxkd.pretrained import Folder, fresh
+from flaxkd.pretrained.writing import check_replaceable
 from flaxkd.tasks.samples import Sheet
 from flaxkd.training import checkpoint, curves, metrics, settings
 from flaxkd.training.signals import Stopped, stop_signals
@@ -99,6 +100,7 @@ def set_up(
     choosing.ensure(config, folder, pictures["train"], dtype)
     task = tasks.make(config, folder, dtype, mesh)
     folder = task.drawn_as or folder
+    check_replaceable(workdir / export.EXPORT, folder)
     if config.sample.guidance is not None:
         folder = dataclasses.replace(folder, drawn_with=config.sample.guidance)
 
@@ -273,7 +275,9 @@ def loop(s: Setup, state: State) -> tuple[State, dict[str, float]]:
             owed |= due(config, step, config.checkpoint.every) or step == config.steps
             if owed or stopping:
                 log(s, state)
-                if checkpoint.is_good(state):  # else after the next step that is taken
+                # A skipped step is saved after the next one that is taken. After the last one there is none, and its
+                # parameters are those of the last good step.
+                if checkpoint.is_good(state) or step == config.steps:
                     with s.writer.pause("saving"):
                         checkpoint.save(s.manager, state, s.batches.get_state())
                     owed = False
@@ -367,12 +371,15 @@ def end(s: Setup, state: State, figures: dict[str, float], started: float) -> No
     s.writer.close()
     assembled = s.task.assemble(shown(state), s.frozen)
     params = sharding.whole({part: assembled[part] for part in s.task.configs}, s.mesh)
-    held_out = s.held_out[0] if s.held_out else sharding.put_rows(next(s.batches), s.mesh, s.config.batch_size)
+    rows = lambda: sharding.put_rows(next(s.batches), s.mesh, s.config.batch_size)
+    held_out = s.held_out[0] if s.held_out else sharding.whole(rows(), s.mesh)
     configs = {**s.task.configs, **s.task.finish(params, held_out)}
     adapters = sharding.whole(shown(state), s.mesh) if s.task.adapted else {}
     s.manager.close()
     if not hosts.is_first():
         return
+    if adapters:  # into the base as stored: that of the step may be in bfloat16
+        params = export.merged(adapters, s.task.adapted, s.folder)
     export.write_record(s.workdir, s.folder, configs, adapted=s.task.adapted)
     out, step = s.workdir / export.EXPORT, s.config.steps
     export.write(

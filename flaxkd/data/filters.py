@@ -78,6 +78,8 @@ def prepare(item: Item, recipe: Recipe) -> Example | Left:
             image, crop = pictures.fit(image, sizes, recipe.background)
             return Example(item.name, image, caption, crop)
     except Exception as error:  # any kind: decoders raise all sorts of errors on damaged pictures
+        if pictures.passing(error):
+            raise
         return left("skipped", "unreadable picture", f"{type(error).__name__}: {error}")
 
 

@@ -1,5 +1,6 @@
 """Picture files: which are known, and how one of any mode, depth and shape becomes 8-bit RGB of a given size."""
 
+import errno
 import functools
 import io
 import logging
@@ -31,6 +32,16 @@ ENDINGS = (*(ending for endings in FORMATS.values() for ending in endings), *FOR
 WHITE = (1, 2**8 - 1, 2**16 - 1, 2**31 - 1, 2**32 - 1)
 # Of a picture this many times longer than it has to be only the middle is resized, for the sake of memory.
 EXTREME = 8
+
+
+# Errors of a disk or a network, and not of a picture.
+PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT,
+           errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH}  # fmt: skip
+
+
+def passing(error: Exception) -> bool:
+    """Whether a picture may well be readable the next time. A decoder's errors have no number."""
+    return isinstance(error, OSError) and error.errno in PASSING
 
 
 class Unreadable(ValueError):

@@ -203,6 +203,8 @@ def _image_folder(
                 image, crop = pictures.fit(image, sizes, background)
                 return {"image": image, "caption": caption, "crop": crop}
         except Exception as error:  # any kind: decoders raise all sorts of errors on damaged pictures
+            if pictures.passing(error):
+                raise
             where, line = (f"{place}: ", " or remove the line") if place else (f"{folder}: ", "")
             raise Unreadable(
                 f"{where}{file} cannot be read as a picture ({type(error).__name__}: {error}); replace the file{line}"

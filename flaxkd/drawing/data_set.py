@@ -72,7 +72,7 @@ def draw(
             lambda k: batches.noise_of([how.seed, missing[k]], shape, schedule),
             schedule,
             guidance,
-            batch_size=encoding.BATCH,
+            batch_size=encoding.at_a_time([(how.resolution, how.resolution)]),
             words=f"drawing {len(missing):,} {words}",
         )
 

@@ -110,7 +110,8 @@ def _make(place: Path, folder: Folder, weights: dict, captions: Sequence[str], h
 
 def _drawn(folder: Folder, modules, params, captions, numbers: range, how: How, mesh) -> Iterator[tuple[int, dict]]:
     """(number, fields of its record) of these ways."""
-    size, each = (how.resolution, how.resolution), encoding.BATCH * mesh.size
+    size = how.resolution, how.resolution
+    each = encoding.at_a_time([size]) * mesh.size
     put = lambda tree: jax.device_put(tree, sharding.batch(mesh))
     for start in range(0, len(numbers), each):
         chosen = list(numbers[start : start + each])

@@ -239,10 +239,14 @@ def restore_whole(workdir: Path, source: Folder, ema: bool | None = None) -> tup
     step, params, averaged = restore(workdir / "checkpoints", ema)
     if (adapted := files.read_json(workdir / RECORD).get("adapted")) is None:
         return step, params, averaged
-    base = {"unet": open_model(adapted["base"])} if adapted["base"] else {}
-    for part, scale in adapted["scales"].items():
-        params[part] = lora.merge(base.get(part, source).params(part), params[part], scale)
-    return step, params, averaged
+    return step, params | merged(params, Adapted(**adapted), source), averaged
+
+
+def merged(adapters: Mapping[str, dict], adapted: Adapted, source: Folder) -> dict[str, dict]:
+    """{part: params} in float32 of the adapted parts: adapters {part: tree} merged into their base."""
+    base = {"unet": open_model(adapted.base)} if adapted.base else {}
+    whole = lambda part, scale: lora.merge(base.get(part, source).params(part), adapters[part], scale)
+    return {part: whole(part, scale) for part, scale in adapted.scales.items()}
 
 
 def _restore_tree(step: Path, ema: bool | None) -> tuple[str, dict | None]:

@@ -262,6 +262,8 @@ def elements(value: Any, before: Sequence) -> tuple:
     """A value as a tuple whose elements have the type of those in `before`. Raises ValueError."""
     value = tuple(value) if isinstance(value, list | tuple | set) else (value,)
     kinds = {type(each) for each in before}
+    if kinds == {float}:
+        value = tuple(float(each) if type(each) is int else each for each in value)
     wrong = [each for each in value if kinds and type(each) not in kinds]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not {' or '.join(KINDS[kind][0] for kind in kinds if kind in KINDS)}")

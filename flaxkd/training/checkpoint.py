@@ -50,8 +50,10 @@ def check_claim(workdir: Path, config: dict) -> int | None:
 
     `steps` may change, though not below those taken, and the horizon of the schedule with it. A key younger than the
     run does not count. A run that ended before its first step claims nothing: another configuration may take its place.
-    Raises ValueError that names the keys in which the workdir's configuration differs."""
+    Raises ValueError that names the keys in which the workdir's configuration differs, or if it is none of a run."""
     path, done = workdir / CONFIG, reached(workdir)
+    if path.is_file() and not _of_a_run(path):
+        raise ValueError(f"{path} is no configuration of a run: choose another --workdir, flaxkd writes its own there")
     if not done or not path.is_file():
         return None
     before = files.read_json(path)
@@ -119,13 +121,19 @@ def clear(workdir: Path, config: dict) -> None:
 
     Raises owners.Held if it has not ended."""
     path = workdir / CONFIG
-    if reached(workdir) or not path.is_file() or _holds(path, config):
+    if reached(workdir) or not path.is_file() or not _of_a_run(path) or _holds(path, config):
         return
     with owners.alone(workdir, "a training"):
         for left in (workdir / name for name in BEGUN):
             if left.is_dir():
                 shutil.rmtree(left)
             left.unlink(missing_ok=True)
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether this config.json is flaxkd's: each part of a model has a file of that name, too."""
+    content = files.read_json(path)
+    return isinstance(content, dict) and {"steps", "batch_size", "learning_rate"} <= content.keys()
 
 
 def _holds(path: Path, config: dict) -> bool:
@@ -181,7 +189,7 @@ def save(manager: Manager, state: State, data_position: dict) -> None:
 
 
 def is_good(state: State) -> bool:
-    """Whether a checkpoint of this state is worth to be kept: its last step was taken. It waits for the device.
+    """Whether a checkpoint of this state is worth keeping: its last step was taken. It waits for the device.
 
     A run that diverges would otherwise replace its good checkpoints by those of skipped steps."""
     return int(state.health.in_a_row) == 0

@@ -168,7 +168,8 @@ def make_step(task: Task, config, tx, mesh, state: State) -> tuple[Callable, Cal
         good, health = judge(state.health, metrics["loss"], grad_norm, config.bad_steps.spike)
         made, before = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, before)
-        metrics |= {"learning_rate": schedule(state.step), "grad_norm": grad_norm}
+        taken = state.step - state.health.skipped  # a skipped step does not move the optimizer's schedule
+        metrics |= {"learning_rate": schedule(taken), "grad_norm": grad_norm}
         metrics |= {"skipped": health.skipped, "skipped_in_a_row": health.in_a_row}
         return State(state.step + 1, *kept, health), metrics
 

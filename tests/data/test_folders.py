@@ -1,5 +1,6 @@
 """Folders and zips of pictures, with captions beside them or in metadata of any folder."""
 
+import errno
 import json
 import os
 import zipfile
@@ -204,3 +205,18 @@ def test_a_picture_that_would_fill_the_memory(tmp_path):
     kept, left = read(tmp_path)
     assert kept == {2: "two"} and left == {"1.png": "unreadable picture", "3.heic": "unreadable picture"}
     assert os.path.getsize(tmp_path / "1.png") < 1000
+
+
+def test_a_failing_disk_is_no_damaged_picture(tmp_path, monkeypatch):
+    """What is said of a picture is kept, and a network may be back the next time."""
+    fill(tmp_path, {"a.png": 10, "a.txt": "red apple", "b.png": 20, "b.txt": "cat face"})
+
+    def broken(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(sources.pictures, "opened", broken)
+    with pytest.raises(OSError, match="Stale file handle"):
+        read(tmp_path)
+    found = [sources.open_source(str(tmp_path), split, resolution=8) for split in ("train", "validation")]
+    with pytest.raises(OSError, match="Stale file handle"):
+        next(source for source in found if len(source))[0]

@@ -123,6 +123,7 @@ def test_a_task_of_one_s_own_may_have_keys_of_its_own(tmp_path):
         (["remat=false"], "remat", False),
         (["remat=transformer_blocks"], "remat", "transformer_blocks"),
         (["weight.noise", "-1"], "weight.noise", -1.0),
+        (["few_step.guidance=4"], "few_step.guidance", (4.0,)),
         (["teacher=a b=c"], "teacher", "a b=c"),
         (["train=vae"], "train", ("vae",)),
         (["sample.prompts=('red apple','x')"], "sample.prompts", ("red apple", "x")),

@@ -8,7 +8,8 @@ from flaxkd.plan import devices
 @pytest.mark.parametrize(
     ("name", "count", "gib", "topology"),
     [("v5e:4x8", 32, 16, "v5e:4x8"), ("v5p:2x2x1", 4, 95, "v5p:2x2x1"), ("a100-80x8", 8, 80, "1x1x8"),
-     ("a100-40", 1, 40, "1x1x1"), ("a100x2", 2, 80, "1x1x2"), ("h100x8", 8, 80, "1x1x8")],
+     ("a100-40", 1, 40, "1x1x1"), ("a100x2", 2, 80, "1x1x2"), ("h100x8", 8, 80, "1x1x8"),
+     ("h200", 1, 141, "1x1x1")],
 )  # fmt: skip
 def test_a_machine_is_told_by_its_name(name, count, gib, topology):
     target = devices.target(name)

@@ -127,6 +127,16 @@ def test_a_run_resumes_bit_for_bit_and_leaves_files_that_say_the_same(run, plain
     assert 'load_lora_weights("PATH' in card and "| text_encoder | 1 | 2 |" in card
 
 
+@pytest.mark.slow
+def test_a_run_in_bfloat16_exports_its_base_as_stored(plain, home):
+    """The step computes with it rounded to bfloat16."""
+    train.run(config_of(plain, home, **{"dtype": "bfloat16", "steps": 1, "validation.every": 0}), home / "short")
+    base, exported = (flatten_dict(Folder.open(x).params("unet")) for x in (plain["teacher"], home / "short/diffusers"))
+    half = {path: x.astype(np.float16).astype(np.float32) for path, x in base.items()}
+    moved = {path for path, x in exported.items() if not np.array_equal(x, half[path])}
+    assert moved and all(path[-1] == "kernel" and "attentions" in ".".join(path) for path in moved)
+
+
 def test_a_checkpoint_in_between_is_a_whole_model(run, plain, home):
     _, workdir = run
     shutil.copytree(workdir, home / "between")

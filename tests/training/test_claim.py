@@ -65,3 +65,16 @@ def test_batches_of_one_have_each_example_once_an_epoch():
     order = iter(loader._endless(11, 0).batch(1).to_iter_dataset())
     epochs = np.concatenate([next(order) for _ in range(22)]).reshape(2, 11)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(11)) and list(epochs[0]) != list(epochs[1])
+
+
+@pytest.mark.parametrize("content", [{"model_type": "clip", "steps": 3}, ["not", "an", "object"]])
+def test_a_folder_with_a_config_of_something_else_is_left_alone(tmp_path, content):
+    """Each part of a model has a config.json, and a folder of one's own may have `samples`."""
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "wedding.jpg").write_bytes(b"mine")
+    checkpoint.clear(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"config\.json is no configuration of a run: choose another --workdir"):
+        checkpoint.claim(tmp_path, CONFIG)
+    assert json.loads((tmp_path / "config.json").read_text()) == content
+    assert (tmp_path / "samples" / "wedding.jpg").read_bytes() == b"mine"

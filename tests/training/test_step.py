@@ -104,19 +104,23 @@ def test_randomness_follows_seed_and_step():
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # the square of the last is no float32
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(accumulate, bad):
-    task, c = linear_task(), config(accumulate=accumulate, ema_decay=0.9, optimizer=dict(name="adamw"))
+    falling = dict(schedule="linear_schedule", init_value=0.1, end_value=0.0, transition_steps=10)
+    task = linear_task()
+    c = config(accumulate=accumulate, ema_decay=0.9, optimizer=dict(name="adamw"), learning_rate=falling)
     tx = optimizer(c)
     state = init_state(task.trained, tx, True)
     step, _ = make_step(task, c, tx, mesh(), state)
     x = np.random.default_rng(1).standard_normal((c.batch_size, 4)).astype(np.float32)
     poisoned = x.copy()
     poisoned[-1, 0] = bad
-    history, skipped = [jax.device_get(state)], []
+    history, skipped, rates = [jax.device_get(state)], [], []
     for batch in (x, poisoned, poisoned, x):
         state, metrics = step(state, task.frozen, {"x": batch}, jax.random.key(0))
         history.append(jax.device_get(state))
         skipped.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+        rates.append(float(metrics["learning_rate"]))
     assert skipped == [(0, 0), (1, 1), (2, 2), (2, 0)]
+    assert rates == pytest.approx([0.1, 0.09, 0.09, 0.09])  # as the optimizer counts, whose state stays
     same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
     _, one, two, three, four = (s._replace(step=0, health=0) for s in history)
     assert same(one, two) and same(two, three) and not same(three, four)
