@@ -15,7 +15,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
 
     # What is trained.
-    # pipeline folder, single-file checkpoint, or hub id owner/name; None: the embedded miniature
+    # pipeline folder, single-file checkpoint, hub id owner/name, or finished run; "miniature_xl": the embedded one of
+    # SDXL; None: the embedded miniature
     config.teacher = placeholder(str)
     config.vae = placeholder(str)  # another autoencoder than the teacher's own: folder, file or hub id
     # layers left out at the end of its text encoder, in training and in the exported pipeline; diffusers' clip_skip:

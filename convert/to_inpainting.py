@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     source = Folder.open(args.model, args.vae)
     save(args.out, source=source, parts={"unet": widened(source)})
-    print(f"wrote {args.out}; to train it: python -m flaxkd.train --config.teacher={args.out} --config.student=None")
+    typed = f"python -m flaxkd.train --config configs/small.py:sd15 --config.teacher={args.out} --config.student=None"
+    print(f"wrote {args.out}; to train it: {typed} --config.data.source=DIR")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,13 @@ setup)
     git -C "$here" archive --format=tar.gz --prefix=flaxkd/ --output="$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$name:flaxkd.tar.gz" --zone="$zone" --worker=all
     on all "set -e
-        sudo apt-get install --yes --quiet nfs-common python3-venv
+        sudo apt-get install --yes --quiet nfs-common curl
         sudo mkdir -p /mnt/flaxkd
         mountpoint -q /mnt/flaxkd || sudo mount -t nfs $(printf %q "$1") /mnt/flaxkd
         sudo chmod a+rwx /mnt/flaxkd
         tar -xzf flaxkd.tar.gz
-        python3 -m venv venv
+        command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+        [ -d venv ] || ~/.local/bin/uv venv --quiet --seed --python 3.12 venv
         venv/bin/pip install --quiet --editable 'flaxkd[tpu]'"
     ;;
 train)
