@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from flaxkd.data import loader, pictures, records, sources
+from flaxkd.data import encoding, loader, pictures, records, sources
 
 
 def encode(images):
@@ -312,3 +312,8 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     shard.write_bytes(damage(shard.read_bytes()))
     with pytest.raises(ValueError, match=rf"the shard {shard} is damaged .*delete"):
         loader.Records(folder).examples(20)
+
+
+def test_large_pictures_are_encoded_fewer_at_a_time():
+    counts = {size: encoding.at_a_time([(64, 64), (size, size)]) for size in (64, 512, 768, 1024, 4096)}
+    assert counts == {64: 16, 512: 16, 768: 7, 1024: 4, 4096: 1}
