@@ -128,7 +128,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.attention = placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # devices; -1: all the others
     # A CPU counts as this many devices, to rehearse a mesh: 2 on 2 cores train slower (docs/log.md). XLA's collectives
-    # may then wait for each other forever (once in 2,500 steps; with NPROC=8 in the environment never).
+    # may then wait for each other forever (once in 2,500 steps; with NPROC=8 in the environment not in 4,500).
     config.cpu_devices = 1
     config.compilation_cache = "~/.cache/flaxkd/jax"  # of compiled programs: a restart begins at once
 

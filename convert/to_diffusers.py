@@ -111,9 +111,8 @@ def uploader(name: str, private: bool) -> Callable[[Path], str]:
         try:
             what(*args, **kwargs)
         except Exception as error:  # from hub, login, network or name: the remedies are the same
-            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{name} cannot be written on {api.endpoint}:\n  {type(error).__name__}: {reason}\n"
+                f"{name} cannot be written on {api.endpoint}:\n  {command.first_line(error)}\n"
                 "Log in with `hf auth login`, give OWNER/NAME with an owner that is yours, unset HF_HUB_OFFLINE, "
                 "and run the same command again."
             ) from error

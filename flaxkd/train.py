@@ -369,17 +369,20 @@ def end(s: Setup, state: State, figures: dict[str, float], started: float) -> No
     checkpoint.wait(s.manager)
     draw_samples(s, state)
     s.writer.close()
-    assembled = s.task.assemble(shown(state), s.frozen)
-    params = sharding.whole({part: assembled[part] for part in s.task.configs}, s.mesh)
-    rows = lambda: sharding.put_rows(next(s.batches), s.mesh, s.config.batch_size)
-    held_out = s.held_out[0] if s.held_out else sharding.whole(rows(), s.mesh)
-    configs = {**s.task.configs, **s.task.finish(params, held_out)}
     adapters = sharding.whole(shown(state), s.mesh) if s.task.adapted else {}
+    if adapters:  # into the base as stored: that of the step may be in bfloat16
+        params = export.merged(adapters, s.task.adapted, s.folder)
+    else:
+        assembled = s.task.assemble(shown(state), s.frozen)
+        params = sharding.whole({part: assembled[part] for part in s.task.configs}, s.mesh)
+    if s.held_out:
+        held_out = s.held_out[0]
+    else:
+        held_out = sharding.whole(sharding.put_rows(next(s.batches), s.mesh, s.config.batch_size), s.mesh)
+    configs = {**s.task.configs, **s.task.finish(params, held_out)}
     s.manager.close()
     if not hosts.is_first():
         return
-    if adapters:  # into the base as stored: that of the step may be in bfloat16
-        params = export.merged(adapters, s.task.adapted, s.folder)
     export.write_record(s.workdir, s.folder, configs, adapted=s.task.adapted)
     out, step = s.workdir / export.EXPORT, s.config.steps
     export.write(

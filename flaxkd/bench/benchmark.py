@@ -29,7 +29,7 @@ from flaxkd.bench.works import Prepared, Subject
 from flaxkd.diffusion import samplers
 from flaxkd.drawing import figures
 from flaxkd.evaluate import results, table
-from flaxkd.machine import progress
+from flaxkd.machine import command, progress, sharding
 from flaxkd.plan import devices
 from flaxkd.pretrained import Folder, fresh, save, shapes
 
@@ -56,24 +56,11 @@ def run(config, *, names: list[str] | None, against: list[str], unet: dict, roun
             names = [student.names[0] for student in students.of(folder.family)]
         for name in names:
             students.config(students.get(name), teacher_config)
-        rows: list[dict] = []
+        settings, rows = about(config, folder, unet, rounds, steps, against), []
         with progress.Bar((1 + len(names)) * len(works.WORKS) * (1 + len(against)) * rounds, unit=" runs") as bar:
             for name in ("teacher", *names):
                 subject = works.subject(name, config, folder, steps=steps)
                 rows += measure(subject, [OURS, *against], rounds, bar)
-                settings = {
-                    "teacher": config.teacher or "the embedded miniature",
-                    "unet": ", ".join(f"{key} {value}" for key, value in unet.items()) or "the teacher's",
-                    "latents": "{0} x {0} x {1}".format(teacher_config["sample_size"], teacher_config["in_channels"]),
-                    "batch": f"{config.batch_size} images, twice that in a denoising step",
-                    "sampler": f"{steps} steps of {samplers.DEFAULT}, guidance {folder.guidance:g}",
-                    "sampler of few steps": f"{samplers.SAMPLERS[works.FEW].steps} steps of {works.FEW}, "
-                    "without guidance",
-                    "timing": f"median of {rounds}" + ", in turns" * bool(against),
-                    "precision": str(subject.dtype),
-                    "machine": machine(),
-                    "versions": ", ".join(f"{name} {version}" for name, version in versions(against).items()),
-                } | ({"PyTorch's device": torch_works.machine()} if against else {})
                 result = {"settings": settings, "rows": derive(rows, config.batch_size, peak())}
                 paths = write(out, result)  # after each model: what is measured is not lost with the next one
     print(markdown(result).partition("\n## Settings")[0])
@@ -81,8 +68,22 @@ def run(config, *, names: list[str] | None, against: list[str], unet: dict, roun
     return result
 
 
-def machine() -> str:
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+def about(config, folder: Folder, unet: dict, rounds: int, steps: int, against: list[str]) -> dict[str, str]:
+    """What was timed, and on what, for people."""
+    unet_config = folder.config("unet")
+    settings = {
+        "teacher": config.teacher or "the embedded miniature",
+        "unet": ", ".join(f"{key} {value}" for key, value in unet.items()) or "the teacher's",
+        "latents": "{0} x {0} x {1}".format(unet_config["sample_size"], unet_config["in_channels"]),
+        "batch": f"{config.batch_size} images, twice that in a denoising step",
+        "sampler": f"{steps} steps of {samplers.DEFAULT}, guidance {folder.guidance:g}",
+        "sampler of few steps": f"{samplers.SAMPLERS[works.FEW].steps} steps of {works.FEW}, without guidance",
+        "timing": f"median of {rounds}" + ", in turns" * bool(against),
+        "precision": str(sharding.compute_dtype(config.dtype)),
+        "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions(against).items()),
+    }
+    return settings | ({"PyTorch's device": torch_works.machine()} if against else {})
 
 
 def peak() -> float | None:
@@ -124,7 +125,7 @@ def measure(subject: Subject, rivals: list[str], rounds: int, bar: progress.Bar)
                     ours = by == OURS
                     ready[by] = works.prepare(subject, work) if ours else torch_works.prepare(subject, work, by)
             except RuntimeError as error:  # of XLA's and PyTorch's allocators and compilers
-                rows[by][work] = dict.fromkeys(MEASURED) | {"failed": first_line(error)}
+                rows[by][work] = dict.fromkeys(MEASURED) | {"failed": command.first_line(error)}
                 bar.update(rounds)
         bar.describe(f"{subject.name}, {work}")
         seconds = interleaved(ready, rounds, bar)
@@ -132,10 +133,6 @@ def measure(subject: Subject, rivals: list[str], rounds: int, bar: progress.Bar)
             numbers = statistics.median(seconds[by]), seconds[by], prepared.first, prepared.flops, prepared.peak_bytes
             rows[by][work] = dict(zip(MEASURED, numbers, strict=True))
     return list(rows.values())
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def interleaved(ready: dict[str, Prepared], rounds: int, bar) -> dict[str, list[float]]:

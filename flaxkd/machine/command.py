@@ -193,6 +193,11 @@ RESUMES = "stopped; the same command resumes"
 REPORTED = (ValueError, OSError, ImportError, FloatingPointError)
 
 
+def first_line(error: Exception) -> str:
+    """An error of a library, whose message may be long: its kind, and the first line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
 @contextlib.contextmanager
 def reported(interrupted: str = "interrupted") -> Iterator[None]:
     """In this context, and in a function that it decorates, a command ends as people expect.
